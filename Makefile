@@ -1,0 +1,42 @@
+# Two commands do all: `make demo` and `make test`. Each makes the environment in .venv on first use.
+
+# The first Python on PATH that is 3.11 or later; or say PYTHON=... yourself.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+WORKDIR ?= runs/digits
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-fast check format clean
+
+demo: $(READY)  ## Train on the embedded digits: grid, loss curve and number, in minutes on a CPU.
+	$(BIN)/python -m repulsor_jax.main --config=configs/digits.py --workdir=$(WORKDIR)
+	@echo "Look at $(WORKDIR)/samples and $(WORKDIR)/loss_curve.png"
+
+test: $(READY)  ## The whole suite, on an 8-device CPU mesh.
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## The suite without its slow tests.
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(READY)  ## Format, lint, types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Put the format right.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment and the caches; runs/ stays.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# The tested versions are pinned per Python version; a Python without pins takes the newest.
+$(READY): pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or later on PATH; say make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	pins=constraints/py$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+	test -f $$pins || { echo "no $$pins: installing untested newest versions"; pins=/dev/null; }; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $$pins -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Training configurations; `default.py` lists and explains every knob."""

@@ -1,0 +1,112 @@
+"""Every knob, with its default. The other configs start from this one and change what differs.
+
+Override any of them from the command line: `--config.optimizer.learning_rate=3e-4`.
+Types and values are checked before anything starts (`repulsor_jax/config.py`).
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the full configuration: SiT-S/2 on 32x32x4 latents with the memory bank."""
+    c = ml_collections.ConfigDict()
+
+    c.seed = 0  # of parameters, noise, timesteps, label dropout and the order of the data
+    c.total_steps = 400_000  # optimizer steps
+    c.batch_size = 256  # global: over all devices and hosts, and over accumulation_steps
+
+    c.model = ml_collections.ConfigDict()
+    c.model.latent_size = 32  # height and width of the latents
+    c.model.in_channels = 4  # channels of the latents
+    c.model.patch_size = 2
+    c.model.hidden_size = 384
+    c.model.depth = 12
+    c.model.num_heads = 6
+    c.model.mlp_ratio = 4.0
+    c.model.num_classes = 1000  # label num_classes is the null class of guidance
+    c.model.label_dropout = 0.1  # fraction of labels replaced by the null class in training
+    c.model.learn_sigma = False  # DiT's second half of the output; trained checkpoints of SiT have it
+    c.model.qk_norm = False  # normalise queries and keys: steadier at high learning rates
+    c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results
+    c.model.remat = "none"  # recompute in the backward pass: "none", "dots" or "full" (least memory)
+    c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
+    c.model.attention = "auto"  # "auto", "xla" or "cudnn" (NVIDIA GPUs, bfloat16)
+
+    c.flow = ml_collections.ConfigDict()
+    c.flow.path = "linear"  # "linear", "gvp" or "vp"
+    c.flow.prediction = "velocity"  # "velocity", "score" or "noise"
+    c.flow.weighting = "none"  # of score and noise losses: "none", "velocity" or "likelihood"
+    c.flow.time_distribution = "uniform"  # "uniform" or "logit_normal"
+    c.flow.logit_normal_location = 0.0  # mean of logit(t); t = 0 is noise, t = 1 is data
+    c.flow.logit_normal_scale = 1.0  # standard deviation of logit(t)
+
+    c.regularizer = ml_collections.ConfigDict()
+    c.regularizer.name = "repulsor"  # "none", "dispersive" or "repulsor"
+    c.regularizer.weight = 0.5  # lambda; 0 is the same as "none"
+    c.regularizer.warmup_steps = 0  # lambda grows linearly from 0 over so many steps
+    c.regularizer.block = -1  # index of the block whose output is tapped; -1 is depth // 4
+    c.regularizer.temperature = 0.5  # tau
+    c.regularizer.distance = "squared_l2"  # repulsor: "squared_l2" or "cosine"
+    c.regularizer.pooling = "mean"  # repulsor: over tokens, "mean" or "flatten"
+    c.regularizer.projection_dim = 128  # repulsor: d, length of the projected vectors
+    c.regularizer.bank_rows = 65_536  # repulsor: K, a multiple of batch_size; 0 is no bank
+    c.regularizer.bank_dtype = "bfloat16"  # repulsor: "bfloat16" or "float32"
+    c.regularizer.variant = "l2"  # dispersive: "l2", "cosine", "hinge" or "covariance"
+    c.regularizer.margin = 1.0  # dispersive: epsilon of the hinge variant
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.warmup_steps = 0  # linear, from 0
+    c.optimizer.schedule = "constant"  # after the warm-up: "constant" or "cosine" (to 0)
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 0.0  # clip the global gradient norm; 0 is off
+    c.optimizer.accumulation_steps = 1  # micro-batches per optimizer step: less memory
+    c.optimizer.ema_decay = 0.9999  # of the parameters that samples are drawn from
+
+    c.data = ml_collections.ConfigDict()
+    c.data.dir = ""  # latent data set (train/ and, optionally, test/ inside); "" is <workdir>/data
+    c.data.source = ""  # images for --mode=encode: "digits" or "tfds:<name>"
+    c.data.source_dir = ""  # where the source lies, for sources that need it
+    c.data.train_split = "train"  # split of the source that becomes train/
+    c.data.test_split = "test"  # split that becomes test/, for evaluation; "" is none
+    c.data.autoencoder = "identity"  # images to latents and back
+    c.data.encode_if_missing = False  # encode before training where the data set is absent
+    c.data.dtype = "float16"  # of the stored latents: "float16" or "float32"
+    c.data.normalization = "scale"  # "scale" (the autoencoder's factor) or "statistics" (per channel)
+    c.data.read_threads = 4  # threads that read batches
+    c.data.prefetch_batches = 8  # batches read ahead; at least read_threads
+
+    c.mesh = ml_collections.ConfigDict()  # sizes multiply to the number of devices; -1 fills
+    c.mesh.data = -1  # splits the batch
+    c.mesh.fsdp = 1  # splits the batch, parameters, optimizer state and EMA
+    c.mesh.tensor = 1  # splits attention heads and the MLP's width
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every_steps = 10_000  # the last step is always saved
+    c.checkpoint.keep_last = 3  # newest checkpoints to keep
+    c.checkpoint.keep_every = 50_000  # and those whose step is a multiple of this, for ever; 0: none
+
+    c.log = ml_collections.ConfigDict()
+    c.log.every_steps = 100  # scalars are means over this many steps
+
+    c.sampling = ml_collections.ConfigDict()
+    c.sampling.solver = "heun"  # "euler" or "heun"
+    c.sampling.num_steps = 50
+    c.sampling.cfg_scale = 1.0  # classifier-free guidance; 1 is off and costs nothing
+    c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
+    c.sampling.labels = "balanced"  # "balanced" (index mod num_classes) or "random"
+    c.sampling.num_samples = 64  # written by --mode=sample
+    c.sampling.batch_size = 64  # global
+    c.sampling.seed = 0  # sample i depends on (seed, i) alone
+    c.sampling.grid_every_steps = 10_000  # a grid of samples, and at the end; 0 is never
+    c.sampling.grid_samples = 64
+    c.sampling.grid_columns = 8
+
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.every_steps = 0  # Fréchet distance in pixel space, and at the end; 0 is never
+    c.evaluation.num_samples = 2_000  # for small images only: the covariance is pixels x pixels
+
+    return c

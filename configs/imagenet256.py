@@ -1,0 +1,39 @@
+"""ImageNet 256x256 in the published set-up of SiT.
+
+`--config=configs/imagenet256.py:SIZE,REGULARIZER`, for example `:xl_2,repulsor`: SIZE is s, b, l or
+xl with patch 2, 4 or 8 (`s_2` ... `xl_8`); REGULARIZER is none, dispersive or repulsor.
+Latents of the SD-VAE (32x32x4, factor 0.18215), AdamW 1e-4, batch 256, EMA 0.9999, 400,000 steps.
+"""
+
+import ml_collections
+
+from configs import default
+from repulsor_jax.models.dit import DIT_SIZES
+
+
+def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
+    """Returns the configuration of one model size and regulariser."""
+    size, _, regularizer = variant.partition(",")
+    name, _, patch = size.partition("_")
+    if name.upper() not in DIT_SIZES or patch not in ("2", "4", "8"):
+        raise ValueError(
+            f"configs/imagenet256.py:{variant}: the size {size!r} must be one of "
+            f"{', '.join(s.lower() for s in DIT_SIZES)} with patch 2, 4 or 8, such as 'xl_2'"
+        )
+    c = default.get_config()
+    for field, value in DIT_SIZES[name.upper()].items():
+        c.model[field] = value
+    c.model.patch_size = int(patch)
+    c.model.learn_sigma = True  # as the published checkpoints have it
+    c.model.remat = "dots" if name in ("l", "xl") else "none"
+    c.regularizer.name = regularizer or "repulsor"  # checked with everything else
+
+    c.data.dir = "data/imagenet256_sd-vae"
+    c.data.source = "tfds:imagenet2012"
+    c.data.test_split = "validation"
+    c.data.autoencoder = "sd-vae-ft-ema"
+
+    c.sampling.solver = "euler"
+    c.sampling.num_steps = 250
+    c.sampling.cfg_channels = 3  # as SiT
+    return c

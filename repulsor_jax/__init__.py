@@ -1,0 +1,1 @@
+"""Latent diffusion transformers trained with a contrastive memory bank, in JAX."""

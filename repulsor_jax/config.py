@@ -1,0 +1,339 @@
+"""Turns the ConfigDict into checked, typed values; every complaint names its key.
+
+The dataclasses are the schema, `configs/default.py` holds the defaults and explains each knob.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and says what to do."""
+
+
+def _one_of(*values: str) -> Any:
+    return dataclasses.field(metadata={"one_of": values})
+
+
+def _at_least(low: float) -> Any:
+    return dataclasses.field(metadata={"min": low})
+
+
+def _above(low: float) -> Any:
+    return dataclasses.field(metadata={"above": low})
+
+
+def _fraction() -> Any:
+    return dataclasses.field(metadata={"min": 0.0, "max": 1.0})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """See `configs/default.py`, section model."""
+
+    latent_size: int = _at_least(1)
+    in_channels: int = _at_least(1)
+    patch_size: int = _at_least(1)
+    hidden_size: int = _at_least(4)
+    depth: int = _at_least(1)
+    num_heads: int = _at_least(1)
+    mlp_ratio: float = _above(0)
+    num_classes: int = _at_least(1)
+    label_dropout: float = _fraction()
+    learn_sigma: bool
+    qk_norm: bool
+    scan_blocks: bool
+    remat: str = _one_of("none", "dots", "full")
+    dtype: str = _one_of("float32", "bfloat16")
+    attention: str = _one_of("auto", "xla", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """See `configs/default.py`, section flow."""
+
+    path: str = _one_of("linear", "gvp", "vp")
+    prediction: str = _one_of("velocity", "score", "noise")
+    weighting: str = _one_of("none", "velocity", "likelihood")
+    time_distribution: str = _one_of("uniform", "logit_normal")
+    logit_normal_location: float
+    logit_normal_scale: float = _above(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizerConfig:
+    """See `configs/default.py`, section regularizer."""
+
+    name: str
+    weight: float = _at_least(0)
+    warmup_steps: int = _at_least(0)
+    block: int = _at_least(-1)
+    temperature: float = _above(0)
+    distance: str = _one_of("squared_l2", "cosine")
+    pooling: str = _one_of("mean", "flatten")
+    projection_dim: int = _at_least(1)
+    bank_rows: int = _at_least(0)
+    bank_dtype: str = _one_of("float32", "bfloat16")
+    variant: str = _one_of("l2", "cosine", "hinge", "covariance")
+    margin: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """See `configs/default.py`, section optimizer."""
+
+    learning_rate: float = _above(0)
+    warmup_steps: int = _at_least(0)
+    schedule: str = _one_of("constant", "cosine")
+    b1: float = _fraction()
+    b2: float = _fraction()
+    eps: float = _above(0)
+    weight_decay: float = _at_least(0)
+    clip_norm: float = _at_least(0)
+    accumulation_steps: int = _at_least(1)
+    ema_decay: float = _fraction()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """See `configs/default.py`, section data."""
+
+    dir: str
+    source: str
+    source_dir: str
+    train_split: str
+    test_split: str
+    autoencoder: str
+    encode_if_missing: bool
+    dtype: str = _one_of("float16", "float32")
+    normalization: str = _one_of("scale", "statistics")
+    read_threads: int = _at_least(1)
+    prefetch_batches: int = _at_least(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """See `configs/default.py`, section mesh."""
+
+    data: int = _at_least(-1)
+    fsdp: int = _at_least(-1)
+    tensor: int = _at_least(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """See `configs/default.py`, section checkpoint."""
+
+    every_steps: int = _at_least(1)
+    keep_last: int = _at_least(1)
+    keep_every: int = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """See `configs/default.py`, section log."""
+
+    every_steps: int = _at_least(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """See `configs/default.py`, section sampling."""
+
+    solver: str
+    num_steps: int = _at_least(1)
+    cfg_scale: float = _at_least(0)
+    cfg_channels: int = _at_least(0)
+    labels: str = _one_of("balanced", "random")
+    num_samples: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    seed: int
+    grid_every_steps: int = _at_least(0)
+    grid_samples: int = _at_least(1)
+    grid_columns: int = _at_least(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """See `configs/default.py`, section evaluation."""
+
+    every_steps: int = _at_least(0)
+    num_samples: int = _at_least(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole configuration; see `configs/default.py`."""
+
+    seed: int
+    total_steps: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    model: ModelConfig
+    flow: FlowConfig
+    regularizer: RegularizerConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks keys, types, ranges and contradictions, and returns the typed configuration.
+
+    Nothing here needs a device; `check_devices` does the rest once their number is known.
+
+    Raises:
+      ConfigError: names the key, what was found, what is expected.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    parsed = _parse(Config, config, "config")
+    _check_consistency(parsed)
+    return parsed
+
+
+def tap_block(config: Config) -> int:
+    """Index of the block whose output the regulariser sees (default: depth // 4)."""
+    block = config.regularizer.block
+    return config.model.depth // 4 if block == -1 else block
+
+
+def regularizer_is_on(config: Config) -> bool:
+    """Whether the step holds a regulariser at all."""
+    return config.regularizer.name != "none" and config.regularizer.weight > 0
+
+
+def check_devices(config: Config, batch_shards: int, processes: int = 1) -> None:
+    """Checks the batch sizes against the mesh.
+
+    Args:
+      config: the configuration.
+      batch_shards: number of pieces that the mesh cuts a batch into (data x fsdp).
+      processes: number of host processes.
+
+    Raises:
+      ConfigError: names the key.
+    """
+    accumulation = config.optimizer.accumulation_steps
+    shards = batch_shards * accumulation
+    if config.batch_size % shards or config.batch_size % processes:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
+            f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}"
+            + (f" and of the {processes} processes" if processes > 1 else "")
+            + f"; the nearest are {_multiples(config.batch_size, shards)}"
+        )
+    if config.sampling.batch_size % batch_shards:
+        raise ConfigError(
+            f"config.sampling.batch_size={config.sampling.batch_size} must be a multiple of "
+            f"mesh.data x mesh.fsdp = {batch_shards}; the nearest are "
+            f"{_multiples(config.sampling.batch_size, batch_shards)}"
+        )
+
+
+def _check_consistency(c: Config) -> None:
+    m, r = c.model, c.regularizer
+    if m.latent_size % m.patch_size:
+        raise ConfigError(
+            f"config.model.patch_size={m.patch_size} must divide "
+            f"config.model.latent_size={m.latent_size}"
+        )
+    if m.hidden_size % m.num_heads:
+        raise ConfigError(
+            f"config.model.num_heads={m.num_heads} must divide "
+            f"config.model.hidden_size={m.hidden_size}"
+        )
+    if m.hidden_size % 4:
+        raise ConfigError(
+            f"config.model.hidden_size={m.hidden_size} must be a multiple of 4: sines and cosines "
+            "of two coordinates make the position embedding"
+        )
+    if r.block >= m.depth:
+        raise ConfigError(
+            f"config.regularizer.block={r.block} is past the last block, {m.depth - 1} "
+            f"(config.model.depth={m.depth})"
+        )
+    if regularizer_is_on(c) and r.name == "repulsor" and r.bank_rows % c.batch_size:
+        raise ConfigError(
+            f"config.regularizer.bank_rows={r.bank_rows} must be a multiple of "
+            f"config.batch_size={c.batch_size}: the bank holds whole batches; the nearest are "
+            f"{_multiples(r.bank_rows, c.batch_size)}"
+        )
+    if c.flow.prediction == "velocity" and c.flow.weighting != "none":
+        raise ConfigError(
+            f"config.flow.weighting={c.flow.weighting!r} has no meaning for "
+            "config.flow.prediction='velocity'; set it to 'none'"
+        )
+    if c.optimizer.schedule == "cosine" and c.optimizer.warmup_steps >= c.total_steps:
+        raise ConfigError(
+            f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} leaves no step of "
+            f"config.total_steps={c.total_steps} to the cosine schedule"
+        )
+    if c.sampling.cfg_channels > m.in_channels:
+        raise ConfigError(
+            f"config.sampling.cfg_channels={c.sampling.cfg_channels} exceeds "
+            f"config.model.in_channels={m.in_channels}; 0 guides all"
+        )
+
+
+def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`, the names of a registry."""
+    choices = sorted(choices)
+    if value not in choices:
+        raise ConfigError(f"config.{key}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def _multiples(value: int, factor: int) -> str:
+    low = value // factor * factor
+    return f"{low} and {low + factor}" if low else f"{factor}"
+
+
+def _parse(schema: type[T], values: Any, path: str) -> T:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a section of keys, found {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(schema)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(
+                f"{path}.{key}: unknown key; the keys of {path} are {', '.join(sorted(fields))}"
+            )
+    parsed = {}
+    for name, field in fields.items():
+        key = f"{path}.{name}"
+        if name not in values:
+            raise ConfigError(f"{key}: missing; configs/default.py has all keys: start from it")
+        if dataclasses.is_dataclass(hints[name]):
+            parsed[name] = _parse(hints[name], values[name], key)
+        else:
+            parsed[name] = _check_value(key, values[name], hints[name], field.metadata)
+    return schema(**parsed)
+
+
+def _check_value(
+    key: str, value: Any, kind: type, bounds: types.MappingProxyType[str, Any]
+) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key}: expected {kind.__name__}, found {value!r}")
+    if "one_of" in bounds and value not in bounds["one_of"]:
+        choices = ", ".join(map(repr, bounds["one_of"]))
+        raise ConfigError(f"{key}={value!r} must be one of {choices}")
+    if "min" in bounds and not value >= bounds["min"]:
+        raise ConfigError(f"{key}={value!r} must be at least {bounds['min']}")
+    if "max" in bounds and not value <= bounds["max"]:
+        raise ConfigError(f"{key}={value!r} must be at most {bounds['max']}")
+    if "above" in bounds and not value > bounds["above"]:
+        raise ConfigError(f"{key}={value!r} must be greater than {bounds['above']}")
+    return value

@@ -1,0 +1,85 @@
+"""The memory bank: a first-in first-out queue of negatives, held as sharded state.
+
+Three pure functions on a small dataclass. Nothing here knows of models, optimizers or meshes, so
+the bank can be carried by anyone's train state.
+
+The features are laid out `[S, B, d]`: S slots, each the whole global batch of one past step. A
+step overwrites one slot, which is a `dynamic_update_slice` along an unsharded axis; with the batch
+axis sharded as the batch itself is, every device writes its own rows in place and nothing is
+communicated. A flat `[S * B, d]` queue gathers the whole bank instead.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemoryBank:
+    """Queue of past projections.
+
+    Attributes:
+      features: `[S, B, d]`, slot s holds the projections of one past global batch, row b those of
+        its sample b. Slots that were never written hold zeros.
+      cursor: int32 scalar, the slot that the next batch overwrites (the oldest one).
+      filled: int32 scalar, the number of slots written so far, at most S.
+    """
+
+    features: jax.Array
+    cursor: jax.Array
+    filled: jax.Array
+
+
+def create(num_slots: int, batch_size: int, dim: int, dtype: jnp.dtype = jnp.float32) -> MemoryBank:
+    """Returns an empty bank of `num_slots * batch_size` rows.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    shape = (num_slots, batch_size, dim)
+    if min(shape) < 1:
+        raise ValueError(f"a memory bank [slots, batch, dim] needs positive sizes, got {shape}")
+    return MemoryBank(
+        features=jnp.zeros(shape, dtype),
+        cursor=jnp.zeros((), jnp.int32),
+        filled=jnp.zeros((), jnp.int32),
+    )
+
+
+def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> MemoryBank:
+    """Overwrites the oldest slot with one global batch of projections.
+
+    Args:
+      bank: the queue.
+      z: `[B, d]` projections, cast to the bank's dtype; no gradient flows through them.
+      valid: scalar bool; when False the bank comes back unchanged. (Selecting the slot here, and
+        not the whole bank outside, is what keeps a refused update from copying the bank.)
+
+    Raises:
+      ValueError: z does not have the shape of a slot.
+    """
+    num_slots, *slot_shape = bank.features.shape
+    if list(z.shape) != slot_shape:
+        raise ValueError(f"one slot of this bank is {slot_shape}, the batch is {list(z.shape)}")
+    slot = jax.lax.stop_gradient(z).astype(bank.features.dtype)
+    if valid is not True:
+        oldest = jax.lax.dynamic_index_in_dim(bank.features, bank.cursor, 0, keepdims=False)
+        slot = jnp.where(valid, slot, oldest)
+    advance = jnp.asarray(valid, jnp.int32)
+    return MemoryBank(
+        features=jax.lax.dynamic_update_index_in_dim(bank.features, slot, bank.cursor, 0),
+        cursor=(bank.cursor + advance) % num_slots,
+        filled=jnp.minimum(bank.filled + advance, num_slots),
+    )
+
+
+def negatives(bank: MemoryBank) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows to be used as negatives and which of them count.
+
+    Returns:
+      features `[S, B, d]` without gradient, and a bool mask `[S]`, True for slots written so far.
+    """
+    mask = jnp.arange(bank.features.shape[0]) < bank.filled
+    return jax.lax.stop_gradient(bank.features), mask

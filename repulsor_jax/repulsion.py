@@ -1,0 +1,145 @@
+"""The projection head and the repulsion loss (the method of arXiv 2512.08648, our definition).
+
+The paper fixes the idea: hidden representations are repelled from a large bank of negatives kept
+across iterations. The form of the loss is ours:
+
+    l_i = log( mean_{j in Neg(i)} exp( -dist(z_i, n_j) / temperature ) ),   L_rep = mean_i l_i
+
+where Neg(i) are the other samples of the global batch (with gradient) and every row written to the
+bank (without). Depends on jax and flax alone.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repulsor_jax import memory_bank
+
+DISTANCES = ("squared_l2", "cosine")
+
+
+def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """Scales the last axis to unit Euclidean length; a zero vector stays zero, gradient finite."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon))
+
+
+class ProjectionHead(nn.Module):
+    """Pooled hidden representation -> unit vector: Dense D, SiLU, Dense d, L2 normalisation.
+
+    Always float32: the vectors are compared at the scale of the temperature. Part of the training
+    state only, never of the exported model.
+
+    Attributes:
+      dim: d, the length of the projections.
+    """
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, pooled: jax.Array) -> jax.Array:
+        """Maps pooled features `[B, D]` to projections `[B, d]`, float32, unit length."""
+        width = pooled.shape[-1]
+        x = pooled.astype(jnp.float32)
+        x = nn.silu(_dense(width, ("embed", "mlp"), "hidden")(x))
+        return l2_normalize(_dense(self.dim, ("mlp", None), "out")(x))
+
+
+def _dense(features: int, axes: tuple[str | None, ...], name: str) -> nn.Dense:
+    return nn.Dense(
+        features,
+        precision=jax.lax.Precision.HIGHEST,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.xavier_uniform(), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[-1:]),
+        name=name,
+    )
+
+
+def pool(tokens: jax.Array, how: str) -> jax.Array:
+    """Hidden tokens `[B, N, D]` -> `[B, D]` ("mean") or `[B, N * D]` ("flatten"), float32."""
+    tokens = tokens.astype(jnp.float32)
+    if how == "mean":
+        return tokens.mean(axis=1)
+    if how == "flatten":
+        return tokens.reshape(tokens.shape[0], -1)
+    raise ValueError(f"pooling must be 'mean' or 'flatten', got {how!r}")
+
+
+def repulsion_per_sample(
+    z: jax.Array,
+    bank: memory_bank.MemoryBank | None = None,
+    *,
+    temperature: float = 0.5,
+    distance: str = "squared_l2",
+) -> jax.Array:
+    """Log of the mean repulsion that each sample feels from its negatives.
+
+    The mean divides by the count of negatives that are really there (B - 1 of the batch plus the
+    filled rows of the bank), so that the loss is continuous while the bank fills. No `[B, K, d]`
+    array is made; the bank is read in its own dtype and logits are accumulated in float32.
+
+    Args:
+      z: `[B, d]` projections of the global batch.
+      bank: negatives of past steps, or None for the batch alone.
+      temperature: divides the distances.
+      distance: "squared_l2", or "cosine" for 1 - cos.
+
+    Returns:
+      `[B]` float32; zero, with zero gradient, where there are no negatives (B = 1, empty bank).
+
+    Raises:
+      ValueError: unknown distance.
+    """
+    batch_size = z.shape[0]
+    z = z.astype(jnp.float32)
+    others = ~jnp.eye(batch_size, dtype=bool)
+    logits = [jnp.where(others, -_pairwise(z, z, distance) / temperature, -jnp.inf)]
+    count = jnp.asarray(batch_size - 1, jnp.float32)
+    if bank is not None:
+        features, filled = memory_bank.negatives(bank)
+        bank_logits = -_pairwise(z, features, distance) / temperature
+        logits.append(jnp.where(filled[:, None], bank_logits, -jnp.inf))
+        count += bank.filled.astype(jnp.float32) * features.shape[1]
+
+    # One maximum for both parts, so that a part with no negatives adds an exact zero and no NaN
+    # to the gradient.
+    axes = [tuple(range(1, part.ndim)) for part in logits]
+    largest = jnp.max(jnp.stack([part.max(a) for part, a in zip(logits, axes, strict=True)]), axis=0)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
+    total = sum(
+        jnp.exp(part - jnp.expand_dims(largest, a)).sum(a)
+        for part, a in zip(logits, axes, strict=True)
+    )
+    has_negatives = count > 0
+    mean = jnp.where(has_negatives, total, 1.0) / jnp.maximum(count, 1.0)
+    return jnp.where(has_negatives, largest + jnp.log(mean), 0.0)
+
+
+def repulsion_loss(
+    z: jax.Array,
+    bank: memory_bank.MemoryBank | None = None,
+    *,
+    temperature: float = 0.5,
+    distance: str = "squared_l2",
+) -> jax.Array:
+    """The repulsion loss: mean over samples of `repulsion_per_sample`; a float32 scalar."""
+    return repulsion_per_sample(z, bank, temperature=temperature, distance=distance).mean()
+
+
+def _pairwise(z: jax.Array, n: jax.Array, distance: str) -> jax.Array:
+    """Distances of z `[B, d]` to n `[..., d]`: `[B, ...]` float32, by inner products alone."""
+    if distance not in DISTANCES:
+        raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
+    if distance == "cosine":
+        z, n = l2_normalize(z), l2_normalize(n.astype(jnp.float32)).astype(n.dtype)
+    dots = jnp.einsum(
+        "bd,...d->b...",
+        z.astype(n.dtype),
+        n,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    if distance == "cosine":
+        return 1.0 - dots
+    z_squared = jnp.expand_dims(jnp.sum(z * z, axis=-1), tuple(range(1, n.ndim)))
+    n_squared = jnp.sum(jnp.square(n.astype(jnp.float32)), axis=-1)
+    return jnp.maximum(z_squared + n_squared - 2.0 * dots, 0.0)
