@@ -1,0 +1,315 @@
+"""Paths between noise and data, their regression targets, and how times are drawn.
+
+Time runs from t = 0 (noise) to t = 1 (data), the convention of SiT (arXiv 2401.08740), so a
+sampler integrates forward in t. A path is x_t = alpha(t) data + sigma(t) noise. Four quantities
+describe the same point of it, and `convert` turns any of them into any other:
+
+- velocity: alpha' data + sigma' noise, the drift of the probability-flow ODE;
+- score: -noise / sigma, the gradient of log p(x_t);
+- noise and data: the two ends, as predicted from x_t.
+
+Everything is computed in float32. Times have shape [B] (or []) and broadcast from the left
+against x of shape [B, ...].
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+PREDICTIONS = ("velocity", "score", "noise")
+WEIGHTINGS = ("none", "velocity", "likelihood")
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+
+VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
+
+
+class Coefficients(NamedTuple):
+    """The coefficients of a path at some times, and their time derivatives."""
+
+    alpha: Array
+    d_alpha: Array
+    sigma: Array
+    d_sigma: Array
+
+    @property
+    def wronskian(self) -> Array:
+        """The determinant alpha' sigma - alpha sigma' of (x_t, velocity) in (data, noise).
+
+        Both terms are non-negative, so nothing cancels: it is 1 on the linear path and pi / 2 on
+        gvp, at all times. It is what makes a velocity convertible without a division by alpha.
+        """
+        return self.d_alpha * self.sigma - self.alpha * self.d_sigma
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """A way from noise to data: x_t = alpha(t) data + sigma(t) noise.
+
+    Attributes:
+      name: its key in `PATHS`.
+      coefficients: times of any shape -> `Coefficients` of that shape, float32.
+      singular_at_data: whether the velocity diverges as t -> 1.
+    """
+
+    name: str
+    coefficients: Callable[[Array], Coefficients]
+    singular_at_data: bool = False
+
+
+def _linear(t: Array) -> Coefficients:
+    return Coefficients(t, jnp.ones_like(t), 1.0 - t, -jnp.ones_like(t))
+
+
+def _gvp(t: Array) -> Coefficients:
+    rate = math.pi / 2
+    alpha, sigma = jnp.sin(rate * t), jnp.cos(rate * t)
+    return Coefficients(alpha, rate * sigma, sigma, -rate * alpha)
+
+
+def _vp(t: Array) -> Coefficients:
+    remaining = 1.0 - t
+    half_beta = 0.5 * (VP_BETA_MIN + remaining * (VP_BETA_MAX - VP_BETA_MIN))
+    log_alpha = -0.5 * remaining * (VP_BETA_MIN + 0.5 * remaining * (VP_BETA_MAX - VP_BETA_MIN))
+    alpha = jnp.exp(log_alpha)
+    sigma = jnp.sqrt(-jnp.expm1(2.0 * log_alpha))  # 1 - exp() would lose every digit near t = 1
+    return Coefficients(alpha, half_beta * alpha, sigma, -half_beta * alpha**2 / sigma)
+
+
+PATHS = {
+    path.name: path
+    for path in (Path("linear", _linear), Path("gvp", _gvp), Path("vp", _vp, singular_at_data=True))
+}
+
+
+def _check(kind: str, found: str, allowed: tuple[str, ...]) -> None:
+    if found not in allowed:
+        raise ValueError(f"unknown {kind} {found!r}; expected one of {', '.join(allowed)}")
+
+
+def get_path(name: str) -> Path:
+    """The path called `name`: "linear", "gvp" or "vp", as SiT defines them.
+
+    "gvp" runs along a quarter of a circle, alpha = sin(pi t / 2). "vp" is the variance-preserving
+    diffusion of Song et al. (arXiv 2011.13456) with beta from 0.1 to 20, its time reversed.
+
+    Raises:
+      ValueError: no such path; the message lists the names.
+    """
+    _check("path", name, tuple(PATHS))
+    return PATHS[name]
+
+
+def _coefficients_like(path: Path, t: Array, x: Array) -> Coefficients:
+    """The path's coefficients at `t`, with trailing axes of size 1 to broadcast against `x`."""
+    t = jnp.asarray(t, jnp.float32)
+    return path.coefficients(t.reshape(t.shape + (1,) * (jnp.ndim(x) - t.ndim)))
+
+
+def _float32(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
+def interpolate(path: Path, data: Array, noise: Array, t: Array) -> Array:
+    """The point x_t = alpha(t) data + sigma(t) noise of the path.
+
+    Args:
+      path: from `get_path`.
+      data: [B, ...].
+      noise: [B, ...], standard normal.
+      t: [B], in [0, 1].
+
+    Returns:
+      x_t [B, ...], float32.
+    """
+    data, noise = _float32(data, noise)
+    c = _coefficients_like(path, t, data)
+    return c.alpha * data + c.sigma * noise
+
+
+def target(path: Path, prediction: str, data: Array, noise: Array, t: Array) -> Array:
+    """What a model of kind `prediction` should output for these ends, at time t.
+
+    Args:
+      path: from `get_path`.
+      prediction: "velocity" (alpha' data + sigma' noise), "score" (-noise / sigma) or "noise".
+      data: [B, ...].
+      noise: [B, ...].
+      t: [B]. The score is infinite at t = 1, and so is the velocity of "vp".
+
+    Returns:
+      The regression target [B, ...], float32.
+
+    Raises:
+      ValueError: unknown prediction.
+    """
+    _check("prediction", prediction, PREDICTIONS)
+    data, noise = _float32(data, noise)
+    return _from_ends(prediction, data, noise, _coefficients_like(path, t, data))
+
+
+def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: str) -> Array:
+    """Rewrites a prediction at (x_t, t) as another quantity of the same path.
+
+    With x_t = alpha data + sigma noise known, any one quantity gives both ends (velocity by
+    Cramer's rule on the pair x_t, velocity), and the ends give the rest; SiT states the cases
+    velocity <-> score. Singular are only the times at which there is no answer: t = 0 for velocity
+    or data from score or noise (alpha = 0; not on "vp"), t = 1 for a score and for anything from
+    data (sigma = 0), and t = 1 altogether on "vp".
+
+    Args:
+      path: from `get_path`.
+      value: [B, ...], the prediction.
+      x: [B, ...], the point x_t it was made at.
+      t: [B].
+      source: what `value` is: "velocity", "score", "noise" or "data".
+      to: what to return, of the same choices.
+
+    Returns:
+      [B, ...], float32.
+
+    Raises:
+      ValueError: unknown `source` or `to`.
+    """
+    quantities = (*PREDICTIONS, "data")
+    _check("source", source, quantities)
+    _check("to", to, quantities)
+    value, x = _float32(value, x)
+    if source == to:
+        return value
+    c = _coefficients_like(path, t, x)
+    if source == "velocity":
+        data = (c.sigma * value - c.d_sigma * x) / c.wronskian
+        noise = (c.d_alpha * x - c.alpha * value) / c.wronskian
+    elif source == "data":
+        data, noise = value, (x - c.alpha * value) / c.sigma
+    else:
+        noise = -c.sigma * value if source == "score" else value
+        data = (x - c.sigma * noise) / c.alpha
+    return _from_ends(to, data, noise, c)
+
+
+def _from_ends(quantity: str, data: Array, noise: Array, c: Coefficients) -> Array:
+    if quantity == "velocity":
+        return c.d_alpha * data + c.d_sigma * noise
+    if quantity == "score":
+        return -noise / c.sigma
+    return noise if quantity == "noise" else data
+
+
+def flow_loss(
+    path: Path,
+    prediction: str,
+    output: Array,
+    data: Array,
+    noise: Array,
+    t: Array,
+    weighting: str = "none",
+) -> Array:
+    """The weighted squared error of a model's output, one value per sample.
+
+    The error is that of the velocity, or of the noise for both "noise" and "score" (a score is
+    compared as sigma * score = -noise, which stays finite at t = 1). The weights are those of
+    SiT's code, with g = alpha' sigma^2 / alpha - sigma sigma': "velocity" multiplies by
+    (g / sigma)^2, which makes it the error of the implied velocity; "likelihood" by g / sigma^2,
+    after Song et al. (arXiv 2101.09258). Both are infinite at t = 0 (not on "vp"), "likelihood"
+    at t = 1 too: draw the times inside `time_interval`.
+
+    Args:
+      path: from `get_path`.
+      prediction: what the model outputs: "velocity", "score" or "noise".
+      output: [B, ...], the model's output at (x_t, t).
+      data: [B, ...].
+      noise: [B, ...].
+      t: [B].
+      weighting: "none", "velocity" or "likelihood"; "none" for a velocity prediction.
+
+    Returns:
+      [B] float32: the weighted error, averaged over every axis but the first.
+
+    Raises:
+      ValueError: unknown prediction or weighting, or a weighted velocity prediction.
+    """
+    _check("prediction", prediction, PREDICTIONS)
+    _check("weighting", weighting, WEIGHTINGS)
+    if prediction == "velocity" and weighting != "none":
+        raise ValueError(
+            f"weighting {weighting!r} is defined for score and noise predictions; "
+            'use weighting "none" with prediction "velocity"'
+        )
+    output, data, noise = _float32(output, data, noise)
+    c = _coefficients_like(path, t, data)
+    if prediction == "velocity":
+        error = output - _from_ends("velocity", data, noise, c)
+    else:
+        error = (-c.sigma * output if prediction == "score" else output) - noise
+    # g = sigma * wronskian / alpha
+    if weighting == "velocity":
+        error *= c.wronskian / c.alpha
+    loss = jnp.mean(jnp.square(error).reshape(error.shape[0], -1), axis=1)
+    if weighting == "likelihood":
+        loss *= (c.wronskian / (c.alpha * c.sigma)).reshape(-1)
+    return loss
+
+
+def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tuple[float, float]:
+    """The times (t0, t1) to train or sample in, which avoid the ends that are singular.
+
+    SiT's defaults: all of [0, 1] for velocity on "linear" and "gvp"; [0, 1 - eps] on "vp";
+    [eps, 1 - eps] for score and noise on the others. eps is 1e-3, and 1e-5 in training on "vp".
+
+    Args:
+      path: from `get_path`.
+      prediction: what the model outputs: "velocity", "score" or "noise".
+      sampling: for sampling rather than training.
+
+    Raises:
+      ValueError: unknown prediction.
+    """
+    _check("prediction", prediction, PREDICTIONS)
+    if path.singular_at_data:
+        return 0.0, 1.0 - (1e-3 if sampling else 1e-5)
+    return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1.0 - 1e-3)
+
+
+def sample_timesteps(
+    key: Array,
+    batch_size: int,
+    distribution: str = "uniform",
+    *,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    location: float = 0.0,
+    scale: float = 1.0,
+) -> Array:
+    """Draws training times t = t0 + (t1 - t0) u.
+
+    Args:
+      key: a PRNG key.
+      batch_size: B.
+      distribution: "uniform", u ~ U[0, 1); or "logit_normal", u = sigmoid(location + scale z)
+        with z ~ N(0, 1), of Esser et al. (arXiv 2403.03206, section 3.1). As t = 1 is data here, a
+        positive location favours the data end (theirs favours noise).
+      t0: the least time, see `time_interval`.
+      t1: the largest time.
+      location: of the logit-normal; its median is sigmoid(location).
+      scale: of the logit-normal, positive.
+
+    Returns:
+      [B] float32.
+
+    Raises:
+      ValueError: unknown distribution.
+    """
+    _check("time distribution", distribution, TIME_DISTRIBUTIONS)
+    if distribution == "uniform":
+        u = jax.random.uniform(key, (batch_size,), jnp.float32)
+    else:
+        z = jax.random.normal(key, (batch_size,), jnp.float32)
+        u = jax.nn.sigmoid(location + scale * z)
+    return t0 + (t1 - t0) * u

@@ -1,0 +1,237 @@
+"""Paths, conversions, losses and times against NumPy in float64 and SiT's PyTorch values."""
+
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repulsor_jax import flow
+
+PATHS = ("linear", "gvp", "vp")
+QUANTITIES = ("velocity", "score", "noise", "data")
+TIMES = np.array([0.02, 0.2, 0.5, 0.77, 0.98])
+
+
+def exact_alpha_sigma(name, t):
+    """alpha and sigma in float64, from the definition of each path."""
+    if name == "linear":
+        return t, 1 - t
+    if name == "gvp":
+        return np.sin(np.pi * t / 2), np.cos(np.pi * t / 2)
+    # beta(s) = 0.1 + 19.9 s at the noising time s = 1 - t, and alpha = exp(-1/2 int_0^s beta)
+    s = 1 - t
+    alpha = np.exp(-0.5 * (0.1 * s + 19.9 * s**2 / 2))
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def exact_coefficients(name, t):
+    """alpha, alpha', sigma, sigma' in float64, with numeric derivatives."""
+    step = 1e-5
+    ahead, behind = exact_alpha_sigma(name, t + step), exact_alpha_sigma(name, t - step)
+    (alpha, sigma) = exact_alpha_sigma(name, t)
+    d_alpha, d_sigma = ((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
+    return alpha, d_alpha, sigma, d_sigma
+
+
+def exact_quantities(name, data, noise, t):
+    """x_t and the four quantities, from both ends, in float64; t broadcasts against data."""
+    alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, t)
+    return alpha * data + sigma * noise, {
+        "velocity": d_alpha * data + d_sigma * noise,
+        "score": -noise / sigma,
+        "noise": noise,
+        "data": data,
+    }
+
+
+@pytest.fixture(scope="module")
+def ends():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(len(TIMES), 3, 2)), rng.normal(size=(len(TIMES), 3, 2))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest entry of each sample."""
+    assert actual.dtype == jnp.float32
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    axes = tuple(range(1, expected.ndim))
+    error = np.abs(actual - expected).max(axis=axes)
+    assert np.all(error <= tolerance * np.abs(expected).max(axis=axes)), error
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_coefficients(name):
+    found = flow.get_path(name).coefficients(jnp.asarray(TIMES, jnp.float32))
+    for value, expected in zip(found, exact_coefficients(name, TIMES), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
+    ends = exact_alpha_sigma(name, np.array([0.0, 1.0]))
+    found = flow.get_path(name).coefficients(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose((found.alpha, found.sigma), ends, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_interpolate_and_target_at_any_rank(name, rank):
+    rng = np.random.default_rng(rank)
+    shape = (len(TIMES), 2, 3, 4)[:rank]
+    data, noise = rng.normal(size=shape), rng.normal(size=shape)
+    t = TIMES.reshape(-1, *(1,) * (rank - 1))
+    x, expected = exact_quantities(name, data, noise, t)
+    path = flow.get_path(name)
+    assert_close(flow.interpolate(path, data, noise, TIMES), x)
+    for prediction in flow.PREDICTIONS:
+        found = flow.target(path, prediction, data, noise, TIMES)
+        assert_close(found, expected[prediction], 3e-5)
+
+
+def test_half_precision_inputs_are_computed_in_float32():
+    data, noise = jnp.full((2, 3), 1.0, jnp.bfloat16), jnp.full((2, 3), 2.0, jnp.bfloat16)
+    t = jnp.array([0.1234, 0.9876], jnp.float32)
+    path = flow.get_path("linear")
+    expected = np.repeat((2 - np.asarray(t, np.float64))[:, None], 3, axis=1)
+    assert_close(flow.interpolate(path, data, noise, t), expected, 1e-7)
+    assert flow.target(path, "velocity", data, noise, t).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("source", QUANTITIES)
+@pytest.mark.parametrize("to", QUANTITIES)
+def test_convert(name, source, to, ends):
+    data, noise = ends
+    x, expected = exact_quantities(name, data, noise, TIMES[:, None, None])
+    path = flow.get_path(name)
+    found = flow.convert(path, expected[source], x, TIMES, source=source, to=to)
+    # At t = 0.02 a noise must be told from x to a few per cent of itself: some digits go.
+    assert_close(found, expected[to], 1e-3 if name == "vp" else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "gvp"])
+def test_a_velocity_converts_at_both_ends(name, ends):
+    data, noise = (end[:2].astype(np.float32) for end in ends)
+    t = np.array([0.0, 1.0])
+    path = flow.get_path(name)
+    x = flow.interpolate(path, data, noise, t)
+    velocity = flow.target(path, "velocity", data, noise, t)
+    for to, expected in (("data", data), ("noise", noise)):
+        assert_close(flow.convert(path, velocity, x, t, source="velocity", to=to), expected)
+    found = flow.convert(path, data[:1], x[:1], t[:1], source="data", to="velocity")
+    assert_close(found, velocity[:1])
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_values_of_the_published_code(name, reference_fixtures):
+    values = np.load(reference_fixtures / "paths.npz")
+    data, noise, t = values["data"], values["noise"], values["t"]
+    path = flow.get_path(name)
+    coefficients = path.coefficients(jnp.asarray(t))
+    for key, found in coefficients._asdict().items():
+        np.testing.assert_allclose(found, values[f"{name}/{key}"], rtol=2e-6)
+    x = flow.interpolate(path, data, noise, t)
+    assert_close(x, values[f"{name}/xt"], 2e-6)
+    assert_close(flow.target(path, "velocity", data, noise, t), values[f"{name}/ut"], 2e-6)
+    for to in ("score", "noise"):
+        found = flow.convert(path, values["velocity"], x, t, source="velocity", to=to)
+        assert_close(found, values[f"{name}/{to}_from_velocity"], 5e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("prediction", "weighting"),
+    [("velocity", "none")]
+    + [(p, w) for p in ("score", "noise") for w in ("none", "velocity", "likelihood")],
+)
+def test_flow_loss(name, prediction, weighting, ends):
+    data, noise = ends
+    output = np.random.default_rng(1).normal(size=data.shape)
+    alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, TIMES)
+    g = d_alpha / alpha * sigma**2 - sigma * d_sigma
+    weight = {"none": 1.0, "velocity": (g / sigma) ** 2, "likelihood": g / sigma**2}[weighting]
+    _, expected = exact_quantities(name, data, noise, TIMES[:, None, None])
+    error = output - expected[prediction]
+    if prediction == "score":
+        error *= sigma[:, None, None]
+    path = flow.get_path(name)
+    found = flow.flow_loss(path, prediction, output, data, noise, TIMES, weighting)
+    assert found.shape == TIMES.shape
+    np.testing.assert_allclose(found, weight * np.mean(error**2, axis=(1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+def test_velocity_weighting_is_the_error_of_the_velocity(name, prediction, ends):
+    data, noise = ends
+    output = np.random.default_rng(2).normal(size=data.shape)
+    path = flow.get_path(name)
+    x = flow.interpolate(path, data, noise, TIMES)
+    velocity = flow.convert(path, output, x, TIMES, source=prediction, to="velocity")
+    expected = flow.flow_loss(path, "velocity", velocity, data, noise, TIMES)
+    found = flow.flow_loss(path, prediction, output, data, noise, TIMES, "velocity")
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("prediction", flow.PREDICTIONS)
+def test_losses_and_gradients_are_finite_at_the_ends_of_the_interval(name, prediction):
+    path = flow.get_path(name)
+    t = jnp.array(flow.time_interval(path, prediction))
+    data, noise, output = jax.random.normal(jax.random.key(0), (3, 2, 8))
+    for weighting in ("none",) if prediction == "velocity" else flow.WEIGHTINGS:
+        loss = lambda o, w=weighting: flow.flow_loss(path, prediction, o, data, noise, t, w).sum()
+        value, gradient = jax.jit(jax.value_and_grad(loss))(output)
+        assert np.isfinite(value)
+        assert np.all(np.isfinite(gradient))
+
+
+def test_time_interval():
+    linear, vp = flow.get_path("linear"), flow.get_path("vp")
+    assert flow.time_interval(linear, "velocity") == (0.0, 1.0)
+    assert flow.time_interval(linear, "velocity", sampling=True) == (0.0, 1.0)
+    assert flow.time_interval(linear, "noise") == (1e-3, 1 - 1e-3)
+    assert flow.time_interval(vp, "velocity") == (0.0, 1 - 1e-5)
+    assert flow.time_interval(vp, "score", sampling=True) == (0.0, 1 - 1e-3)
+
+
+def test_uniform_times():
+    t = np.sort(flow.sample_timesteps(jax.random.key(0), 100_000, t0=0.25, t1=0.75))
+    assert t[0] >= 0.25
+    assert t[-1] <= 0.75
+    cdf = (np.arange(t.size) + 0.5) / t.size
+    assert np.abs((t - 0.25) / 0.5 - cdf).max() < 1.95 / t.size**0.5  # Kolmogorov, p = 0.001
+
+
+@pytest.mark.parametrize(("location", "scale"), [(0.0, 1.0), (-0.8, 0.6), (1.0, 2.0)])
+def test_logit_normal_times(location, scale):
+    t = flow.sample_timesteps(
+        jax.random.key(1), 100_000, "logit_normal", location=location, scale=scale
+    )
+    assert t.dtype == jnp.float32
+    t = np.sort(np.asarray(t, np.float64))
+    assert t[0] > 0
+    assert t[-1] < 1
+    normal = statistics.NormalDist(location, scale)
+    cdf = np.array([normal.cdf(z) for z in np.log(t / (1 - t))])
+    assert np.abs(cdf - (np.arange(t.size) + 0.5) / t.size).max() < 1.95 / t.size**0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    mean = np.sum(weights / (1 + np.exp(-location - scale * nodes))) / np.sum(weights)
+    np.testing.assert_allclose(t.mean(), mean, atol=4 * t.std() / t.size**0.5)
+
+
+def test_errors_name_what_is_allowed():
+    path, x, t = flow.get_path("linear"), jnp.ones((2, 3)), jnp.full(2, 0.5)
+    with pytest.raises(ValueError, match="'cosine'; expected one of linear, gvp, vp"):
+        flow.get_path("cosine")
+    with pytest.raises(ValueError, match="'x0'; expected one of velocity, score, noise"):
+        flow.target(path, "x0", x, x, t)
+    with pytest.raises(ValueError, match=r"source 'x0'; expected one of .*data"):
+        flow.convert(path, x, x, t, source="x0", to="data")
+    with pytest.raises(ValueError, match=r"to 'x0'; expected one of .*data"):
+        flow.convert(path, x, x, t, source="data", to="x0")
+    with pytest.raises(ValueError, match="'snr'; expected one of none, velocity, likelihood"):
+        flow.flow_loss(path, "noise", x, x, x, t, "snr")
+    with pytest.raises(ValueError, match="defined for score and noise"):
+        flow.flow_loss(path, "velocity", x, x, x, t, "likelihood")
+    with pytest.raises(ValueError, match="'beta'; expected one of uniform, logit_normal"):
+        flow.sample_timesteps(jax.random.key(0), 4, "beta")
