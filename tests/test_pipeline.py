@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+
+from repulsor_jax.data import latent_dataset as ld
+from repulsor_jax.data.pipeline import training_iterator
+
+COUNT = 22
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Record i holds the value i and the label i."""
+    latents = np.broadcast_to(np.arange(COUNT)[:, None, None, None], (COUNT, 2, 2, 3))
+    return ld.write_latent_dataset(
+        tmp_path_factory.mktemp("latents") / "d",
+        [(latents, np.arange(COUNT))],
+        num_records=COUNT,
+        stochastic=False,
+        autoencoder="identity",
+        scale=1.0,
+        source="test",
+        split="train",
+        class_names=[str(i) for i in range(COUNT)],
+        num_shards=3,
+    )
+
+
+def labels(iterator, steps):
+    return [next(iterator)["labels"].tolist() for _ in range(steps)]
+
+
+def shares(dataset, process_count, **options):
+    options = {"global_batch_size": 8, "seed": 3, **options}
+    return [
+        training_iterator(dataset, process_index=r, process_count=process_count, **options)
+        for r in range(process_count)
+    ]
+
+
+def global_batches(iterators, steps):
+    return [np.concatenate([next(it)["labels"] for it in iterators]).tolist() for _ in range(steps)]
+
+
+def test_batches(dataset):
+    for batch in (next(it) for it in shares(dataset, 2)):
+        assert batch["latents"].shape == (4, 2, 2, 3)
+        assert batch["latents"].dtype == np.float16
+        assert batch["labels"].dtype == np.int32
+        np.testing.assert_array_equal(
+            batch["latents"], np.broadcast_to(batch["labels"][:, None, None, None], (4, 2, 2, 3))
+        )
+
+
+@pytest.mark.parametrize("batch", [8, 64])  # 64 rows span three epochs of 22 records
+def test_each_epoch_is_a_permutation_fixed_by_seed_and_epoch(dataset, batch):
+    rows = np.concatenate(global_batches(shares(dataset, 1, global_batch_size=batch), 11))
+    for epoch, found in enumerate(rows[: len(rows) // COUNT * COUNT].reshape(-1, COUNT)):
+        expected = np.random.default_rng((3, epoch)).permutation(COUNT)
+        np.testing.assert_array_equal(found, expected)
+    other = np.concatenate(global_batches(shares(dataset, 1, seed=4), 3))
+    assert not np.array_equal(other[:COUNT], rows[:COUNT])
+
+
+@pytest.mark.parametrize("process_count", [2, 4, 8])
+def test_the_global_batch_does_not_depend_on_the_process_count(dataset, process_count):
+    expected = global_batches(shares(dataset, 1), 12)  # 96 rows: over four epochs
+    assert global_batches(shares(dataset, process_count), 12) == expected
+
+
+def test_threads_do_not_change_the_order(dataset):
+    expected = labels(shares(dataset, 1, num_threads=0, prefetch=0)[0], 20)
+    assert labels(shares(dataset, 1, num_threads=4, prefetch=8)[0], 20) == expected
+
+
+def test_a_process_reads_its_own_records_only(dataset, monkeypatch):
+    read = []
+
+    class Recorder:
+        source = dataset.open()
+
+        def __getitems__(self, indices):
+            read.extend(indices)
+            return self.source.__getitems__(indices)
+
+    monkeypatch.setattr(ld.LatentDataset, "open", lambda self: Recorder())
+    iterator = shares(dataset, 4, num_threads=0, prefetch=0)[2]
+    got = np.ravel(labels(iterator, 9)).tolist()
+    assert len(got) == 9 * 2
+    assert read == got
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 4])
+def test_resume_on_any_process_count(dataset, before, after):
+    iterators = shares(dataset, before)
+    global_batches(iterators, 5)
+    states = [json.loads(json.dumps(it.get_state())) for it in iterators]
+    assert states == [{"next_index": 5}] * before
+    expected = global_batches(iterators, 10)
+    resumed = shares(dataset, after)
+    for iterator in resumed:
+        next(iterator)  # an iterator in use can be set back, too
+        iterator.set_state(states[0])
+    assert global_batches(resumed, 10) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_batch_size": 8, "process_count": 3}, "8 over 3 processes"),
+        ({"global_batch_size": 0}, "batch size of 0"),
+        ({"global_batch_size": 8, "process_count": 2, "process_index": 2}, "process_index 2 of 2"),
+        ({"global_batch_size": 8, "seed": -1}, "seed: found -1"),
+    ],
+)
+def test_wrong_arguments(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        training_iterator(dataset, **{"seed": 0, **options})

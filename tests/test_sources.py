@@ -1,0 +1,115 @@
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from repulsor_jax.data.sources import open_source
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((5, 4, 3), value, np.uint8)).save(file, "png")
+    file.seek(0)
+    return file
+
+
+class TinyImages(tfds.core.GeneratorBasedBuilder):
+    """Image i of a split has the value i and the label i % 2."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    wanted = ("image", "label")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(5, 4, 3)),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+        }
+        features = {key: features[key] for key in self.wanted}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(6), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            example = {"image": self.image(i), "label": i % 2}
+            yield i, {key: example[key] for key in self.wanted}
+
+    def image(self, i):
+        return png(i)
+
+
+class TinyUnlabelled(TinyImages):
+    wanted = ("image",)
+
+
+class TinyArrays(TinyImages):
+    def image(self, i):
+        return np.full((5, 4, 3), i, np.uint8)
+
+
+def test_digits_are_scikit_learns():
+    digits = load_digits()
+    train, test = open_source("digits", "train"), open_source("digits", "test")
+    assert (len(train), len(test)) == (1300, 497)
+    assert list(train.class_names) == list("0123456789")
+    order = np.random.RandomState(0).permutation(1797)
+    items = [train[i] for i in range(1300)] + [test[i] for i in range(497)]
+    for (image, label), row in zip(items, order, strict=True):
+        assert image.shape == (8, 8, 1)
+        assert image.dtype == np.uint8
+        assert type(label) is int
+        assert label == digits.target[row]
+        # 16 levels of 255 / 16: rounding is within half a grey level, and can be undone.
+        assert np.abs(image[..., 0] - digits.images[row] * 255 / 16).max() <= 0.5
+    assert train[0][0].max() <= 255
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("digit", "train", r"found 'digit', expected one of \['digits', 'tfds'\]"),
+        ("digits:8", "train", "expected 'digits'"),
+        ("digits", "val", r"found split 'val', expected one of \['test', 'train'\]"),
+        ("tfds:no_such_data_set", "train", "does not know 'no_such_data_set'"),
+    ],
+)
+def test_unknown_names_and_splits(tmp_path, name, split, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(name, split, data_dir=str(tmp_path))
+
+
+def test_tfds(tmp_path):
+    source = open_source("tfds:tiny_images", "train", data_dir=str(tmp_path))
+    assert len(source) == 6
+    assert list(source.class_names) == ["cat", "dog"]
+    # tfds shuffles as it writes: each value still stands with its label.
+    values = set()
+    for image, label in (source[i] for i in range(6)):
+        assert image.shape == (5, 4, 3)
+        assert image.dtype == np.uint8
+        assert type(label) is int
+        assert label == image[0, 0, 0] % 2
+        values.add(int(image[0, 0, 0]))
+    assert values == set(range(6))
+    assert len(open_source("tfds:tiny_images", "test", data_dir=str(tmp_path))) == 3
+    assert len(open_source("tfds:tiny_images", "train[:50%]", data_dir=str(tmp_path))) == 3
+    with pytest.raises(ValueError, match=r"found split 'val', expected one of \['test', 'train'\]"):
+        open_source("tfds:tiny_images", "val", data_dir=str(tmp_path))
+
+
+def test_tfds_without_labels(tmp_path):
+    with pytest.raises(ValueError, match="expected an image and a class label"):
+        open_source("tfds:tiny_unlabelled", "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is not None, reason="tensorflow is installed"
+)
+def test_tfds_that_needs_tensorflow_to_prepare(tmp_path):
+    with pytest.raises(ValueError, match=r"No module named 'tensorflow'.*tfds build tiny_arrays"):
+        open_source("tfds:tiny_arrays", "train", data_dir=str(tmp_path))
