@@ -1,0 +1,495 @@
+"""The diffusion transformer: DiT's architecture as SiT trains it, so that SiT's weights load.
+
+DiT: Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
+SiT: Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models", arXiv 2401.08740.
+
+Every parameter carries logical axis names; a caller maps them to mesh axes with
+`nn.logical_axis_rules` under `jax.set_mesh`. Without either the names do nothing.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+Params = dict[str, Any]
+
+# The published model sizes (arXiv 2212.09748, table 1); "XL/2" is DIT_SIZES["XL"] at patch size 2.
+DIT_SIZES: dict[str, dict[str, int]] = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+NUM_FREQUENCIES = 256
+_MAX_PERIOD = 10_000.0
+_NORM_EPS = 1e-6
+_QK_NORM_EPS = 1e-5
+
+
+def drop_labels(key: Array, labels: Array, num_classes: int, rate: float) -> Array:
+    """Replaces each label by the null class with probability `rate`.
+
+    This is the label dropout of classifier-free guidance (arXiv 2207.12598, section 3.2).
+
+    Args:
+      key: a PRNG key.
+      labels: [B] integer classes.
+      num_classes: the null class's index, one past the last real class.
+      rate: probability in [0, 1].
+
+    Returns:
+      [B] labels of the same dtype.
+
+    Raises:
+      ValueError: if `rate` lies outside [0, 1].
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate: found {rate}, expected a probability in [0, 1]")
+    dropped = jax.random.bernoulli(key, rate, labels.shape)
+    return jnp.where(dropped, jnp.asarray(num_classes, labels.dtype), labels)
+
+
+def position_embedding(grid_size: int, hidden_size: int) -> np.ndarray:
+    """The fixed 2-D sine-cosine position table, [grid_size**2, hidden_size] float32.
+
+    Tokens are in row-major order. The first half of the channels encodes the column, the second
+    the row; each half holds sines, then cosines, of `hidden_size // 4` frequencies
+    `10000 ** (-4 i / hidden_size)` (DiT's layout of arXiv 1706.03762, section 3.5).
+
+    Raises:
+      ValueError: if `hidden_size` is not a multiple of 4.
+    """
+    if hidden_size % 4:
+        raise ValueError(f"hidden_size: found {hidden_size}, expected a multiple of 4")
+    quarter = hidden_size // 4
+    frequencies = 1.0 / _MAX_PERIOD ** (np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid_size, dtype=np.float64)[:, None] * frequencies
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    column = np.tile(line, (grid_size, 1))
+    row = np.repeat(line, grid_size, axis=0)
+    return np.concatenate([column, row], axis=1).astype(np.float32)
+
+
+def time_features(t: Array) -> Array:
+    """Cosines, then sines, of `t` [B] at 256 / 2 frequencies: [B, 256] float32 (GLIDE's
+    layout)."""
+    half = NUM_FREQUENCIES // 2
+    frequencies = np.exp(-np.log(_MAX_PERIOD) * np.arange(half, dtype=np.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(x: Array, patch_size: int) -> Array:
+    """[B, H, W, C] to tokens [B, N, patch_size**2 * C], channels last within a patch."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.swapaxes(2, 3).reshape(batch, rows * columns, patch_size**2 * channels)
+
+
+def unpatchify(tokens: Array, patch_size: int) -> Array:
+    """The inverse of `patchify` on a square grid: [B, N, patch_size**2 * C] to [B, H, W, C]."""
+    batch, count, features = tokens.shape
+    side = round(count**0.5)
+    channels = features // patch_size**2
+    x = tokens.reshape(batch, side, side, patch_size, patch_size, channels)
+    return x.swapaxes(2, 3).reshape(batch, side * patch_size, side * patch_size, channels)
+
+
+def _normalise(x: Array, eps: float) -> Array:
+    """LayerNorm without affine over the last axis, in float32: same shape, float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+def _modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """Adaptive layer norm: x [B, N, D], shift and scale [B, D]; float32 (arXiv 2212.09748, 3.2)."""
+    shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
+    return _normalise(x, _NORM_EPS) * (1.0 + scale[:, None]) + shift[:, None]
+
+
+def _gated_add(x: Array, gate: Array, update: Array) -> Array:
+    """x + gate * update with one rounding to x's dtype; x and update [B, N, D], gate [B, D]."""
+    update = gate.astype(jnp.float32)[:, None] * update.astype(jnp.float32)
+    return (x.astype(jnp.float32) + update).astype(x.dtype)
+
+
+def _dense(
+    features: int,
+    names: tuple[str, str],
+    *,
+    name: str,
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform(),  # noqa: B008
+    dtype: Any = jnp.float32,
+    precision: jax.lax.Precision | None = None,
+) -> nn.Dense:
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        precision=precision,
+        kernel_init=nn.with_logical_partitioning(kernel_init, names),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, names[1:]),
+        name=name,
+    )
+
+
+def _project(dense: nn.Dense, x: Array) -> Array:
+    """Applies `dense` to [B, N, F] as one matrix product, [B, N, features].
+
+    With three axes the weight gradient contracts two of them, for which XLA on a CPU transposes
+    its operands and takes 1.7 times as long; elsewhere the reshape costs nothing.
+    """
+    batch, count, features = x.shape
+    return dense(x.reshape(batch * count, features)).reshape(batch, count, -1)
+
+
+def attend(
+    q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None
+) -> Array:
+    """Softmax attention without a mask (arXiv 1706.03762, equation 1).
+
+    Args:
+      q: [B, N, H, hd] queries; k and v have the same shape.
+      k: keys.
+      v: values.
+      implementation: "xla" or "cudnn" for `jax.nn.dot_product_attention`'s. None divides by the
+        softmax's sum after the product with v, on [N, hd] instead of [N, N] values per head;
+        logits, exponentials' sum and the division are float32.
+
+    Returns:
+      [B, N, H, hd] in v's dtype.
+    """
+    if implementation is not None:
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("bqhd,bkhd->bhqk", q, k)
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp((logits - largest) * q.shape[-1] ** -0.5)
+    out = product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+    return (out / weights.sum(axis=-1).swapaxes(1, 2)[..., None]).astype(v.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over each head's features with affine parameters, [..., hd] to float32 [..., hd].
+
+    Epsilon is 1e-5, as in the `qk_norm` of the attention that SiT builds on.
+    """
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last axis."""
+        size = x.shape[-1]
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale: Any = self.param("scale", nn.with_logical_partitioning(ones, (None,)), (size,))
+        bias: Any = self.param("bias", nn.with_logical_partitioning(zeros, (None,)), (size,))
+        return _normalise(x, _QK_NORM_EPS) * scale + bias
+
+
+class Block(nn.Module):
+    """One adaLN-Zero transformer block (arXiv 2212.09748, section 3.2).
+
+    The fused qkv projection is laid out heads-major, [D, num_heads * 3 * hd], so that splitting
+    its output axis over devices splits by heads.
+    """
+
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    dtype: Any
+    attention: Literal["xla", "cudnn"] | None
+
+    @nn.compact
+    def __call__(self, x: Array, condition: Array) -> Array:
+        """Maps tokens x [B, N, D] under the activated condition [B, D] to tokens [B, N, D]."""
+        x = nn.with_logical_constraint(x, ("batch", None, None))
+        zeros = nn.initializers.zeros
+        modulation = _dense(
+            6 * self.hidden_size,
+            ("embed", "modulation"),
+            name="modulation",
+            kernel_init=zeros,
+            dtype=self.dtype,
+        )(condition)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
+            modulation, 6, axis=-1
+        )
+        h = _modulate(x, shift_msa, scale_msa).astype(self.dtype)
+        x = _gated_add(x, gate_msa, self._attend(h))
+        h = _modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
+        x = _gated_add(x, gate_mlp, self._mlp(h))
+        return nn.with_logical_constraint(x, ("batch", None, None))
+
+    def _attend(self, h: Array) -> Array:
+        batch, count, width = h.shape
+        qkv = _project(_dense(3 * width, ("embed", "heads"), name="qkv", dtype=self.dtype), h)
+        qkv = qkv.reshape(batch, count, self.num_heads, 3, width // self.num_heads)
+        q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
+        if self.qk_norm:
+            q = HeadNorm(name="q_norm")(q).astype(self.dtype)
+            k = HeadNorm(name="k_norm")(k).astype(self.dtype)
+        out = attend(q, k, v, self.attention).reshape(batch, count, width)
+        return _project(_dense(width, ("heads", "embed"), name="proj", dtype=self.dtype), out)
+
+    def _mlp(self, h: Array) -> Array:
+        hidden = int(self.hidden_size * self.mlp_ratio)
+        dense = functools.partial(_dense, dtype=self.dtype)
+        h = _project(dense(hidden, ("embed", "mlp"), name="mlp_in"), h)
+        h = nn.gelu(h, approximate=True)
+        return _project(dense(self.hidden_size, ("mlp", "embed"), name="mlp_out"), h)
+
+
+class DiT(nn.Module):
+    """A class-conditional diffusion transformer on square latents.
+
+    Attributes:
+      latent_size: height and width of the latents.
+      in_channels: channels C of the latents.
+      patch_size: side of a patch; N = (latent_size / patch_size)**2 tokens.
+      hidden_size: model width D.
+      depth: number of blocks.
+      num_heads: attention heads.
+      num_classes: real classes; the label `num_classes` means none (the null class).
+      mlp_ratio: width of the MLP's hidden layer over D.
+      learn_sigma: the final layer makes 2 C channels, of which the output keeps the first C.
+      qk_norm: normalise queries and keys per head.
+      scan_blocks: one compiled block looped over stacked parameters ("blocks") instead of `depth`
+        blocks with parameters of their own ("block_0", ...).
+      remat: what the backward pass finds saved: "none" rematerialises nothing, "dots" saves the
+        projections' outputs alone, "full" saves only the blocks' inputs.
+      dtype: compute dtype. Parameters, normalisation, softmax, the time embedding and the final
+        layer stay in float32.
+      attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+
+    Raises:
+      ValueError: on construction, naming the field whose value does not fit.
+    """
+
+    latent_size: int
+    in_channels: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = False
+    qk_norm: bool = False
+    scan_blocks: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    attention: Literal["xla", "cudnn"] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        self._check_fields()
+        super().__post_init__()
+
+    def _check_fields(self) -> None:
+        counts = ("latent_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads")
+        for field in (*counts, "num_classes"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"{field}: found {value}, expected a positive integer")
+        if self.latent_size % self.patch_size:
+            raise ValueError(
+                f"patch_size: found {self.patch_size}, expected a divisor of latent_size "
+                f"{self.latent_size}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size: found {self.hidden_size}, expected a multiple of 4 for the "
+                "position embedding"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads: found {self.num_heads}, expected a divisor of hidden_size "
+                f"{self.hidden_size}"
+            )
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio: found {self.mlp_ratio}, expected a positive number")
+        if self.remat not in ("none", *REMAT_POLICIES):
+            raise ValueError(f"remat: found {self.remat!r}, expected one of none, dots, full")
+        if self.attention not in (None, "xla", "cudnn"):
+            raise ValueError(f"attention: found {self.attention!r}, expected None, xla or cudnn")
+
+    @nn.compact
+    def __call__(
+        self, x: Array, t: Array, labels: Array, *, tap: int | None = None
+    ) -> Array | tuple[Array, Array]:
+        """Predicts the output (a velocity, say) at `x` and time `t`.
+
+        Args:
+          x: [B, H, W, C] latents at time t.
+          t: [B] times in [0, 1], 0 noise and 1 data.
+          labels: [B] int32 classes in [0, num_classes].
+          tap: index of a block whose output tokens to return as well.
+
+        Returns:
+          [B, H, W, C] float32; with `tap`, the pair of it and tokens [B, N, D] in `dtype`.
+
+        Raises:
+          ValueError: if `tap` is not the index of a block, or the shapes of `x`, `t` or
+            `labels` do not fit.
+        """
+        latent = (self.latent_size, self.latent_size, self.in_channels)
+        if x.ndim != 4 or x.shape[1:] != latent:
+            raise ValueError(
+                f"x: found shape {x.shape}, expected [B, {', '.join(map(str, latent))}]"
+            )
+        for name, vector in (("t", t), ("labels", labels)):
+            if vector.shape != x.shape[:1]:
+                raise ValueError(f"{name}: found shape {vector.shape}, expected {x.shape[:1]}")
+        if tap is not None and not 0 <= tap < self.depth:
+            raise ValueError(f"tap: found {tap}, expected a block in 0 to {self.depth - 1}")
+
+        tokens = patchify(x, self.patch_size).astype(self.dtype)
+        embed = _dense(self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype)
+        tokens = _project(embed, tokens)
+        positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
+        tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
+        condition = self._condition(t, labels)
+        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), tap)
+        tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
+        out = self._final_layer(tokens, condition)
+        return out if tapped is None else (out, tapped)
+
+    def _condition(self, t: Array, labels: Array) -> Array:
+        """SiLU of the sum of time and label embeddings, [B, D] float32.
+
+        Every user of the condition applies SiLU first, so it is applied here once.
+        """
+        normal = nn.initializers.normal(0.02)
+        # A bfloat16 product (TPU's default for float32) would round t to 8 bits.
+        time_dense = functools.partial(
+            _dense, self.hidden_size, kernel_init=normal, precision=jax.lax.Precision.HIGHEST
+        )
+        h = nn.silu(time_dense(("frequency", "mlp"), name="time_in")(time_features(t)))
+        h = time_dense(("mlp", "embed"), name="time_out")(h)
+        label = nn.Embed(
+            self.num_classes + 1,
+            self.hidden_size,
+            embedding_init=nn.with_logical_partitioning(normal, ("classes", "embed")),
+            name="label_embed",
+        )(labels)
+        return nn.silu(h + label)
+
+    def _run_blocks(
+        self, tokens: Array, condition: Array, tap: int | None
+    ) -> tuple[Array, Array | None]:
+        """Runs all blocks; the second result is the output of block `tap`, if asked."""
+        block_class: Any = Block
+        if self.remat != "none":
+            # Inside a scan the loop itself keeps XLA from undoing the rematerialisation.
+            block_class = nn.remat(
+                Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks
+            )
+        make_block = functools.partial(
+            block_class,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+        if not self.scan_blocks:
+            tapped = None
+            for i in range(self.depth):
+                tokens = make_block(name=f"block_{i}")(tokens, condition)
+                if i == tap:
+                    tapped = tokens
+            return tokens, tapped
+
+        def plain(block: nn.Module, x: Array, condition: Array, index: Array) -> Any:
+            return block(x, condition), None
+
+        def tapping(
+            block: nn.Module, carry: tuple[Array, Array], condition: Array, index: Array
+        ) -> Any:
+            x, tapped = carry
+            x = block(x, condition)
+            return (x, jnp.where(index == tap, x, tapped)), None
+
+        scan = functools.partial(
+            nn.scan,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = make_block(name="blocks")
+        indices = jnp.arange(self.depth)
+        if tap is None:
+            tokens, _ = scan(plain)(blocks, tokens, condition, indices)
+            return tokens, None
+        carry = (tokens, jnp.zeros_like(tokens))
+        (tokens, tapped), _ = scan(tapping)(blocks, carry, condition, indices)
+        return tokens, tapped
+
+    def _final_layer(self, tokens: Array, condition: Array) -> Array:
+        """Adaptive norm, projection to patches in float32 and unpatchify: [B, H, W, C]."""
+        zeros = nn.initializers.zeros
+        channels = self.in_channels * (2 if self.learn_sigma else 1)
+        modulation = _dense(
+            2 * self.hidden_size,
+            ("embed", "modulation"),
+            name="final_modulation",
+            kernel_init=zeros,
+        )(condition)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        features = self.patch_size**2 * channels
+        dense = _dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
+        out = _project(dense, _modulate(tokens, shift, scale))
+        return unpatchify(out, self.patch_size)[..., : self.in_channels]
+
+
+def stack_blocks(params: Mapping[str, Any]) -> Params:
+    """Converts loop parameters ("block_0", ...) to scanned ones ("blocks", leading layer axis).
+
+    Arrays may be NumPy's, JAX's or boxed with logical names; names gain or lose "layers".
+
+    Raises:
+      ValueError: if `params` holds no "block_0" or skips a block.
+    """
+    names = [name for name in params if name.startswith("block_")]
+    blocks = [params.get(f"block_{i}") for i in range(len(names))]
+    if not blocks or any(block is None for block in blocks):
+        raise ValueError(f"params: found blocks {sorted(names)}, expected block_0, block_1, ...")
+    stacked = jax.tree.map(lambda *leaves: _namespace(leaves[0]).stack(leaves), *blocks)
+    rest = {name: value for name, value in params.items() if name not in names}
+    return {**rest, "blocks": nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})}
+
+
+def unstack_blocks(params: Mapping[str, Any]) -> Params:
+    """The inverse of `stack_blocks`.
+
+    Raises:
+      ValueError: if `params` holds no "blocks".
+    """
+    if "blocks" not in params:
+        raise ValueError(f"params: found {sorted(params)}, expected an entry named blocks")
+    stacked = nn.meta.remove_axis(params["blocks"], 0, {nn.PARTITION_NAME: "layers"})
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    blocks = {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)}
+    return {**{name: value for name, value in params.items() if name != "blocks"}, **blocks}
+
+
+def _namespace(leaf: Any) -> Any:
+    return np if isinstance(leaf, np.ndarray) else jnp

@@ -1,0 +1,323 @@
+import ast
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from repulsor_jax.models import dit, torch_weights
+
+TINY = pathlib.Path(__file__).parent / "data" / "sit_tiny.npz"
+RULES = [("batch", ("data", "fsdp")), ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor")]
+LAYOUTS = [(scan, remat) for scan in (False, True) for remat in ("none", "dots", "full")]
+
+
+class Reference(NamedTuple):
+    values: Any
+    fields: dict[str, Any]
+    params: dit.Params
+    inputs: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def read_reference(path: pathlib.Path, extra: str | None = None) -> Reference:
+    values = np.load(path)
+    config = ast.literal_eval(str(values["config"]))
+    prefixes = ["state/"] + ([extra] if extra else [])
+    state = {
+        key.removeprefix(prefix): values[key]
+        for prefix in prefixes
+        for key in values.files
+        if key.startswith(prefix)
+    }
+    fields = {key: value for key, value in config.items() if key != "class_dropout_prob"}
+    fields["latent_size"] = fields.pop("input_size")
+    sizes = {key: fields[key] for key in ("num_heads", "patch_size", "in_channels")}
+    params = torch_weights.from_torch_state_dict(state, **sizes)
+    inputs = (values["x"].transpose(0, 2, 3, 1), values["t"], values["y"].astype(np.int32))
+    return Reference(values, fields, params, inputs)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Reference:
+    return read_reference(TINY)
+
+
+def relative_error(found: Any, expected: np.ndarray) -> float:
+    return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
+
+
+def channels_first(x: jax.Array) -> np.ndarray:
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def layout(reference: Reference, scan: bool, **fields: Any) -> tuple[dit.DiT, Any]:
+    model = dit.DiT(**{**reference.fields, "scan_blocks": scan, **fields})
+    params = dit.stack_blocks(reference.params) if scan else reference.params
+    return model, {"params": params}
+
+
+def check_against_reference(reference: Reference, scan: bool, remat: str) -> None:
+    values, depth = reference.values, reference.fields["depth"]
+    model, variables = layout(reference, scan, remat=remat)
+    x, t, labels = reference.inputs
+
+    @jax.jit
+    def run(variables: Any, x: Any, t: Any, labels: Any) -> Any:
+        pairs = [model.apply(variables, x, t, labels, tap=i) for i in range(depth)]
+        nulls = jnp.full_like(labels, model.num_classes)
+        cond, null = (model.apply(variables, x, t, label) for label in (labels, nulls))
+        guided = null[..., :3] + 3.0 * (cond - null)[..., :3]
+        return pairs, cond, jnp.concatenate([guided, cond[..., 3:]], axis=-1)
+
+    pairs, out, guided = run(variables, x, t, labels)
+    for i, (tapped_out, tokens) in enumerate(pairs):
+        assert relative_error(tokens, values[f"block/{i}"]) < 2e-5
+        np.testing.assert_allclose(tapped_out, out, rtol=1e-5, atol=1e-5)
+    assert relative_error(channels_first(out), values["out"]) < 2e-5
+    assert relative_error(channels_first(guided), values["cfg3"]) < 2e-5
+    assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("scan", "remat"), LAYOUTS)
+def test_agrees_with_an_independent_evaluation(tiny: Reference, scan: bool, remat: str) -> None:
+    check_against_reference(tiny, scan, remat)
+
+
+@pytest.mark.parametrize(("scan", "remat"), LAYOUTS)
+def test_agrees_with_the_published_code(
+    reference_fixtures: pathlib.Path, scan: bool, remat: str
+) -> None:
+    check_against_reference(read_reference(reference_fixtures / "sit_small.npz"), scan, remat)
+
+
+def test_qk_norm_agrees_with_an_independent_evaluation(tiny: Reference) -> None:
+    normed = read_reference(TINY, extra="qk_norm/state/")
+    model, variables = layout(normed, scan=True, qk_norm=True)
+    out = channels_first(model.apply(variables, *normed.inputs))
+    assert relative_error(out, tiny.values["qk_norm/out"]) < 2e-5
+    assert relative_error(out, tiny.values["out"]) > 1e-2
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("scan", [False, True])
+def test_every_parameter_names_each_of_its_axes(tiny: Reference, scan: bool, qk_norm: bool) -> None:
+    model, _ = layout(tiny, scan, qk_norm=qk_norm)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *tiny.inputs)["params"]
+    known = {"embed", "mlp", "heads", "layers", "patch", "classes", "modulation", "frequency", None}
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+    for path, leaf in leaves:
+        assert is_box(leaf), path
+        assert len(leaf.names) == leaf.value.ndim, path
+        assert set(leaf.names) <= known, path
+        assert ("layers" in leaf.names) == (path[0].key == "blocks"), path
+    names = {"/".join(key.key for key in path): leaf.names for path, leaf in leaves}
+    block, layers = ("blocks", ("layers",)) if scan else ("block_0", ())
+    assert names["patch_embed/kernel"] == ("patch", "embed")
+    assert names["label_embed/embedding"] == ("classes", "embed")
+    assert names[f"{block}/qkv/kernel"] == (*layers, "embed", "heads")
+    assert names[f"{block}/proj/kernel"] == (*layers, "heads", "embed")
+    assert names[f"{block}/modulation/bias"] == (*layers, "modulation")
+
+
+def test_stacking_and_unstacking_are_inverse(tiny: Reference) -> None:
+    stacked = dit.stack_blocks(tiny.params)
+    qkv = stacked["blocks"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(qkv[1], tiny.params["block_1"]["qkv"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, dit.unstack_blocks(stacked), tiny.params)
+    scanned, _ = layout(tiny, scan=True)
+    looped, _ = layout(tiny, scan=False)
+    boxed = {
+        model: jax.eval_shape(model.init, jax.random.key(0), *tiny.inputs)["params"]
+        for model in (scanned, looped)
+    }
+    shapes = jax.eval_shape(dit.stack_blocks, boxed[looped])
+    assert shapes == boxed[scanned]
+    assert jax.eval_shape(dit.unstack_blocks, boxed[scanned]) == boxed[looped]
+
+
+def test_stacking_refuses_what_it_cannot_convert(tiny: Reference) -> None:
+    gap = {name: value for name, value in tiny.params.items() if name != "block_0"}
+    with pytest.raises(ValueError, match="block_1"):
+        dit.stack_blocks(gap)
+    with pytest.raises(ValueError, match="blocks"):
+        dit.unstack_blocks(tiny.params)
+
+
+def test_gradients_do_not_depend_on_layout_or_remat(tiny: Reference) -> None:
+    def gradient(scan: bool, remat: str) -> Any:
+        model, variables = layout(tiny, scan, remat=remat)
+
+        def loss(variables: Any) -> jax.Array:
+            out, tokens = model.apply(variables, *tiny.inputs, tap=0)
+            return jnp.square(out).mean() + jnp.square(tokens).mean()
+
+        grads = jax.jit(jax.grad(loss))(variables)["params"]
+        return dit.unstack_blocks(grads) if scan else grads
+
+    expected = gradient(scan=False, remat="none")
+    assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.any(leaf != 0)), expected))
+    for scan, remat in LAYOUTS[1:]:
+        found = gradient(scan, remat)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(b).max()),
+            found,
+            expected,
+        )
+
+
+def test_directional_derivative_agrees_with_finite_differences(tiny: Reference) -> None:
+    model, variables = layout(tiny, scan=False)
+    x, t, labels = tiny.inputs
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(variables)))
+        keys = jax.tree.unflatten(jax.tree.structure(variables), list(keys))
+        step = jax.tree.map(lambda leaf, k: jax.random.normal(k, leaf.shape), variables, keys)
+        step = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), step)
+
+        @jax.jit
+        def loss(scale: jax.Array) -> jax.Array:
+            moved = jax.tree.map(lambda a, b: a + scale.astype(jnp.float32) * b, variables, step)
+            out = model.apply(moved, x, t, labels)
+            return jnp.square(out.astype(jnp.float64)).mean()
+
+        width = jnp.float64(2e-3)
+        finite = (loss(width) - loss(-width)) / (2 * width)
+        assert float(jax.grad(loss)(jnp.float64(0.0))) == pytest.approx(float(finite), rel=5e-3)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_tapping_costs_nothing_unless_asked(tiny: Reference, scan: bool) -> None:
+    model, variables = layout(tiny, scan)
+    run = lambda tap: jax.make_jaxpr(lambda v: model.apply(v, *tiny.inputs, tap=tap))(variables)
+    assert ("select_n" in str(run(None))) == ("select_n" in str(run(0))) or scan
+    assert len(str(run(None))) <= len(str(run(0)))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_bfloat16_stays_close_to_float32(tiny: Reference, scan: bool) -> None:
+    model, variables = layout(tiny, scan, dtype=jnp.bfloat16)
+    out, tokens = jax.jit(lambda v: model.apply(v, *tiny.inputs, tap=1))(variables)
+    assert out.dtype == jnp.float32
+    assert tokens.dtype == jnp.bfloat16
+    assert relative_error(channels_first(out), tiny.values["out"]) < 3e-2
+    assert relative_error(tokens.astype(jnp.float32), tiny.values["block/1"]) < 3e-2
+    initial = jax.eval_shape(model.init, jax.random.key(0), *tiny.inputs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_mesh_does_not_change_the_result(tiny: Reference, scan: bool) -> None:
+    model, variables = layout(tiny, scan)
+    inputs = tuple(np.concatenate([a, a, a])[:8] for a in tiny.inputs)
+    run = lambda v, x, t, labels: model.apply(v, x, t, labels, tap=0)
+    loss = lambda v, x, t, labels: jnp.square(model.apply(v, x, t, labels)).mean()
+    expected = jax.jit(run)(variables, *inputs)
+    expected_grad = jax.jit(jax.grad(loss))(variables, *inputs)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    rows = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        placed = jax.device_put(variables, shardings)
+        batch = jax.device_put(inputs, rows)
+        found = jax.jit(run)(placed, *batch)
+        found_grad = jax.jit(jax.grad(loss))(placed, *batch)
+    assert found[1].sharding.spec[0] == ("data", "fsdp")
+    check = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    jax.tree.map(check, (found, found_grad), (expected, expected_grad))
+
+
+def test_initial_values_follow_dit() -> None:
+    model = dit.DiT(8, 4, 2, 64, 2, 4, num_classes=100)
+    inputs = (jnp.ones((2, 8, 8, 4)), jnp.array([0.2, 0.9]), jnp.array([3, 100]))
+    variables = nn.unbox(model.init(jax.random.key(0), *inputs))
+    assert not np.any(model.apply(variables, *inputs))
+    params = variables["params"]
+    _, tokens = model.apply(variables, *inputs, tap=1)
+    embedded = dit.patchify(inputs[0], 2) @ params["patch_embed"]["kernel"]
+    np.testing.assert_allclose(tokens, embedded + dit.position_embedding(4, 64), rtol=1e-6)
+    for name in ("time_in", "time_out"):
+        assert float(params[name]["kernel"].std()) == pytest.approx(0.02, rel=0.1)
+    assert float(params["label_embed"]["embedding"].std()) == pytest.approx(0.02, rel=0.1)
+    block = params["block_1"]
+    for layer, fans in {"qkv": 64 + 192, "proj": 64 + 64, "mlp_in": 64 + 256}.items():
+        bound = (6 / fans) ** 0.5
+        kernel = np.abs(block[layer]["kernel"])
+        assert 0.99 * bound < kernel.max() <= bound * (1 + 1e-6)
+    for name in ("modulation",):
+        assert not np.any(block[name]["kernel"])
+    biases = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "bias"]
+    assert not any(np.any(bias) for bias in biases)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_parameter_counts_are_the_published_ones(size: str, millions: int) -> None:
+    fields = {"latent_size": 32, "in_channels": 4, "patch_size": 2, "num_classes": 1000}
+    model = dit.DiT(**fields, **dit.DIT_SIZES[size], learn_sigma=True, scan_blocks=True)
+    inputs = (jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) // 1_000_000 in (
+        millions - 1,
+        millions,
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+def test_labels_are_dropped_at_the_given_rate(rate: float) -> None:
+    labels = jnp.arange(20_000, dtype=jnp.int32) % 10
+    dropped = dit.drop_labels(jax.random.key(0), labels, 10, rate)
+    assert dropped.dtype == labels.dtype
+    null = np.asarray(dropped == 10)
+    np.testing.assert_array_equal(np.asarray(dropped)[~null], np.asarray(labels)[~null])
+    spread = (rate * (1 - rate) / labels.size) ** 0.5
+    assert abs(null.mean() - rate) <= 4 * spread
+
+
+def test_label_dropout_refuses_a_rate_that_is_no_probability() -> None:
+    with pytest.raises(ValueError, match=r"rate: found 1\.5"):
+        dit.drop_labels(jax.random.key(0), jnp.zeros(2, jnp.int32), 10, 1.5)
+
+
+def test_patchify_keeps_patches_together() -> None:
+    x = np.arange(2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
+    tokens = dit.patchify(jnp.asarray(x), 2)
+    np.testing.assert_array_equal(tokens[1, 1], x[1, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(dit.unpatchify(tokens, 2), x)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("patch_size", 3),
+        ("patch_size", 0),
+        ("num_heads", 5),
+        ("hidden_size", 18),
+        ("depth", 0),
+        ("num_classes", 0),
+        ("mlp_ratio", 0.0),
+        ("remat", "some"),
+        ("attention", "flash"),
+    ],
+)
+def test_a_bad_field_is_named(tiny: Reference, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: found {value!r}, expected"):
+        dit.DiT(**{**tiny.fields, field: value})
+
+
+def test_bad_inputs_are_named(tiny: Reference) -> None:
+    model, variables = layout(tiny, scan=False)
+    x, t, labels = tiny.inputs
+    for tap in (-1, 2):
+        with pytest.raises(ValueError, match=f"tap: found {tap}, expected a block in 0 to 1"):
+            model.apply(variables, x, t, labels, tap=tap)
+    with pytest.raises(ValueError, match="x: found shape"):
+        model.apply(variables, x[:, :4], t, labels)
+    with pytest.raises(ValueError, match="t: found shape"):
+        model.apply(variables, x, t[:1], labels)
+    with pytest.raises(ValueError, match="labels: found shape"):
+        model.apply(variables, x, t, labels[:, None])
