@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.every_steps = 20
 
     c.sampling.solver = "heun"
-    c.sampling.num_steps = 25
+    c.sampling.num_steps = 12
     c.sampling.num_samples = 100
     c.sampling.batch_size = 100
     c.sampling.grid_every_steps = 500

@@ -320,9 +320,7 @@ def _parse(schema: type[T], values: Any, path: str) -> T:
     return schema(**parsed)
 
 
-def _check_value(
-    key: str, value: Any, kind: type, bounds: types.MappingProxyType[str, Any]
-) -> Any:
+def _check_value(key: str, value: Any, kind: type, bounds: types.MappingProxyType[str, Any]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

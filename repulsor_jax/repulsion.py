@@ -9,6 +9,8 @@ where Neg(i) are the other samples of the global batch (with gradient) and every
 bank (without). Depends on jax and flax alone.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,25 +94,23 @@ def repulsion_per_sample(
     batch_size = z.shape[0]
     z = z.astype(jnp.float32)
     others = ~jnp.eye(batch_size, dtype=bool)
-    logits = [jnp.where(others, -_pairwise(z, z, distance) / temperature, -jnp.inf)]
+    logits = [jnp.where(others, -_distances(z, z, distance) / temperature, -jnp.inf)]
     count = jnp.asarray(batch_size - 1, jnp.float32)
     if bank is not None:
         features, filled = memory_bank.negatives(bank)
-        bank_logits = -_pairwise(z, features, distance) / temperature
-        logits.append(jnp.where(filled[:, None], bank_logits, -jnp.inf))
+        bank_logits = -_distances(features, z, distance) / temperature
+        logits.append(jnp.where(filled[:, None, None], bank_logits, -jnp.inf))
         count += bank.filled.astype(jnp.float32) * features.shape[1]
 
-    # One maximum for both parts, so that a part with no negatives adds an exact zero and no NaN
-    # to the gradient.
-    axes = [tuple(range(1, part.ndim)) for part in logits]
-    largest = jnp.max(jnp.stack([part.max(a) for part, a in zip(logits, axes, strict=True)]), axis=0)
+    # The maximum is taken over both parts, so that a part without negatives adds an exact zero
+    # and no nan to the gradient.
+    axes = [tuple(range(part.ndim - 1)) for part in logits]
+    maxima = [part.max(over) for part, over in zip(logits, axes, strict=True)]
+    largest = functools.reduce(jnp.maximum, maxima)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
-    total = sum(
-        jnp.exp(part - jnp.expand_dims(largest, a)).sum(a)
-        for part, a in zip(logits, axes, strict=True)
-    )
+    sums = [jnp.exp(part - largest).sum(over) for part, over in zip(logits, axes, strict=True)]
     has_negatives = count > 0
-    mean = jnp.where(has_negatives, total, 1.0) / jnp.maximum(count, 1.0)
+    mean = jnp.where(has_negatives, sum(sums), 1.0) / jnp.maximum(count, 1.0)
     return jnp.where(has_negatives, largest + jnp.log(mean), 0.0)
 
 
@@ -125,21 +125,25 @@ def repulsion_loss(
     return repulsion_per_sample(z, bank, temperature=temperature, distance=distance).mean()
 
 
-def _pairwise(z: jax.Array, n: jax.Array, distance: str) -> jax.Array:
-    """Distances of z `[B, d]` to n `[..., d]`: `[B, ...]` float32, by inner products alone."""
+def _distances(negatives: jax.Array, z: jax.Array, distance: str) -> jax.Array:
+    """Distances of negatives `[..., d]` to samples z `[B, d]`: `[..., B]` float32.
+
+    By inner products alone, so that no `[..., B, d]` array is made. The samples come last: that is
+    the order in which the large operand is read as it lies in memory.
+    """
     if distance not in DISTANCES:
         raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
     if distance == "cosine":
-        z, n = l2_normalize(z), l2_normalize(n.astype(jnp.float32)).astype(n.dtype)
+        z = l2_normalize(z)
+        negatives = l2_normalize(negatives.astype(jnp.float32)).astype(negatives.dtype)
     dots = jnp.einsum(
-        "bd,...d->b...",
-        z.astype(n.dtype),
-        n,
+        "...d,bd->...b",
+        negatives,
+        z.astype(negatives.dtype),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     if distance == "cosine":
         return 1.0 - dots
-    z_squared = jnp.expand_dims(jnp.sum(z * z, axis=-1), tuple(range(1, n.ndim)))
-    n_squared = jnp.sum(jnp.square(n.astype(jnp.float32)), axis=-1)
-    return jnp.maximum(z_squared + n_squared - 2.0 * dots, 0.0)
+    lengths = jnp.sum(jnp.square(negatives.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jnp.maximum(lengths + jnp.sum(z * z, axis=-1) - 2.0 * dots, 0.0)

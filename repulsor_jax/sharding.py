@@ -25,7 +25,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
 )
 
-# Parameters with fewer elements stay replicated: gathering them costs more latency than memory saved.
+# Parameters with fewer elements stay replicated: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 4096
 
 

@@ -4,6 +4,8 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs here run for microseconds and compile for seconds: compile them quickly.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
@@ -18,5 +20,7 @@ def reference_fixtures() -> pathlib.Path:
     """Folder of the large PyTorch reference values; the test skips where it is absent."""
     folder = SHARED / "fixtures"
     if not folder.is_dir():
-        pytest.skip(f"the large reference fixtures are not in {folder}; the small ones in tests/data still run")
+        pytest.skip(
+            f"the large reference fixtures are not in {folder}; those in tests/data still run"
+        )
     return folder

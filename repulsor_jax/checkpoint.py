@@ -1,0 +1,179 @@
+"""Checkpoints: the state, the position in the data and the configuration, saved together.
+
+Layout: `<directory>/<step>/{state,data,config}`. Saving is asynchronous and atomic: a checkpoint
+that was interrupted is never listed. Arrays come back exactly, on any mesh.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from repulsor_jax.train_state import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or does not fit the configuration; says which."""
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run; a context manager that waits on leaving."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 3,
+        keep_every: int = 0,
+    ) -> None:
+        """Opens, and creates where absent, a directory of checkpoints.
+
+        Args:
+          directory: the folder.
+          keep_last: how many of the newest checkpoints to keep.
+          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
+        """
+        self.directory = pathlib.Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last, keep_period=keep_every or None
+            ),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_state: Mapping[str, Any],
+        config: Mapping[str, Any],
+    ) -> None:
+        """Starts saving; the state may be donated to the next step right after.
+
+        Args:
+          step: the state's step; saved already is no error, and does nothing.
+          state: the training state.
+          data_state: the data iterator's `get_state()`, the same on every process.
+          config: the configuration, for the record.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                data=ocp.args.JsonSave(dict(data_state)),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+        )
+
+    def restore(
+        self, abstract_state: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Restores a state (the newest by default) onto the shardings of `abstract_state`.
+
+        Returns:
+          The state and the data iterator's state.
+
+        Raises:
+          CheckpointError: no such checkpoint, or it holds another model, bank or optimizer.
+        """
+        step = self._resolve(step)
+        self._check_shapes(step, abstract_state)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=_restore_args(abstract_state), data=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["data"]
+
+    def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+        """Restores the EMA parameters alone: no head, no bank, no optimizer state is read.
+
+        Returns:
+          The parameters, and the step that they are of.
+
+        Raises:
+          CheckpointError: no such checkpoint, or it holds another model.
+        """
+        step = self._resolve(step)
+        wanted = {"ema_params": abstract_params}
+        self._check_shapes(step, wanted)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
+        )
+        return restored["state"]["ema_params"], step
+
+    def _resolve(self, step: int | None) -> int:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"{self.directory} holds no checkpoint: train first")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
+        return steps[-1] if step is None else step
+
+    def _check_shapes(self, step: int, wanted: Any) -> None:
+        """Compares names and shapes with the saved ones, before anything is read."""
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
+        expected = _shapes(wanted)
+        if isinstance(wanted, TrainState):
+            unexpected = sorted(set(saved) - set(expected))
+        else:
+            unexpected = sorted(k for k in set(saved) - set(expected) if k.startswith("ema_params"))
+        where = f"{self.directory}/{step} does not fit this configuration"
+        for name, shape in expected.items():
+            if name not in saved:
+                raise CheckpointError(f"{where}: {name} is missing; use the run's own config")
+            if saved[name] != shape:
+                raise CheckpointError(
+                    f"{where}: {name} has shape {saved[name]}, expected {shape}; "
+                    "use the run's own config"
+                )
+        if unexpected:
+            raise CheckpointError(
+                f"{where}: it also holds {unexpected[0]}; use the run's own config"
+            )
+
+
+def _restore_args(wanted: Any, **kwargs: Any) -> ocp.args.PyTreeRestore:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    return ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, **kwargs)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array; a random key counts as its data, as orbax stores it."""
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "shape"):
+            continue
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        shapes["/".join(_key_name(key) for key in path)] = tuple(leaf.shape)
+    return shapes
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

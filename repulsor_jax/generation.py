@@ -1,0 +1,81 @@
+"""Pictures from a trained model: noise and labels by index, the solver, the decoder, uint8.
+
+Inference knows nothing of training: it takes EMA parameters, and neither head nor bank.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from repulsor_jax import flow, sampling, sharding
+from repulsor_jax.data.latent_dataset import denormalize
+from repulsor_jax.experiment import Experiment
+from repulsor_jax.images import save_grid, to_uint8
+
+_MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
+
+Generator = Callable[[Any, int], tuple[np.ndarray, np.ndarray]]
+
+
+def make_generator(experiment: Experiment) -> Generator:
+    """Returns `generate(ema_params, count) -> (images uint8 [count, H, W, C], labels [count])`.
+
+    Image i depends on `(config.sampling.seed, i)` and the parameters alone. One program of
+    `config.sampling.batch_size` rows is compiled at the first call and serves every count.
+    """
+    config, mesh, model = experiment.config, experiment.mesh, experiment.model
+    c, latent_format = config.sampling, experiment.latent_format
+    solve = sampling.make_sampler(
+        lambda params, x, t, labels: model.apply({"params": params}, x, t, labels),
+        flow.get_path(config.flow.path),
+        prediction=config.flow.prediction,
+        solver=c.solver,
+        num_steps=c.num_steps,
+        null_label=config.model.num_classes,
+        channels=c.cfg_channels or None,
+    )
+    shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
+
+    def generate_batch(params: Any, indices: jax.Array, scale: jax.Array | None) -> tuple:
+        labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
+        noise = sampling.initial_noise(c.seed, indices, shape)
+        latents = solve(params, noise, labels, scale)
+        latents = denormalize(latents, latent_format.shift, latent_format.factor)
+        images = experiment.autoencoder.decode(latents)
+        return to_uint8(images), labels
+
+    compiled = jax.jit(generate_batch, out_shardings=sharding.replicated(mesh))
+
+    def generate(params: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+        scale = None
+        if c.cfg_scale != 1.0:
+            scale = jax.device_put(np.float32(c.cfg_scale), sharding.replicated(mesh))
+        batches = []
+        for start in range(0, count, c.batch_size):
+            indices = np.arange(start, start + c.batch_size, dtype=np.int32)
+            with sharding.use_mesh(mesh):
+                indices = jax.device_put(indices, sharding.batch_sharding(mesh))
+                batches.append(jax.device_get(compiled(params, indices, scale)))
+        images, labels = zip(*batches, strict=True)
+        return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+
+    return generate
+
+
+def write_grid(
+    experiment: Experiment, path: pathlib.Path, images: np.ndarray, labels: np.ndarray
+) -> None:
+    """Writes a PNG of the images; with balanced labels and a column per class, headed by them."""
+    columns = experiment.config.sampling.grid_columns
+    names = experiment.dataset.class_names
+    by_class = columns == len(names) and experiment.config.sampling.labels == "balanced"
+    save_grid(
+        images,
+        path,
+        columns=columns,
+        upscale=max(1, _MIN_PICTURE_SIZE // images.shape[1]),
+        column_labels=[names[k] for k in labels[:columns]] if by_class else None,
+    )

@@ -1,0 +1,80 @@
+"""The program: one configuration, one working directory, one mode.
+
+python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from repulsor_jax import config as config_lib
+from repulsor_jax import experiment as experiment_lib
+from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.metrics import NonFiniteLossError
+from repulsor_jax.sample import sample
+from repulsor_jax.train import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Configuration file, as configs/digits.py; override one value by "
+    "--config.section.key=value. configs/default.py explains every key.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics, pictures. Created where absent."
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "encode", "sample"],
+    "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
+    "latents, once. sample: a grid and an .npz from a checkpoint's EMA parameters.",
+)
+_CHECKPOINT_STEP = flags.DEFINE_integer(
+    "checkpoint_step", None, "Which checkpoint to sample from; the newest by default."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of the job (jax.distributed.initialize)."
+)
+_CACHE_DIR = flags.DEFINE_string(
+    "compilation_cache_dir", "", "Keeps compiled programs from run to run; empty is off."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode; a complaint about the user's input is one line, without a traceback."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    if _CACHE_DIR.value:
+        jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
+    try:
+        config = config_lib.parse(_CONFIG.value)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if _MODE.value == "encode":
+            experiment_lib.encode(config, workdir)
+            return
+        experiment = experiment_lib.prepare(config, workdir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+    try:
+        if _MODE.value == "train":
+            train(experiment, _CONFIG.value.to_dict())
+        else:
+            sample(experiment, _CHECKPOINT_STEP.value)
+    except (NonFiniteLossError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    jax.config.config_with_absl()
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

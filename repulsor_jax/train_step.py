@@ -1,0 +1,228 @@
+"""The train step: a pure function `(state, batch) -> (state, metrics)`.
+
+It carries the memory bank as sharded state. Everything here is traced once and runs on the mesh
+as one program; the caller jits it with the state donated.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from repulsor_jax import config as config_lib
+from repulsor_jax import flow, memory_bank, regularizers, sharding
+from repulsor_jax.data.latent_dataset import normalize, sample_posterior
+from repulsor_jax.memory_bank import MemoryBank
+from repulsor_jax.models.dit import DiT, drop_labels
+from repulsor_jax.regularizers import Regularizer
+from repulsor_jax.train_state import TrainState, learning_rate
+
+Array = jax.Array
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+class LatentFormat(NamedTuple):
+    """How stored latents become the model's: see `data/latent_dataset.py`.
+
+    Attributes:
+      stochastic: records hold mean and log-variance, sampled on the device at each use.
+      shift: `[C]` subtracted first.
+      factor: `[C]` multiplied then.
+    """
+
+    stochastic: bool
+    shift: np.ndarray
+    factor: np.ndarray
+
+
+class Inputs(NamedTuple):
+    """What the model is trained on, one row per sample; all drawn before the loss.
+
+    Attributes:
+      data: `[B, H, W, C]` latents of the data (t = 1).
+      noise: `[B, H, W, C]` (t = 0).
+      t: `[B]` times.
+      labels: `[B]`, some replaced by the null class.
+    """
+
+    data: Array
+    noise: Array
+    t: Array
+    labels: Array
+
+
+def make_train_step(
+    config: config_lib.Config,
+    model: DiT,
+    regularizer: Regularizer | None,
+    optimizer: optax.GradientTransformation,
+    latent_format: LatentFormat,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds the step.
+
+    Returns:
+      A pure function of the state and one global batch, `{"latents": [B, H, W, C] (or
+      [B, H, W, 2C] moments), "labels": int32 [B]}`, that returns the next state and float32
+      scalars. A step whose loss or gradient is not finite leaves the state as it was.
+    """
+    path = flow.get_path(config.flow.path)
+    tap = config_lib.tap_block(config)
+    schedule = learning_rate(config)
+
+    def loss_fn(
+        params: dict, inputs: Inputs, bank: MemoryBank | None, weight: Array
+    ) -> tuple[Array, tuple[Metrics, Array | None]]:
+        data, noise, t, labels = inputs
+        x_t = flow.interpolate(path, data, noise, t)
+        variables = {"params": params["model"]}
+        if regularizer is None:
+            output = model.apply(variables, x_t, t, labels)
+        else:
+            output, tokens = model.apply(variables, x_t, t, labels, tap=tap)
+        flow_loss = flow.flow_loss(
+            path, config.flow.prediction, output, data, noise, t, config.flow.weighting
+        ).mean()
+        if regularizer is None:
+            return flow_loss, ({"loss": flow_loss, "flow_loss": flow_loss}, None)
+        penalty, z = regularizer.loss(params["regularizer"], tokens, bank)
+        loss = flow_loss + weight * penalty
+        return loss, ({"loss": loss, "flow_loss": flow_loss, "regularizer_loss": penalty}, z)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        inputs = draw_inputs(rng, batch, config, latent_format)
+        weight = regularizers.weight(config.regularizer, state.step)
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        grads, (metrics, z) = accumulate(
+            lambda rows: grad_fn(state.params, rows, state.bank, weight),
+            inputs,
+            config.optimizer.accumulation_steps,
+        )
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(
+            params["model"], state.ema_params, 1.0 - config.optimizer.ema_decay
+        )
+        grad_norm = optax.tree.norm(grads)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        if regularizer is not None:
+            metrics["regularizer_weight"] = weight
+
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        bank = None if state.bank is None else memory_bank.enqueue(state.bank, z, valid=finite)
+        old = (state.step, state.params, state.ema_params, state.opt_state)
+        new = (state.step + 1, params, ema_params, opt_state)
+        step, params, ema_params, opt_state = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, old
+        )
+        return TrainState(step, params, ema_params, opt_state, bank, state.rng), metrics
+
+    return train_step
+
+
+def draw_inputs(
+    rng: Array, batch: Batch, config: config_lib.Config, latent_format: LatentFormat
+) -> Inputs:
+    """Draws all that is random in a step: posterior, noise, times, dropped labels.
+
+    A row's numbers depend on the key and its place in the global batch alone, so every mesh and
+    every number of micro-batches draws the same.
+
+    Args:
+      rng: the key of this step.
+      batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`.
+      config: the configuration.
+      latent_format: how stored latents become the model's.
+    """
+    posterior_key, noise_key, time_key, label_key = jax.random.split(rng, 4)
+    latents, labels = batch["latents"], batch["labels"]
+    if latent_format.stochastic:
+        latents = sample_posterior(posterior_key, latents)
+    data = normalize(latents, latent_format.shift, latent_format.factor)
+    t0, t1 = flow.time_interval(flow.get_path(config.flow.path), config.flow.prediction)
+    t = flow.sample_timesteps(
+        time_key,
+        data.shape[0],
+        config.flow.time_distribution,
+        t0=t0,
+        t1=t1,
+        location=config.flow.logit_normal_location,
+        scale=config.flow.logit_normal_scale,
+    )
+    labels = drop_labels(label_key, labels, config.model.num_classes, config.model.label_dropout)
+    return Inputs(data, jax.random.normal(noise_key, data.shape), t, labels)
+
+
+def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:
+    """Averages gradients and metrics over micro-batches run one after the other.
+
+    Micro-batch a is rows a, a + A, a + 2A, ...: with the batch axis sharded, every device keeps
+    its own rows, and nothing moves.
+
+    Args:
+      gradients: `rows -> (grads, (metrics, z))`.
+      inputs: arrays `[B, ...]`.
+      num_microbatches: A, which divides B / devices.
+
+    Returns:
+      Mean gradients, mean metrics, and z `[B, d]` of all rows in their order (or None).
+    """
+    if num_microbatches == 1:
+        return gradients(inputs)
+
+    def split(x: Array) -> Array:
+        return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: tuple, rows: Inputs) -> tuple[tuple, Array | None]:
+        grads, (metrics, z) = gradients(rows)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), z
+
+    micro = jax.tree.map(split, inputs)
+    first = jax.tree.map(lambda x: x[0], micro)
+    abstract_grads, (abstract_metrics, _) = jax.eval_shape(gradients, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (abstract_grads, abstract_metrics))
+    total, z = jax.lax.scan(add, zeros, micro)
+    grads, metrics = jax.tree.map(lambda x: x / num_microbatches, total)
+    if z is not None:
+        z = z.swapaxes(0, 1).reshape(-1, z.shape[-1])
+    return grads, (metrics, z)
+
+
+def compile_train_step(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    abstract_state: TrainState,
+    record_shape: tuple[int, ...],
+    record_dtype: str,
+    batch_size: int,
+    mesh: Mesh,
+) -> jax.stages.Compiled:
+    """Compiles the step for a mesh, ahead of time and without data.
+
+    Args:
+      train_step: from `make_train_step`.
+      abstract_state: shapes with shardings, from `abstract_train_state`.
+      record_shape: shape of one stored latent.
+      record_dtype: its dtype.
+      batch_size: of the global batch.
+      mesh: the mesh of the shardings.
+
+    Returns:
+      The compiled step. It donates the state: the one passed in is gone after the call.
+    """
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        "latents": jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows),
+        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    jitted = jax.jit(
+        train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
+    )
+    with sharding.use_mesh(mesh):
+        return jitted.lower(abstract_state, batch).compile()

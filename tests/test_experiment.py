@@ -1,0 +1,60 @@
+import pytest
+
+from repulsor_jax import config as config_lib
+from repulsor_jax import experiment as experiment_lib
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    experiment_lib.encode(config_lib.parse(tiny.digits_dict()), folder)
+    return folder
+
+
+def prepare(workdir, **overrides):
+    return experiment_lib.prepare(config_lib.parse(tiny.digits_dict(**overrides)), workdir)
+
+
+def test_encodes_when_absent_and_leaves_alone_what_is_there(workdir, tmp_path, capsys):
+    fresh = prepare(tmp_path)
+    assert (fresh.dataset.num_records, fresh.held_out.num_records) == (1300, 497)
+    before = (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns
+    experiment_lib.encode(fresh.config, tmp_path)
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            {"data.encode_if_missing": False, "data.dir": "/nowhere"},
+            "/nowhere/train.*--mode=encode",
+        ),
+        ({"model.in_channels": 3}, r"shape \(8, 8, 1\).*config.model.in_channels"),
+        ({"model.num_classes": 9}, "has 10 classes.*config.model.num_classes=9"),
+        ({"data.autoencoder": "taesd"}, "taesd"),
+        ({"sampling.solver": "rk9"}, "config.sampling.solver='rk9' must be one of"),
+        ({"mesh.data": 3}, "config.mesh.data=3.*number of devices, 8"),
+        (
+            {"batch_size": 12, "regularizer.bank_rows": 24},
+            "config.batch_size=12 must be a multiple",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_by_name_before_device_work(workdir, overrides, expected):
+    with pytest.raises((ValueError, OSError), match=expected):
+        prepare(workdir, **overrides)
+
+
+def test_evaluation_without_held_out_data_is_refused(tmp_path):
+    with pytest.raises(config_lib.ConfigError, match="config.evaluation.*evaluation.every_steps=0"):
+        prepare(tmp_path, **{"data.test_split": "", "evaluation.every_steps": 5})
+
+
+def test_encode_needs_a_source(tmp_path):
+    c = config_lib.parse(tiny.digits_dict(**{"data.source": ""}))
+    with pytest.raises(config_lib.ConfigError, match="config.data.source"):
+        experiment_lib.encode(c, tmp_path)

@@ -1,0 +1,160 @@
+"""The invariants of the design, one section each."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repulsor_jax import hlo, repulsion, sharding
+from repulsor_jax.train_step import draw_inputs
+from tests import tiny
+
+MESHES = [(2, 1, 1), (1, 4, 1), (2, 4, 1), (2, 2, 2)]
+
+
+# 1. The mesh changes speed, never results.
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    state, history = tiny.build(tiny.config(), tiny.mesh()).run(tiny.batches(5))
+    return jax.device_get(state), history
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_any_mesh_gives_the_same_losses_and_bank(on_one_device, shape):
+    expected_state, expected = on_one_device
+    state, history = tiny.build(tiny.config(), tiny.mesh(*shape)).run(tiny.batches(5))
+    for name in expected[0]:
+        found = [m[name] for m in history]
+        np.testing.assert_allclose(found, [m[name] for m in expected], rtol=2e-4, err_msg=name)
+    np.testing.assert_allclose(state.bank.features, expected_state.bank.features, atol=1e-4)
+    assert int(state.bank.cursor) == int(expected_state.bank.cursor)
+    # The very first loss has no rounding of earlier updates in it.
+    np.testing.assert_allclose(history[0]["loss"], expected[0]["loss"], rtol=1e-6)
+
+
+# 2. The bank never travels.
+
+
+def collectives(rows, **overrides):
+    c = tiny.config(
+        batch_size=64, regularizer__bank_rows=rows, regularizer__projection_dim=16, **overrides
+    )
+    return hlo.collectives(tiny.compile_only(c, tiny.mesh(data=4, fsdp=2)).as_text())
+
+
+def test_no_collective_of_the_step_grows_with_the_bank():
+    batch_by_dim = 64 * 16
+    without = collectives(64, regularizer__name="none")
+    small, large = collectives(4096), collectives(262_144)
+    assert sum(c.num_bytes for c in small) == sum(c.num_bytes for c in large)
+    # What the method adds over "none" is at most B x d in each of its collectives; what is larger
+    # is there without it: the all-reduce of the gradients.
+    biggest_without = max(c.largest for c in without)
+    for found in (small, large):
+        assert max(c.largest for c in found) <= max(batch_by_dim, biggest_without)
+        added = sum(c.num_bytes for c in found) - sum(c.num_bytes for c in without)
+        head = 4 * (32 * 32 + 32 + 32 * 16 + 16)  # gradients of the head
+        assert added <= head + 4 * (4 * batch_by_dim + 16 * 64)
+
+
+def test_the_loss_and_the_enqueue_alone_send_no_more_than_the_queries():
+    """The method without a model around it: what it costs anyone's trainer."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from repulsor_jax import memory_bank
+
+    batch_size, dim = 64, 16
+    mesh = tiny.mesh(data=4, fsdp=2)
+    by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+    bank_sharding = memory_bank.MemoryBank(
+        features=NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES)),
+        cursor=whole,
+        filled=whole,
+    )
+
+    def step(z, bank):
+        loss, gradient = jax.value_and_grad(repulsion.repulsion_loss)(z, bank)
+        return loss, gradient, memory_bank.enqueue(bank, z)
+
+    totals = []
+    for rows in (4096, 262_144):
+        bank = jax.eval_shape(lambda n=rows: memory_bank.create(n // batch_size, batch_size, dim))
+        compiled = (
+            jax.jit(
+                step,
+                in_shardings=(by_row, bank_sharding),
+                out_shardings=(whole, by_row, bank_sharding),
+                donate_argnums=1,
+            )
+            .lower(jax.ShapeDtypeStruct((batch_size, dim), jnp.float32), bank)
+            .compile()
+        )
+        found = hlo.collectives(compiled.as_text())
+        assert found, "a sharded loss without any collective would not be global"
+        assert max(c.largest for c in found) <= batch_size * dim
+        totals.append(sum(c.num_bytes for c in found))
+    assert totals[0] == totals[1]
+
+
+# 3. FIFO, exactly.
+
+
+def test_the_bank_holds_the_last_batches_row_by_row():
+    c = tiny.config()
+    step = tiny.build(c, tiny.mesh(data=4, fsdp=2))
+    state, expected = step.state, []
+    for number, batch in enumerate(tiny.batches(2 * tiny.SLOTS + 1)):
+        params = jax.device_get(state.params)
+        inputs = draw_inputs(jax.random.fold_in(state.rng, number), batch, c, tiny.FORMAT)
+        t = inputs.t[:, None, None, None]
+        _, tokens = step.model.apply(
+            {"params": params["model"]},
+            t * inputs.data + (1 - t) * inputs.noise,
+            inputs.t,
+            inputs.labels,
+            tap=c.model.depth // 4,
+        )
+        head = repulsion.ProjectionHead(tiny.DIM)
+        expected.append(head.apply({"params": params["regularizer"]}, tokens.mean(1)))
+        state, _ = step._replace(state=state).run([batch])
+
+        cursor, filled = int(state.bank.cursor), int(state.bank.filled)
+        assert filled == min(number + 1, tiny.SLOTS)
+        newest_first = [(cursor - 1 - k) % tiny.SLOTS for k in range(filled)]
+        kept = np.asarray(state.bank.features)[newest_first]
+        np.testing.assert_allclose(kept, expected[: -filled - 1 : -1], atol=1e-5)
+
+
+# 4. Resume is invisible: tests/test_train.py, which runs the whole program.
+
+
+# 5. Inference knows nothing of training: tests/test_checkpoint.py and tests/test_main.py.
+
+
+# 6. A sample depends on (seed, its index) only: tests/test_generation.py.
+
+
+# 7. Off means off.
+
+
+def test_weight_zero_compiles_to_the_program_without_a_regulariser():
+    def program(**overrides):
+        compiled = tiny.compile_only(tiny.config(**overrides), tiny.mesh(data=2))
+        text = re.sub(r"metadata={[^}]*}", "", compiled.as_text())
+        # Only names of the tables of source lines differ; the instructions must not.
+        return compiled, [line for line in text.splitlines() if " = " in line]
+
+    zero, zero_lines = program(regularizer__weight=0.0)
+    none, none_lines = program(regularizer__name="none")
+    on, _ = program()
+    assert zero_lines == none_lines
+    assert zero.cost_analysis()["flops"] == none.cost_analysis()["flops"]
+    assert on.cost_analysis()["flops"] > none.cost_analysis()["flops"]
+    state = tiny.build(tiny.config(regularizer__weight=0.0), tiny.mesh()).state
+    assert state.bank is None
+    assert state.params["regularizer"] == {}

@@ -1,0 +1,102 @@
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from repulsor_jax import hlo, memory_bank
+from tests import tiny
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    num_slots=st.integers(1, 5),
+    batch_size=st.integers(1, 4),
+    dim=st.integers(1, 3),
+    valid=st.lists(st.booleans(), max_size=14),
+)
+def test_behaves_as_a_bounded_queue(num_slots, batch_size, dim, valid):
+    bank = memory_bank.create(num_slots, batch_size, dim)
+    queue = collections.deque(maxlen=num_slots)  # the reference
+    rng = np.random.default_rng(0)
+    for ok in valid:
+        z = rng.standard_normal((batch_size, dim)).astype(np.float32)
+        bank = memory_bank.enqueue(bank, jnp.asarray(z), valid=jnp.asarray(ok))
+        if ok:
+            queue.append(z)
+
+    features, mask = map(np.asarray, memory_bank.negatives(bank))
+    assert int(bank.filled) == mask.sum() == len(queue)
+    # Oldest first: from the cursor on, round to it; slots not yet written come before.
+    order = [(int(bank.cursor) + k) % num_slots for k in range(num_slots)]
+    written = [s for s in order if mask[s]]
+    np.testing.assert_array_equal(features[written], np.array(queue).reshape(-1, batch_size, dim))
+    assert not features[~mask].any()
+
+
+def test_an_invalid_batch_never_enters_even_as_nan():
+    bank = memory_bank.enqueue(memory_bank.create(2, 2, 3), jnp.ones((2, 3)))
+    refused = jax.jit(memory_bank.enqueue)(bank, jnp.full((2, 3), jnp.nan), jnp.asarray(False))
+    jax.tree.map(np.testing.assert_array_equal, refused, bank)
+
+
+def test_rows_carry_no_gradient():
+    def total(z):
+        bank = memory_bank.enqueue(memory_bank.create(2, 2, 3), z)
+        return memory_bank.negatives(bank)[0].sum()
+
+    assert not jax.grad(total)(jnp.ones((2, 3))).any()
+
+
+def test_casts_to_its_dtype():
+    z = jnp.full((1, 1), 1 + 2**-12)
+    bank = memory_bank.enqueue(memory_bank.create(1, 1, 1, jnp.bfloat16), z)
+    assert bank.features.dtype == jnp.bfloat16
+    assert float(bank.features[0, 0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_empty_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="positive sizes"):
+        memory_bank.create(*sizes)
+
+
+def test_a_batch_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\[2, 3\].*\[4, 3\]"):
+        memory_bank.enqueue(memory_bank.create(5, 2, 3), jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize("rows", [4096, 262_144])
+def test_enqueue_is_in_place_and_without_collectives(rows):
+    batch_size, dim = 512, 16
+    mesh = tiny.mesh(data=4, fsdp=2)
+    axes = ("data", "fsdp")
+    shardings = memory_bank.MemoryBank(
+        features=NamedSharding(mesh, PartitionSpec(None, axes)),
+        cursor=NamedSharding(mesh, PartitionSpec()),
+        filled=NamedSharding(mesh, PartitionSpec()),
+    )
+    by_row = NamedSharding(mesh, PartitionSpec(axes))
+    abstract = jax.eval_shape(lambda: memory_bank.create(rows // batch_size, batch_size, dim))
+    compiled = (
+        jax.jit(
+            memory_bank.enqueue,
+            in_shardings=(shardings, by_row, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        .lower(
+            abstract,
+            jax.ShapeDtypeStruct((batch_size, dim), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.bool),
+        )
+        .compile()
+    )
+    assert hlo.collectives(compiled.as_text()) == []
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= rows * dim * 4 // 8  # the donated bank is reused
+    assert memory.temp_size_in_bytes < rows * dim * 4 // 8 // 4  # and not copied

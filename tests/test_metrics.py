@@ -1,0 +1,90 @@
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto import event_pb2
+
+from repulsor_jax import metrics
+
+
+def recorder(writer, **kwargs):
+    arguments = {"first_step": 0, "total_steps": 4, "batch_size": 8, "every_steps": 2}
+    return metrics.StepRecorder(writer, **arguments | kwargs, enabled=False)
+
+
+def values(loss):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0)}
+
+
+def test_means_over_the_interval_go_to_jsonl_and_events(tmp_path):
+    with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
+        for step, loss in enumerate([1.0, 3.0, 5.0, 9.0], start=1):
+            r.push(step, values(loss))
+        r.settle()
+    lines = list(metrics.read_jsonl(tmp_path / "metrics.jsonl"))
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 7.0)]
+    for line in lines:
+        assert line["images_per_second"] * line["seconds_per_step"] == pytest.approx(8)
+    assert events(tmp_path)["loss"] == [(2, 2.0), (4, 7.0)]
+
+
+def test_the_newest_step_is_not_waited_for(tmp_path):
+    class Unfinished:
+        def __float__(self):
+            raise AssertionError("read before its turn")
+
+    with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
+        r.push(1, values(1.0))
+        r.push(2, {"loss": Unfinished()})
+
+
+def test_what_was_written_after_the_checkpoint_is_dropped_on_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s, "loss": 1.0}) for s in (2, 4, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 8, "lo')  # the last line is torn
+    with metrics.MetricWriter(tmp_path, 4) as writer:
+        writer.scalars(6, {"loss": 2.0})
+    assert [line["step"] for line in metrics.read_jsonl(path)] == [2, 4, 6]
+    assert list(metrics.read_jsonl(path))[-1]["loss"] == 2.0
+
+
+@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
+def test_a_non_finite_step_raises_one_step_later(tmp_path, bad):
+    with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
+        r.push(7, values(1.0) | {bad: jnp.float32(math.nan)})
+        with pytest.raises(metrics.NonFiniteLossError, match="step 7"):
+            r.push(8, values(1.0))
+
+
+def test_pauses_do_not_count_as_stepping(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 110.0, 120.0])  # start, pause from 10 to 110, means at 120
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
+        r.push(1, values(1.0))
+        with r.pause():
+            pass
+        r.push(2, values(1.0))
+        r.settle()
+    [line] = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    assert line["seconds_per_step"] == 10.0
+
+
+def test_a_writer_of_another_process_touches_nothing(tmp_path):
+    with metrics.MetricWriter(tmp_path, 0, enabled=False) as writer:
+        writer.scalars(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
+def events(folder):
+    """Scalars of the event file, read without TensorBoard: length, crc, record, crc."""
+    found = {}
+    for path in (folder / "tensorboard").iterdir():
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            data = data[16 + length :]
+    return found

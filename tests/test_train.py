@@ -1,0 +1,147 @@
+"""The loop as a whole. Invariant 4 lives here: resume is invisible."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from repulsor_jax import config as config_lib
+from repulsor_jax import experiment as experiment_lib
+from repulsor_jax import train as train_lib
+from repulsor_jax.data import pipeline
+from repulsor_jax.metrics import NonFiniteLossError, read_jsonl
+from repulsor_jax.train import train
+from tests import tiny
+
+MESH = {"mesh.data": 4, "mesh.fsdp": 2}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """The digits, encoded once for all tests of this process."""
+    workdir = tmp_path_factory.mktemp("digits")
+    experiment_lib.encode(config_lib.parse(tiny.digits_dict()), workdir)
+    return workdir / "data"
+
+
+def run(workdir, data_dir, **overrides):
+    values = tiny.digits_dict(data_dir, **MESH, **overrides)
+    workdir.mkdir(exist_ok=True)
+    experiment = experiment_lib.prepare(config_lib.parse(values), workdir)
+    return train(experiment, values.to_dict())
+
+
+def losses(workdir):
+    kept = ("loss", "flow_loss", "regularizer_loss", "grad_norm")
+    return [
+        {"step": line["step"]} | {name: line[name] for name in kept}
+        for line in read_jsonl(workdir / "metrics.jsonl")
+        if "loss" in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_dir):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    state = run(workdir, data_dir)
+    return workdir, jax.device_get(_raw(state))
+
+
+@pytest.mark.parametrize("stop", [3, 5, 11])
+def test_resume_is_invisible(tmp_path, data_dir, uninterrupted, stop):
+    """Stopped and gone on with, every loss and the final state are the same bits."""
+    reference, expected = uninterrupted
+    run(tmp_path / "run", data_dir, total_steps=stop)
+    state = run(tmp_path / "run", data_dir)
+    assert losses(tmp_path / "run") == losses(reference)
+    assert [line["step"] for line in losses(reference)] == list(range(1, 13))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_raw(state)), expected)
+    # The saved checkpoints too: state and position in the data.
+    saved = [p / "checkpoints" / "12" / "data" / "metadata" for p in (reference, tmp_path / "run")]
+    assert json.loads(saved[0].read_text()) == json.loads(saved[1].read_text())
+
+
+def test_a_run_cut_between_checkpoints_repeats_the_lost_steps(tmp_path, data_dir, uninterrupted):
+    """What a kill leaves: a checkpoint of step 5 and metrics up to step 9."""
+    reference, expected = uninterrupted
+    killed = tmp_path / "killed"
+    shutil.copytree(reference, killed)
+    for step in ("10", "12"):
+        shutil.rmtree(killed / "checkpoints" / step)
+    lines = (reference / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (killed / "metrics.jsonl").write_text("".join(lines[:9]))
+    state = run(killed, data_dir)
+    assert losses(killed) == losses(reference)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_raw(state)), expected)
+
+
+def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
+    run(
+        tmp_path,
+        data_dir,
+        checkpoint__every_steps=2,
+        checkpoint__keep_last=2,
+        checkpoint__keep_every=6,
+    )
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [6, 10, 12]
+
+
+def test_a_non_finite_loss_stops_with_the_last_good_state(
+    tmp_path, data_dir, monkeypatch, uninterrupted
+):
+    _, expected = uninterrupted
+    del expected
+
+    def poisoned(*args, **kwargs):
+        return _Poisoned(pipeline.training_iterator(*args, **kwargs), at=7)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "training_iterator", poisoned)
+        with pytest.raises(NonFiniteLossError, match="step 7: loss nan") as error:
+            run(tmp_path, data_dir)
+    for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "regularizer.weight"):
+        assert advice in str(error.value)
+    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"step {saved}" in str(error.value)
+
+    state = run(tmp_path, data_dir)  # the same command goes on
+    assert int(state.step) == 12
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(_raw(state))))
+
+
+def test_pictures_and_distance_are_written(tmp_path, data_dir):
+    run(tmp_path, data_dir, sampling__grid_every_steps=8, evaluation__every_steps=8)
+    grids = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert grids == ["train_00000008.png", "train_00000012.png"]
+    assert (tmp_path / "loss_curve.png").stat().st_size > 1000
+    distances = {
+        line["step"]: line["frechet_pixels"]
+        for line in read_jsonl(tmp_path / "metrics.jsonl")
+        if "frechet_pixels" in line
+    }
+    assert sorted(distances) == [8, 12]
+    assert min(distances.values()) > 0
+
+
+class _Poisoned:
+    """A data iterator whose batch `at` (from 1) is all nan."""
+
+    def __init__(self, iterator, at):
+        self._iterator, self._left = iterator, at
+
+    def __next__(self):
+        batch = next(self._iterator)
+        self._left -= 1
+        if self._left == 0:
+            batch = batch | {"latents": np.full_like(batch["latents"], np.nan)}
+        return batch
+
+    def __getattr__(self, name):
+        return getattr(self._iterator, name)
+
+
+def _raw(state):
+    return state.replace(rng=jax.random.key_data(state.rng))

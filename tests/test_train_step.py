@@ -1,0 +1,180 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from repulsor_jax import regularizers
+from repulsor_jax.train_state import (
+    abstract_train_state,
+    build_model,
+    build_optimizer,
+    learning_rate,
+)
+from repulsor_jax.train_step import draw_inputs, make_train_step
+from tests import tiny
+
+
+def eager_step(c, state, batch):
+    """The step, not jitted."""
+    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    return make_train_step(*parts, tiny.FORMAT)(state, batch)
+
+
+def test_one_step_is_what_its_parts_say():
+    """Loss, gradient, AdamW, EMA and bank put together by hand from the definitions."""
+    c = tiny.config(regularizer__weight=0.3, optimizer__clip_norm=0.5, optimizer__weight_decay=0.1)
+    step = tiny.build(c, tiny.mesh())
+    before = jax.device_get(step.state)
+    [batch] = tiny.batches(1)
+    after, [metrics] = step.run([batch])
+
+    def loss_fn(params):
+        x = draw_inputs(jax.random.fold_in(before.rng, 0), batch, c, tiny.FORMAT)
+        t = x.t[:, None, None, None]
+        variables = {"params": params["model"]}
+        out, tokens = step.model.apply(
+            variables, t * x.data + (1 - t) * x.noise, x.t, x.labels, tap=c.model.depth // 4
+        )
+        flow_loss = jnp.mean((out - (x.data - x.noise)) ** 2)
+        head = params["regularizer"]
+        h = tokens.mean(1) @ head["hidden"]["kernel"] + head["hidden"]["bias"]
+        z = jax.nn.silu(h) @ head["out"]["kernel"] + head["out"]["bias"]
+        z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        squared = ((z[:, None] - z[None]) ** 2).sum(-1)
+        off_diagonal = ~np.eye(len(z), dtype=bool)
+        repelled = jnp.sum(jnp.exp(-squared / 0.5), where=off_diagonal, axis=1) / (len(z) - 1)
+        penalty = jnp.log(repelled).mean()
+        return flow_loss + 0.3 * penalty, (flow_loss, penalty, z)
+
+    (loss, (flow_loss, penalty, z)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        before.params
+    )
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["flow_loss"], flow_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["regularizer_loss"], penalty, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    np.testing.assert_allclose(after.bank.features[0], z, atol=1e-5)
+
+    for name in ("patch_embed", "final"):  # Adam's first step, from Kingma and Ba
+        p = np.asarray(before.params["model"][name]["kernel"], np.float64)
+        g = np.asarray(grads["model"][name]["kernel"], np.float64) * min(1.0, 0.5 / norm)
+        expected = p - 1e-2 * (g / (np.abs(g) + 1e-8) + 0.1 * p)
+        clear = np.abs(g) > 1e-5  # elsewhere the sign of the gradient is rounding
+        found = np.asarray(after.params["model"][name]["kernel"])
+        np.testing.assert_allclose(found[clear], expected[clear], atol=1e-5)
+        ema = 0.9 * p + 0.1 * found
+        np.testing.assert_allclose(after.ema_params[name]["kernel"], ema, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    step = tiny.build(tiny.config(), tiny.mesh(data=4, fsdp=2))
+    good, bad, other = tiny.batches(3)
+    bad["latents"][3] = np.nan
+    state, _ = step.run([good])
+    before = jax.device_get(state)
+    after, [metrics] = step._replace(state=state).run([bad])
+    assert np.isnan(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, *map(_raw, (before, jax.device_get(after))))
+    after, [metrics] = step._replace(state=after).run([other])
+    assert np.isfinite(metrics["loss"])
+    assert int(after.step) == 2
+
+
+def test_the_state_is_donated():
+    step = tiny.build(tiny.config(), tiny.mesh())
+    old = step.state
+    step.run(tiny.batches(1))
+    assert all(
+        leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.ema_params, old.bank))
+    )
+
+
+def test_ema_is_float32_under_bfloat16_compute_and_follows():
+    step = tiny.build(tiny.config(model__dtype="bfloat16"), tiny.mesh())
+    state, history = step.run(tiny.batches(2))
+    for leaf in jax.tree.leaves((state.params, state.ema_params)):
+        assert leaf.dtype == jnp.float32
+    assert all(np.isfinite(m["loss"]) for m in history)
+
+
+@pytest.mark.parametrize("regularizer", ["none", "repulsor"])
+def test_accumulation_averages_the_gradients_of_strided_microbatches(regularizer):
+    """Without a regulariser it is the whole batch's step; with one, negatives differ."""
+    batches = tiny.batches(3)
+    kwargs = {"regularizer__name": regularizer}
+    whole, history = tiny.build(tiny.config(**kwargs), tiny.mesh()).run(batches)
+    split, split_history = tiny.build(
+        tiny.config(optimizer__accumulation_steps=2, **kwargs), tiny.mesh(data=4)
+    ).run(batches)
+    assert int(split.step) == 3
+    if regularizer == "none":
+        losses = [m["loss"] for m in history]
+        np.testing.assert_allclose([m["loss"] for m in split_history], losses, rtol=1e-5)
+    else:
+        # One slot per optimizer step, rows in the order of the global batch.
+        assert int(split.bank.filled) == 3
+        np.testing.assert_allclose(split.bank.features[0], whole.bank.features[0], atol=1e-5)
+
+
+def test_lambda_warms_up_linearly():
+    c = tiny.config(regularizer__weight=0.4, regularizer__warmup_steps=4).regularizer
+    weights = [float(regularizers.weight(c, jnp.int32(s))) for s in range(6)]
+    np.testing.assert_allclose(weights, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
+
+
+def test_learning_rate_warms_up_then_stays_or_falls_to_zero():
+    rate = learning_rate(tiny.config(optimizer__warmup_steps=4))
+    np.testing.assert_allclose([rate(s) for s in (0, 1, 3, 9)], [0.0025, 0.005, 0.01, 0.01])
+    rate = learning_rate(
+        tiny.config(total_steps=104, optimizer__warmup_steps=4, optimizer__schedule="cosine")
+    )
+    np.testing.assert_allclose([rate(4), rate(54), rate(104)], [0.01, 0.005, 0.0], atol=1e-8)
+
+
+def test_parameters_and_their_mirrors_are_sharded_alike():
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+    c = tiny.config(model__hidden_size=64)
+    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    abstract, shardings = abstract_train_state(*parts, mesh)
+    kernel = shardings.params["model"]["block_0"]["qkv"]["kernel"]
+    assert kernel.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    adam = next(s for s in jax.tree.leaves(shardings.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    for mirror in (adam.mu["model"], adam.nu["model"], shardings.ema_params):
+        assert mirror["block_0"]["qkv"]["kernel"] == kernel
+    # Small arrays stay whole, the bank is split by rows of its batch.
+    assert shardings.params["model"]["final"]["bias"].is_fully_replicated
+    assert shardings.bank.features.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
+    assert all(leaf.sharding is not None for leaf in jax.tree.leaves(abstract))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"regularizer__name": "dispersive", "regularizer__variant": "hinge"},
+        {"regularizer__pooling": "flatten", "regularizer__distance": "cosine"},
+        {"regularizer__bank_rows": 0},
+        {
+            "flow__path": "vp",
+            "flow__prediction": "noise",
+            "flow__time_distribution": "logit_normal",
+        },
+        {"model__scan_blocks": True, "model__remat": "dots", "model__learn_sigma": True},
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_the_other_choices_of_the_config_train_too(overrides):
+    _, history = tiny.build(tiny.config(**overrides), tiny.mesh(data=2)).run(tiny.batches(3))
+    assert all(np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]) for m in history)
+    assert len({m["loss"] for m in history}) == 3
+
+
+def _is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def _raw(state):
+    return state.replace(rng=jax.random.key_data(state.rng))
