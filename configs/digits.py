@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.solver = "heun"
     c.sampling.num_steps = 12
     c.sampling.num_samples = 100
-    c.sampling.batch_size = 100
+    c.sampling.batch_size = 200
     c.sampling.grid_every_steps = 500
     c.sampling.grid_samples = 100
     c.sampling.grid_columns = 10

@@ -34,7 +34,7 @@ def _fraction() -> Any:
     return dataclasses.field(metadata={"min": 0.0, "max": 1.0})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """See `configs/default.py`, section model."""
 
@@ -55,7 +55,7 @@ class ModelConfig:
     attention: str = _one_of("auto", "xla", "cudnn")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """See `configs/default.py`, section flow."""
 
@@ -67,7 +67,7 @@ class FlowConfig:
     logit_normal_scale: float = _above(0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RegularizerConfig:
     """See `configs/default.py`, section regularizer."""
 
@@ -85,7 +85,7 @@ class RegularizerConfig:
     margin: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """See `configs/default.py`, section optimizer."""
 
@@ -101,7 +101,7 @@ class OptimizerConfig:
     ema_decay: float = _fraction()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """See `configs/default.py`, section data."""
 
@@ -118,7 +118,7 @@ class DataConfig:
     prefetch_batches: int = _at_least(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """See `configs/default.py`, section mesh."""
 
@@ -127,7 +127,7 @@ class MeshConfig:
     tensor: int = _at_least(-1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """See `configs/default.py`, section checkpoint."""
 
@@ -136,14 +136,14 @@ class CheckpointConfig:
     keep_every: int = _at_least(0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """See `configs/default.py`, section log."""
 
     every_steps: int = _at_least(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """See `configs/default.py`, section sampling."""
 
@@ -160,7 +160,7 @@ class SamplingConfig:
     grid_columns: int = _at_least(1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """See `configs/default.py`, section evaluation."""
 
@@ -168,7 +168,7 @@ class EvaluationConfig:
     num_samples: int = _at_least(2)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration; see `configs/default.py`."""
 

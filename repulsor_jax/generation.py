@@ -28,8 +28,12 @@ def make_generator(experiment: Experiment) -> Generator:
     """
     config, mesh, model = experiment.config, experiment.mesh, experiment.model
     c, latent_format = config.sampling, experiment.latent_format
+
+    def predict(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> Any:
+        return model.apply({"params": params}, x, t, labels)
+
     solve = sampling.make_sampler(
-        lambda params, x, t, labels: model.apply({"params": params}, x, t, labels),
+        predict,
         flow.get_path(config.flow.path),
         prediction=config.flow.prediction,
         solver=c.solver,

@@ -37,8 +37,14 @@ _CHECKPOINT_STEP = flags.DEFINE_integer(
     "checkpoint_step", None, "Which checkpoint to sample from; the newest by default."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other processes of the job (jax.distributed.initialize)."
+    "distributed",
+    False,
+    "Join the other processes of the job. On Cloud TPU and Slurm that is all; elsewhere, give each "
+    "process the next three flags too.",
 )
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir", "", "Keeps compiled programs from run to run; empty is off."
 )
@@ -50,11 +56,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if _CACHE_DIR.value:
         jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    workdir = pathlib.Path(_WORKDIR.value).expanduser().absolute()
+    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
     try:
         config = config_lib.parse(_CONFIG.value)
         workdir.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,7 @@ class TrainState:
 
 def build_model(config: config_lib.ModelConfig) -> DiT:
     """Returns the transformer that the configuration describes."""
+    attention: Any = None if config.attention == "auto" else config.attention
     return DiT(
         latent_size=config.latent_size,
         in_channels=config.in_channels,
@@ -55,7 +56,7 @@ def build_model(config: config_lib.ModelConfig) -> DiT:
         scan_blocks=config.scan_blocks,
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
-        attention=None if config.attention == "auto" else config.attention,
+        attention=attention,
     )
 
 

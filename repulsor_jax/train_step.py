@@ -5,7 +5,7 @@ as one program; the caller jits it with the state donated.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def make_train_step(
       scalars. A step whose loss or gradient is not finite leaves the state as it was.
     """
     path = flow.get_path(config.flow.path)
-    tap = config_lib.tap_block(config)
+    tap = None if regularizer is None else config_lib.tap_block(config)
     schedule = learning_rate(config)
 
     def loss_fn(
@@ -79,11 +79,9 @@ def make_train_step(
     ) -> tuple[Array, tuple[Metrics, Array | None]]:
         data, noise, t, labels = inputs
         x_t = flow.interpolate(path, data, noise, t)
-        variables = {"params": params["model"]}
-        if regularizer is None:
-            output = model.apply(variables, x_t, t, labels)
-        else:
-            output, tokens = model.apply(variables, x_t, t, labels, tap=tap)
+        output: Any = model.apply({"params": params["model"]}, x_t, t, labels, tap=tap)
+        if regularizer is not None:
+            output, tokens = output
         flow_loss = flow.flow_loss(
             path, config.flow.prediction, output, data, noise, t, config.flow.weighting
         ).mean()

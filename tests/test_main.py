@@ -2,11 +2,14 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+
+from repulsor_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = [
@@ -80,3 +83,51 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
     assert result.returncode != 0
     assert expected in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """Two processes of 4 devices against one of 8: the same losses, through the same program."""
+    arguments = [*TINY, "--config.log.every_steps=1", "--config.evaluation.every_steps=0"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [
+                *command,
+                f"--workdir={tmp_path / 'two'}",
+                "--distributed",
+                f"--coordinator_address={address}",
+                "--num_processes=2",
+                f"--process_id={rank}",
+            ],
+            cwd=ROOT,
+            env=environment | {"JAX_NUM_CPU_DEVICES": "4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in pair:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    one = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'one'}"],
+        cwd=ROOT,
+        env=environment | {"JAX_NUM_CPU_DEVICES": "8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert one.returncode == 0, one.stderr
+    losses = [
+        [line["loss"] for line in read_jsonl(tmp_path / run / "metrics.jsonl")]
+        for run in ("one", "two")
+    ]
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

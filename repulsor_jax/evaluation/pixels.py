@@ -34,7 +34,7 @@ def held_out_statistics(dataset: LatentDataset, autoencoder: Autoencoder) -> Gau
     records = dataset.open().__getitems__(list(range(dataset.num_records)))
     latents = decode_records(records, dataset.shape, dataset.dtype)["latents"]
     latents = latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # the posterior's mean
-    images = to_uint8(np.asarray(jax.jit(autoencoder.decode)(latents)))
+    images = np.asarray(to_uint8(jax.jit(autoencoder.decode)(latents)))
     if images[0].size > MAX_PIXELS:
         raise ConfigError(
             f"config.evaluation.every_steps asks for a Fréchet distance in pixel space, which is "

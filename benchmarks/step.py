@@ -1,0 +1,288 @@
+"""Cost of the method, and of the step against PyTorch: one DiT, one machine, interleaved.
+
+    python -m benchmarks.step                       # with and without the method
+    pip install torch diffusers && python -m benchmarks.step --peers
+
+Every variant lives in a process of its own, builds and compiles its train step (forward, backward,
+AdamW, EMA), and then takes its turn, round after round, so that all meet the same machine. Printed:
+median time and images/s, ratios, and the share of the machine's matrix-product peak, measured in
+the same rounds. Rates count the model's own FLOPs, 3 x forward, the same number for every variant.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+Timed = Callable[[], float]  # runs once, returns seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--platform", default="cpu", choices=["cpu", "cuda", "tpu"])
+    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--patch_size", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--bank_rows", type=int, default=65_536)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=1, help="steps of a variant in a round")
+    parser.add_argument("--peers", action="store_true", help="also diffusers' DiT in PyTorch")
+    args = parser.parse_args()
+
+    variants = ["none", "repulsor", "jax matmul"]
+    if args.peers:
+        variants += ["torch eager", "torch compiled", "torch matmul"]
+    workers = {name: Worker(name, args) for name in variants}
+    info = {name: worker.info for name, worker in workers.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.run())
+    print_tables(args, info, times)
+
+
+def print_tables(
+    args: argparse.Namespace, info: dict[str, dict], times: dict[str, list[float]]
+) -> None:
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    rates = {n: info[n]["flops"] / seconds[n] for n in times if "matmul" in n}
+    peak = max(rates.values())
+    flops = model_flops(args)
+    print(
+        f"\nDiT-{args.size}/{args.patch_size}, 32x32x4, batch {args.batch_size}, {args.dtype}, "
+        f"{args.platform}, {os.cpu_count()} cores; median of {args.rounds} rounds; "
+        f"matrix-product peak {peak / 1e9:.0f} GFLOP/s\n"
+    )
+    print("| step | s/step (min to max) | images/s | relative to torch eager | share of peak |")
+    print("|---|---|---|---|---|")
+    for name, values in times.items():
+        if "matmul" in name:
+            continue
+        ratio = f"{seconds['torch eager'] / seconds[name]:.2f}" if args.peers else "-"
+        print(
+            f"| {info[name]['label']} | {seconds[name]:.3f} ({min(values):.3f} to "
+            f"{max(values):.3f}) | {args.batch_size / seconds[name]:.2f} | {ratio} "
+            f"| {flops / seconds[name] / peak:.0%} |"
+        )
+    pairs = [b / a for a, b in zip(times["none"], times["repulsor"], strict=True)]
+    none, method = info["none"], info["repulsor"]
+    print(f"\nThe method against none, K = {args.bank_rows:,}, d = {args.dim}:\n")
+    print("| step time | FLOPs of the compiled step | extra state, bank | head and its moments |")
+    print("|---|---|---|---|")
+    print(
+        f"| x {statistics.median(pairs):.3f} ({min(pairs):.3f} to {max(pairs):.3f}) "
+        f"| x {method['program_flops'] / none['program_flops']:.4f} "
+        f"| {method['bank_bytes']:,} bytes "
+        f"| {method['state_bytes'] - none['state_bytes'] - method['bank_bytes']:,} bytes |"
+    )
+
+
+def model_flops(args: argparse.Namespace) -> float:
+    """FLOPs of one training step of the transformer: 3 x forward, 2 per multiply-add."""
+    from repulsor_jax.models.dit import DIT_SIZES
+
+    size = DIT_SIZES[args.size]
+    depth, width = size["depth"], size["hidden_size"]
+    tokens = (32 // args.patch_size) ** 2
+    patch = 4 * args.patch_size**2
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
+    ends = 2 * tokens * patch * width + 2 * width**2 + 256 * width + width**2
+    return 3 * 2 * args.batch_size * (depth * block + ends)
+
+
+class Worker:
+    """A process that builds one variant, then times it when asked."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, args, theirs), daemon=True)
+        self._process.start()
+        self.info = self._pipe.recv()  # one builds after the other, so that none is starved
+
+    def run(self) -> float:
+        """Seconds per step."""
+        self._pipe.send("run")
+        return self._pipe.recv()
+
+
+def _serve(name: str, args: argparse.Namespace, pipe: Connection) -> None:
+    builders = {
+        "none": lambda: build_jax("none", args),
+        "repulsor": lambda: build_jax("repulsor", args),
+        "jax matmul": lambda: build_jax_matmul(args),
+        "torch eager": lambda: build_torch(False, args),
+        "torch compiled": lambda: build_torch(True, args),
+        "torch matmul": lambda: build_torch_matmul(args),
+    }
+    timed, info = builders[name]()
+    timed(), timed()
+    pipe.send(info)
+    while pipe.recv():
+        pipe.send(timed())
+
+
+def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+    os.environ["JAX_PLATFORMS"] = args.platform
+    import jax
+    import numpy as np
+
+    from configs import default
+    from repulsor_jax import config as config_lib
+    from repulsor_jax import regularizers, sharding
+    from repulsor_jax.models.dit import DIT_SIZES
+    from repulsor_jax.train_state import (
+        abstract_train_state,
+        build_model,
+        build_optimizer,
+        create_train_state,
+    )
+    from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+
+    c = default.get_config()
+    c.model.update(DIT_SIZES[args.size])
+    c.model.patch_size = args.patch_size
+    c.model.scan_blocks = args.platform != "cpu"
+    c.model.dtype = args.dtype
+    c.batch_size = args.batch_size
+    c.regularizer.name = regularizer
+    c.regularizer.bank_rows = args.bank_rows
+    c.regularizer.projection_dim = args.dim
+    c.regularizer.bank_dtype = args.dtype
+    config = config_lib.parse(c)
+    mesh = sharding.create_mesh()
+    parts = (config, build_model(config.model), regularizers.build(config), build_optimizer(config))
+    abstract, _ = abstract_train_state(*parts, mesh)
+    latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))
+    compiled = compile_train_step(
+        make_train_step(*parts, latent_format),
+        abstract,
+        (32, 32, 4),
+        "float16",
+        args.batch_size,
+        mesh,
+    )
+    state = create_train_state(*parts, mesh)
+    rng = np.random.default_rng(0)
+    batch = sharding.to_global(
+        {
+            "latents": rng.standard_normal((args.batch_size, 32, 32, 4)).astype(np.float16),
+            "labels": rng.integers(0, 1000, args.batch_size).astype(np.int32),
+        },
+        mesh,
+    )
+
+    def timed() -> float:
+        nonlocal state
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+        return (time.perf_counter() - started) / args.steps
+
+    return timed, {
+        "label": f"repulsor_jax, {regularizer}",
+        "program_flops": (compiled.cost_analysis() or {})["flops"],
+        "bank_bytes": _num_bytes(abstract.bank),
+        "state_bytes": _num_bytes(abstract),
+    }
+
+
+def _num_bytes(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def build_jax_matmul(args: argparse.Namespace, size: int = 2048) -> tuple[Timed, dict[str, Any]]:
+    os.environ["JAX_PLATFORMS"] = args.platform
+    import jax
+
+    a = jax.random.normal(jax.random.key(0), (size, size), args.dtype)
+    product = jax.jit(lambda a, b: a @ b)
+
+    def timed() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready([product(a, a) for _ in range(5)])
+        return time.perf_counter() - started
+
+    return timed, {"flops": 5 * 2 * size**3}
+
+
+def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    from repulsor_jax.models.dit import DIT_SIZES
+
+    size = DIT_SIZES[args.size]
+    device = torch.device(args.platform)
+    torch.manual_seed(0)
+    network: Any = DiTTransformer2DModel(
+        num_attention_heads=size["num_heads"],
+        attention_head_dim=size["hidden_size"] // size["num_heads"],
+        in_channels=4,
+        out_channels=4,
+        num_layers=size["depth"],
+        sample_size=32,
+        patch_size=args.patch_size,
+        num_embeds_ada_norm=1000,
+    )
+    model = network.to(device)
+    parameters = list(model.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    data = torch.randn(args.batch_size, 4, 32, 32, device=device)
+    labels = torch.randint(0, 1000, (args.batch_size,), device=device)
+    forward = torch.compile(model) if compile_it else model
+    half = args.dtype == "bfloat16"
+
+    def step() -> torch.Tensor:
+        t = torch.rand(args.batch_size, device=device)
+        noise = torch.randn_like(data)
+        x = t[:, None, None, None] * data + (1 - t[:, None, None, None]) * noise
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            output = forward(x, timestep=t, class_labels=labels).sample
+        loss = ((output.float() - (data - noise)) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1e-4)
+        return loss.detach()
+
+    def timed() -> float:
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            loss = step()
+        loss.item()
+        return (time.perf_counter() - started) / args.steps
+
+    return timed, {"label": f"PyTorch {'compiled' if compile_it else 'eager'} (diffusers)"}
+
+
+def build_torch_matmul(args: argparse.Namespace, size: int = 2048) -> tuple[Timed, dict[str, Any]]:
+    import torch
+
+    a = torch.randn(size, size, device=args.platform, dtype=getattr(torch, args.dtype))
+
+    def timed() -> float:
+        started = time.perf_counter()
+        for _ in range(5):
+            product = a @ a
+        product[0, 0].item()
+        return time.perf_counter() - started
+
+    return timed, {"flops": 5 * 2 * size**3}
+
+
+if __name__ == "__main__":
+    main()
