@@ -15,10 +15,10 @@ demo: $(READY)  ## Train on the embedded digits: grid, loss curve and number, in
 	@echo "Look at $(WORKDIR)/samples and $(WORKDIR)/loss_curve.png"
 
 test: $(READY)  ## The whole suite, on an 8-device CPU mesh.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4
 
 test-fast: $(READY)  ## The suite without its slow tests.
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not slow"
 
 check: $(READY)  ## Format, lint, types.
 	$(BIN)/ruff format --check .

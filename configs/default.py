@@ -25,14 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.mlp_ratio = 4.0
     c.model.num_classes = 1000  # label num_classes is the null class of guidance
     c.model.label_dropout = 0.1  # fraction of labels replaced by the null class in training
-    c.model.learn_sigma = (
-        False  # DiT's second half of the output; trained checkpoints of SiT have it
-    )
+    c.model.learn_sigma = False  # twice the output channels, of which the first half is used
     c.model.qk_norm = False  # normalise queries and keys: steadier at high learning rates
     c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results
-    c.model.remat = (
-        "none"  # recompute in the backward pass: "none", "dots" or "full" (least memory)
-    )
+    c.model.remat = "none"  # recompute in the backward pass: "none", "dots", "full" (least memory)
     c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
     c.model.attention = "auto"  # "auto", "xla" or "cudnn" (NVIDIA GPUs, bfloat16)
 
@@ -79,9 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.autoencoder = "identity"  # images to latents and back
     c.data.encode_if_missing = False  # encode before training where the data set is absent
     c.data.dtype = "float16"  # of the stored latents: "float16" or "float32"
-    c.data.normalization = (
-        "scale"  # "scale" (the autoencoder's factor) or "statistics" (per channel)
-    )
+    c.data.normalization = "scale"  # by the autoencoder's factor, or "statistics" (per channel)
     c.data.read_threads = 4  # threads that read batches
     c.data.prefetch_batches = 8  # batches read ahead; at least read_threads
 
@@ -93,9 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every_steps = 10_000  # the last step is always saved
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
-    c.checkpoint.keep_every = (
-        50_000  # and those whose step is a multiple of this, for ever; 0: none
-    )
+    c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
 
     c.log = ml_collections.ConfigDict()
     c.log.every_steps = 100  # scalars are means over this many steps

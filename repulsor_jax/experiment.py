@@ -50,7 +50,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Experiment:
         raise ConfigError(f"config.{error}") from error
     batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     config_lib.check_devices(config, batch_shards, jax.process_count())
-    autoencoder = get_autoencoder(config.data.autoencoder)
+    autoencoder = _autoencoder(config)
     data_dir = data_directory(config, workdir)
     if config.data.encode_if_missing and not (data_dir / "train").exists():
         encode(config, workdir)
@@ -90,7 +90,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     """
     if not config.data.source:
         raise ConfigError("config.data.source is empty: name the images to encode, as 'digits'")
-    autoencoder = get_autoencoder(config.data.autoencoder)
+    autoencoder = _autoencoder(config)
     directory = data_directory(config, workdir)
     splits = {"train": config.data.train_split, "test": config.data.test_split}
     for folder, split in splits.items():
@@ -110,6 +110,13 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
             )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("encoded")
+
+
+def _autoencoder(config: Config) -> Autoencoder:
+    try:
+        return get_autoencoder(config.data.autoencoder)
+    except ValueError as error:
+        raise ConfigError(f"config.data.{error}") from error
 
 
 def _check_dataset(config: Config, dataset: LatentDataset) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import jax
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -80,7 +81,25 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; a key that the configuration lacks is one line that names it."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # how ml_collections says it
+        hint = str(error).strip("\"'").replace("\\n", ". ").replace("\\'", "'")
+        keys = [a.lstrip("-").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
+        wrong = [key for key in keys if any(f"'{part}'" in hint for part in key.split("."))]
+        sys.exit(f"error: {', '.join(wrong) or '--config'}: unknown key {hint}")
+    if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+        # ml_collections keeps the error of a file that it could not load for the first access.
+        try:
+            _CONFIG.value.to_dict()
+        except Exception as error:
+            sys.exit(f"error: --config: {error}")
+    return rest
+
+
 if __name__ == "__main__":
     jax.config.config_with_absl()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

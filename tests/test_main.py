@@ -72,7 +72,7 @@ def test_encode_train_resume_and_sample(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--config.model.depht=3", "depht"),
+        ("--config.model.depht=3", "error: config.model.depht: unknown key 'depht'"),
         ("--config.optimizer.learning_rate=fast", "optimizer.learning_rate"),
         ("--config.model.patch_size=3", "error: config.model.patch_size=3 must divide"),
         ("--config.regularizer.name=attract", "error: config.regularizer.name='attract'"),
@@ -82,6 +82,7 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
     result = program(f"--workdir={tmp_path}", argument)
     assert result.returncode != 0
     assert expected in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "data").exists()
 
 

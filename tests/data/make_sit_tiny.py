@@ -28,6 +28,16 @@ CONFIG = {
     "learn_sigma": True,
 }
 
+# Tensors whose gradients of mean(out ** 2) the file holds.
+GRADIENTS = (
+    "x_embedder.proj.weight",
+    "t_embedder.mlp.2.bias",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.attn.qkv.weight",
+    "blocks.0.adaLN_modulation.1.weight",
+    "blocks.1.mlp.fc1.weight",
+)
+
 
 def table(side, width):
     """Fixed positions: channel quarters are sin(column), cos(column), sin(row), cos(row)."""
@@ -156,14 +166,18 @@ def main():
     t = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float32).double()
     y = torch.tensor([0, 4, 5])
     positions = {"pos_embed": table(side // CONFIG["patch_size"], CONFIG["hidden_size"])}
+    for key in GRADIENTS:
+        state[key].requires_grad_(True)
     out, taps = evaluate(state | positions, CONFIG, x, t, y)
+    out.square().mean().backward()
     values = {"x": x, "t": t, "out": out}
     values |= {f"block/{i}": tokens for i, tokens in enumerate(taps)}
     values["cfg3"] = guided(state | positions, CONFIG, x, t, y, 3.0)
     values["qk_norm/out"], _ = evaluate(state | positions | norms, CONFIG, x, t, y)
     values["state/pos_embed"] = positions["pos_embed"]
-    arrays = {key: value.numpy().astype(np.float32) for key, value in values.items()}
-    arrays |= {f"state/{key}": value.half().numpy() for key, value in state.items()}
+    values |= {f"grad/{key}": state[key].grad for key in GRADIENTS}
+    arrays = {key: value.detach().numpy().astype(np.float32) for key, value in values.items()}
+    arrays |= {f"state/{key}": value.detach().half().numpy() for key, value in state.items()}
     arrays |= {f"qk_norm/state/{key}": value.half().numpy() for key, value in norms.items()}
     path = pathlib.Path(__file__).with_name("sit_tiny.npz")
     np.savez_compressed(path, config=str(CONFIG), y=y.numpy().astype(np.int32), **arrays)
