@@ -8,6 +8,7 @@ Every parameter carries logical axis names; a caller maps them to mesh axes with
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ NUM_FREQUENCIES = 256
 _MAX_PERIOD = 10_000.0
 _NORM_EPS = 1e-6
 _QK_NORM_EPS = 1e-5
+_GELU_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
+_GELU_CUBIC = 0.044715
 
 
 def drop_labels(key: Array, labels: Array, num_classes: int, rate: float) -> Array:
@@ -158,6 +161,26 @@ def _project(dense: nn.Dense, x: Array) -> Array:
     return dense(x.reshape(batch * count, features)).reshape(batch, count, -1)
 
 
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """GELU in its tanh form (arXiv 1606.08415, section 2), elementwise.
+
+    Its derivative is written out as a function of x alone: that of the formula as it stands keeps
+    further arrays of x's size for the backward pass.
+    """
+    return nn.gelu(x, approximate=True)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    # 1 + tanh(u) = 2 sigmoid(2 u), so gelu(x) = x sigmoid(2 u) with u the odd cubic below.
+    x32 = x.astype(jnp.float32)
+    gate = nn.sigmoid(_GELU_SLOPE * x32 * (1.0 + _GELU_CUBIC * jnp.square(x32)))
+    inner = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * jnp.square(x32))
+    return gelu(x), dx * (gate + x32 * gate * (1.0 - gate) * inner).astype(x.dtype)
+
+
 def attend(
     q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None
 ) -> Array:
@@ -250,7 +273,7 @@ class Block(nn.Module):
         hidden = int(self.hidden_size * self.mlp_ratio)
         dense = functools.partial(_dense, dtype=self.dtype)
         h = _project(dense(hidden, ("embed", "mlp"), name="mlp_in"), h)
-        h = nn.gelu(h, approximate=True)
+        h = gelu(h)
         return _project(dense(self.hidden_size, ("mlp", "embed"), name="mlp_out"), h)
 
 
@@ -271,10 +294,11 @@ class DiT(nn.Module):
       scan_blocks: one compiled block looped over stacked parameters ("blocks") instead of `depth`
         blocks with parameters of their own ("block_0", ...).
       remat: what the backward pass finds saved: "none" rematerialises nothing, "dots" saves the
-        projections' outputs alone, "full" saves only the blocks' inputs.
+        projections' outputs alone, "full" saves only the blocks' inputs. XLA's CPU compiler
+        merges the second computation with the first again unless `scan_blocks` is set.
       dtype: compute dtype. Parameters, normalisation, softmax, the time embedding and the final
         layer stay in float32.
-      attention: `implementation` of `jax.nn.dot_product_attention`: None, "xla" or "cudnn".
+      attention: `implementation` of `attend`: None, "xla" or, in half precision, "cudnn".
 
     Raises:
       ValueError: on construction, naming the field whose value does not fit.
@@ -327,6 +351,11 @@ class DiT(nn.Module):
             raise ValueError(f"remat: found {self.remat!r}, expected one of none, dots, full")
         if self.attention not in (None, "xla", "cudnn"):
             raise ValueError(f"attention: found {self.attention!r}, expected None, xla or cudnn")
+        if self.attention == "cudnn" and jnp.dtype(self.dtype).itemsize != 2:
+            raise ValueError(
+                f"attention: found 'cudnn' with dtype {jnp.dtype(self.dtype)}, expected dtype "
+                "bfloat16 or float16, which cuDNN's kernel needs"
+            )
 
     @nn.compact
     def __call__(
