@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 1e-4
-    c.optimizer.warmup_steps = 0  # linear, from 0
+    c.optimizer.warmup_steps = 0  # linear
     c.optimizer.schedule = "constant"  # after the warm-up: "constant" or "cosine" (to 0)
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999

@@ -14,7 +14,7 @@ from repulsor_jax.models.dit import DIT_SIZES
 def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
     """Returns the configuration of one model size and regulariser."""
     size, _, regularizer = variant.partition(",")
-    name, _, patch = size.partition("_")
+    name, _, patch = size.lower().partition("_")
     if name.upper() not in DIT_SIZES or patch not in ("2", "4", "8"):
         raise ValueError(
             f"configs/imagenet256.py:{variant}: the size {size!r} must be one of "

@@ -66,17 +66,24 @@ class Checkpointer:
         state: TrainState,
         data_state: Mapping[str, Any],
         config: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
     ) -> None:
         """Starts saving; the state may be donated to the next step right after.
 
         Args:
-          step: the state's step; saved already is no error, and does nothing.
+          step: the state's step; saved already is no error, and does nothing unless `overwrite`.
           state: the training state.
           data_state: the data iterator's `get_state()`, the same on every process.
           config: the configuration, for the record.
+          overwrite: replace a checkpoint of this step: the state is the same, the position in the
+            data has moved on.
         """
         if step in self._manager.all_steps():
-            return
+            if not overwrite:
+                return
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -154,7 +154,7 @@ class SamplingConfig:
     labels: str = _one_of("balanced", "random")
     num_samples: int = _at_least(1)
     batch_size: int = _at_least(1)
-    seed: int
+    seed: int = _at_least(0)
     grid_every_steps: int = _at_least(0)
     grid_samples: int = _at_least(1)
     grid_columns: int = _at_least(1)
@@ -172,7 +172,7 @@ class EvaluationConfig:
 class Config:
     """The whole configuration; see `configs/default.py`."""
 
-    seed: int
+    seed: int = _at_least(0)
     total_steps: int = _at_least(1)
     batch_size: int = _at_least(1)
     model: ModelConfig
@@ -232,6 +232,11 @@ def check_devices(config: Config, batch_shards: int, processes: int = 1) -> None
             f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}"
             + (f" and of the {processes} processes" if processes > 1 else "")
             + f"; the nearest are {_multiples(config.batch_size, shards)}"
+        )
+    if batch_shards % processes:
+        raise ConfigError(
+            f"config.mesh.data x config.mesh.fsdp = {batch_shards} must be a multiple of the "
+            f"{processes} processes: each reads rows of its own; lower config.mesh.tensor"
         )
     if config.sampling.batch_size % batch_shards:
         raise ConfigError(

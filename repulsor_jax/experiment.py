@@ -52,7 +52,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Experiment:
     config_lib.check_devices(config, batch_shards, jax.process_count())
     autoencoder = _autoencoder(config)
     data_dir = data_directory(config, workdir)
-    if config.data.encode_if_missing and not (data_dir / "train").exists():
+    if config.data.encode_if_missing:
         encode(config, workdir)
     dataset = latent_dataset.open_latent_dataset(data_dir / "train")
     _check_dataset(config, dataset)
@@ -96,9 +96,8 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     for folder, split in splits.items():
         if not split:
             continue
-        if (directory / folder / "dataset.json").exists():
-            print(f"{directory / folder}: already there, left alone")
-        elif jax.process_index() == 0:
+        # Process 0 alone looks and writes; the others wait below, and look afterwards.
+        if jax.process_index() == 0 and not (directory / folder / "dataset.json").exists():
             encode_dataset(
                 open_source(config.data.source, split, data_dir=config.data.source_dir or None),
                 autoencoder,
@@ -108,8 +107,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
                 batch_size=ENCODE_BATCH_SIZE,
                 dtype=config.data.dtype,
             )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("encoded")
+    multihost_utils.sync_global_devices("encoded")
 
 
 def _autoencoder(config: Config) -> Autoencoder:

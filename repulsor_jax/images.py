@@ -103,31 +103,22 @@ def save_samples(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None
 
 
 def save_loss_curve(
-    path: PathLike,
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    ylabel: str = "loss",
-    log_scale: bool = False,
+    path: PathLike, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
 ) -> None:
-    """Writes a PNG with one line per curve over training steps.
+    """Writes a PNG with one panel per curve, one above the other, over training steps.
 
     Args:
       path: the PNG; it appears complete or not at all.
-      curves: name -> (steps, values), of equal lengths.
-      ylabel: what the values are.
-      log_scale: logarithmic vertical axis.
+      curves: name -> (steps, values), of equal lengths; at least one.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 1 + 2 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)  # draws without pyplot's global state or a display
-    axes = figure.add_subplot()
-    for name, (steps, values) in curves.items():
-        axes.plot(steps, values, label=name, linewidth=1.2, marker="." if len(steps) < 50 else "")
-    axes.set_xlabel("training step")
-    axes.set_ylabel(ylabel)
-    axes.set_yscale("log" if log_scale else "linear")
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
+        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 50 else "")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("training step")
     with _replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -77,8 +77,11 @@ def main(argv: list[str]) -> None:
             train(experiment, _CONFIG.value.to_dict())
         else:
             sample(experiment, _CHECKPOINT_STEP.value)
-    except (NonFiniteLossError, CheckpointError) as error:
+    except (NonFiniteLossError, CheckpointError, config_lib.ConfigError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -116,6 +116,7 @@ class StepRecorder:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._sums: dict[str, float] = {}
         self._count = 0
+        self._step = first_step
         self._paused_seconds = 0.0
         self._started = time.perf_counter()
         # On a terminal the bar says it all; in a log file it would be one endless line.
@@ -155,7 +156,6 @@ class StepRecorder:
         (step, device_values), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(device_values).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._writer.scalars(step, values)
             raise NonFiniteLossError(
                 f"step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}"
             )
@@ -163,8 +163,18 @@ class StepRecorder:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._bar.update(1)
+        self._step = step
         if step % self._every_steps == 0:
             self._write_means(step)
+
+    def flush(self) -> None:
+        """Settles, and writes the means of the steps since the last ones written, if any.
+
+        Called before a checkpoint, so that no mean spans it and a resumed run writes the same.
+        """
+        self.settle()
+        if self._count:
+            self._write_means(self._step)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -60,7 +60,7 @@ def weight(config: config_lib.RegularizerConfig, step: Array) -> Array:
 
 def _build_repulsor(config: config_lib.Config) -> Regularizer:
     c = config.regularizer
-    head = repulsion.ProjectionHead(c.projection_dim)
+    head = repulsion.ProjectionHead(c.projection_dim, config.model.hidden_size)
 
     def init(key: Array, tokens: jax.ShapeDtypeStruct) -> Any:
         pooled = jax.eval_shape(lambda x: repulsion.pool(x, c.pooling), tokens)

@@ -26,23 +26,24 @@ def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 
 class ProjectionHead(nn.Module):
-    """Pooled hidden representation -> unit vector: Dense D, SiLU, Dense d, L2 normalisation.
+    """Pooled hidden representation -> unit vector: Dense, SiLU, Dense d, L2 normalisation.
 
     Always float32: the vectors are compared at the scale of the temperature. Part of the training
     state only, never of the exported model.
 
     Attributes:
       dim: d, the length of the projections.
+      hidden_size: width of the first layer; the model's own width D.
     """
 
     dim: int
+    hidden_size: int
 
     @nn.compact
     def __call__(self, pooled: jax.Array) -> jax.Array:
-        """Maps pooled features `[B, D]` to projections `[B, d]`, float32, unit length."""
-        width = pooled.shape[-1]
+        """Maps pooled features `[B, D or N * D]` to `[B, d]`, float32, unit length."""
         x = pooled.astype(jnp.float32)
-        x = nn.silu(_dense(width, ("embed", "mlp"), "hidden")(x))
+        x = nn.silu(_dense(self.hidden_size, ("embed", "mlp"), "hidden")(x))
         return l2_normalize(_dense(self.dim, ("mlp", None), "out")(x))
 
 

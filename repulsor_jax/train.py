@@ -90,7 +90,8 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
             state, data_state = checkpointer.restore(abstract_state)
             data.set_state(data_state)
         first_step = int(jax.device_get(state.step))
-        say(f"step {first_step} of {config.total_steps}, in {workdir}")
+        done = ": nothing to do" if first_step >= config.total_steps else ""
+        say(f"step {first_step} of {config.total_steps}, in {workdir}{done}")
 
         with (
             MetricWriter(workdir, first_step, enabled=is_main) as writer,
@@ -124,12 +125,13 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
                             writer.scalars(step, {pixels.METRIC: distance})
                             say(f"step {step}: {pixels.METRIC} {distance:.4f}")
                     if _due(config.checkpoint.every_steps, step, config.total_steps):
+                        recorder.flush()
                         with recorder.pause():
                             checkpointer.save(step, state, data.get_state(), config_record)
             except NonFiniteLossError as error:
-                # The step refused the update, so the state is still good.
+                # The step refused the update, so the state is still good; the data has moved on.
                 step = int(jax.device_get(state.step))
-                checkpointer.save(step, state, data.get_state(), config_record)
+                checkpointer.save(step, state, data.get_state(), config_record, overwrite=True)
                 raise NonFiniteLossError(
                     f"{error}. The last good state is saved as step {step} in "
                     f"{checkpointer.directory}; the same command goes on from it with the next "

@@ -18,8 +18,7 @@ from repulsor_jax.regularizers import Regularizer
 Array = jax.Array
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a step reads and writes; one pytree of sharded arrays.
 
     Attributes:
@@ -61,19 +60,20 @@ def build_model(config: config_lib.ModelConfig) -> DiT:
 
 
 def learning_rate(config: config_lib.Config) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or a cosine to 0 at `total_steps`."""
+    """Linear warm-up, then constant or a cosine to 0 at `total_steps`.
+
+    Step 0 takes the first part of the warm-up, not 0: its batch is not wasted.
+    """
     c = config.optimizer
-    if c.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if c.warmup_steps else c.learning_rate,
-            c.learning_rate,
-            c.warmup_steps,
-            config.total_steps,
-        )
-    if not c.warmup_steps:
-        return optax.constant_schedule(c.learning_rate)
-    # Step 0 already moves: a first update with a rate of exactly 0 would waste its batch.
-    return lambda step: c.learning_rate * jnp.minimum(1.0, (step + 1) / c.warmup_steps)
+
+    def schedule(step: Any) -> Array:
+        rate = c.learning_rate * jnp.minimum(1.0, (step + 1) / max(c.warmup_steps, 1))
+        if c.schedule == "constant":
+            return rate
+        progress = (step - c.warmup_steps) / (config.total_steps - c.warmup_steps)
+        return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+
+    return schedule
 
 
 def build_optimizer(config: config_lib.Config) -> optax.GradientTransformation:

@@ -102,24 +102,26 @@ def make_train_step(
             config.optimizer.accumulation_steps,
         )
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(
-            params["model"], state.ema_params, 1.0 - config.optimizer.ema_decay
-        )
         grad_norm = optax.tree.norm(grads)
         metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
         if regularizer is not None:
             metrics["regularizer_weight"] = weight
 
+        def update(state: TrainState) -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema_params = optax.incremental_update(
+                params["model"], state.ema_params, 1.0 - config.optimizer.ema_decay
+            )
+            return state.replace(
+                step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+            )
+
+        # A branch, and not a select on every array: that would read and write the state once more.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         bank = None if state.bank is None else memory_bank.enqueue(state.bank, z, valid=finite)
-        old = (state.step, state.params, state.ema_params, state.opt_state)
-        new = (state.step + 1, params, ema_params, opt_state)
-        step, params, ema_params, opt_state = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, old
-        )
-        return TrainState(step, params, ema_params, opt_state, bank, state.rng), metrics
+        state = jax.lax.cond(finite, update, lambda state: state, state.replace(bank=None))
+        return state.replace(bank=bank), metrics
 
     return train_step
 

@@ -1,4 +1,5 @@
 import ast
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from repulsor_jax import sampling
 from repulsor_jax.models import dit, torch_weights
 
 TINY = pathlib.Path(__file__).parent / "data" / "sit_tiny.npz"
@@ -67,10 +69,11 @@ def check_against_reference(reference: Reference, scan: bool, remat: str) -> Non
     @jax.jit
     def run(variables: Any, x: Any, t: Any, labels: Any) -> Any:
         pairs = [model.apply(variables, x, t, labels, tap=i) for i in range(depth)]
-        nulls = jnp.full_like(labels, model.num_classes)
-        cond, null = (model.apply(variables, x, t, label) for label in (labels, nulls))
-        guided = null[..., :3] + 3.0 * (cond - null)[..., :3]
-        return pairs, cond, jnp.concatenate([guided, cond[..., 3:]], axis=-1)
+        predict = functools.partial(model.apply, variables)
+        guided = sampling.guided_velocity(
+            predict, x, t, labels, null_label=model.num_classes, scale=3.0, channels=3
+        )
+        return pairs, predict(x, t, labels), guided
 
     pairs, out, guided = run(variables, x, t, labels)
     for i, (tapped_out, tokens) in enumerate(pairs):

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from repulsor_jax import config as config_lib
@@ -16,13 +18,18 @@ def prepare(workdir, **overrides):
     return experiment_lib.prepare(config_lib.parse(tiny.digits_dict(**overrides)), workdir)
 
 
-def test_encodes_when_absent_and_leaves_alone_what_is_there(workdir, tmp_path, capsys):
+def test_encodes_when_absent_and_leaves_alone_what_is_there(tmp_path):
     fresh = prepare(tmp_path)
     assert (fresh.dataset.num_records, fresh.held_out.num_records) == (1300, 497)
     before = (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns
     experiment_lib.encode(fresh.config, tmp_path)
-    assert "already there" in capsys.readouterr().out
     assert (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_encodes_the_rest_of_what_was_interrupted(tmp_path):
+    prepare(tmp_path)
+    shutil.rmtree(tmp_path / "data" / "test")
+    assert prepare(tmp_path, **{"evaluation.every_steps": 5}).held_out.num_records == 497
 
 
 @pytest.mark.parametrize(

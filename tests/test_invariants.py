@@ -119,7 +119,7 @@ def test_the_bank_holds_the_last_batches_row_by_row():
             inputs.labels,
             tap=c.model.depth // 4,
         )
-        head = repulsion.ProjectionHead(tiny.DIM)
+        head = repulsion.ProjectionHead(tiny.DIM, c.model.hidden_size)
         expected.append(head.apply({"params": params["regularizer"]}, tokens.mean(1)))
         state, _ = step._replace(state=state).run([batch])
 

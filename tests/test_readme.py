@@ -16,4 +16,6 @@ def test_the_code_of_the_readme_runs_and_does_what_it_says():
         )
     assert int(names["bank"].filled) == 4
     assert (names["w"] != before).any()
-    assert len([line for line in block.splitlines() if line.strip()]) <= 16  # "ten lines", and set-up
+    assert (
+        len([line for line in block.splitlines() if line.strip()]) <= 16
+    )  # "ten lines", and set-up

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import regularizers, repulsion
+from repulsor_jax import memory_bank, regularizers, repulsion
 from repulsor_jax.dispersive import dispersive_loss
 from tests import tiny
 
@@ -20,23 +20,40 @@ def test_an_unknown_name_is_refused_with_the_names():
 
 
 def test_repulsor_is_pool_head_and_loss():
-    r = regularizers.build(tiny.config(regularizer__pooling="flatten"))
+    r = regularizers.build(
+        tiny.config(
+            regularizer__pooling="flatten",
+            regularizer__temperature=0.2,
+            regularizer__distance="cosine",
+        )
+    )
     tokens = jax.random.normal(jax.random.key(0), (tiny.BATCH, 4, 32))
     params = r.init(jax.random.key(1), jax.ShapeDtypeStruct((1, 4, 32), jnp.float32))
     bank = r.create_bank()
     assert bank.features.shape == (tiny.SLOTS, tiny.BATCH, tiny.DIM)
-    loss, z = r.loss(params, tokens, bank)
-    assert z.shape == (tiny.BATCH, tiny.DIM)
-    np.testing.assert_allclose(loss, repulsion.repulsion_loss(z, bank), rtol=1e-6)
+    head = repulsion.ProjectionHead(tiny.DIM, hidden_size=32)
+    z = head.apply({"params": params}, tokens.reshape(tiny.BATCH, -1))
+    bank = memory_bank.enqueue(bank, z[::-1])
+    loss, found = r.loss(params, tokens, bank)
+    np.testing.assert_allclose(found, z, atol=1e-6)
+    expected = repulsion.repulsion_loss(z, bank, temperature=0.2, distance="cosine")
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_dispersive_is_its_loss_without_parameters_or_bank():
+@pytest.mark.parametrize("variant", ["l2", "hinge"])
+def test_dispersive_is_its_loss_without_parameters_or_bank(variant):
     r = regularizers.build(
-        tiny.config(regularizer__name="dispersive", regularizer__variant="cosine")
+        tiny.config(
+            regularizer__name="dispersive",
+            regularizer__variant=variant,
+            regularizer__temperature=0.2,
+            regularizer__margin=1.7,
+        )
     )
     tokens = jax.random.normal(jax.random.key(0), (4, 3, 8))
     assert r.create_bank is None
     assert r.init(jax.random.key(0), tokens) == {}
     loss, z = r.loss({}, tokens, None)
     assert z is None
-    np.testing.assert_allclose(loss, dispersive_loss(tokens, variant="cosine", temperature=0.5))
+    expected = dispersive_loss(tokens, variant=variant, temperature=0.2, margin=1.7)
+    np.testing.assert_allclose(loss, expected)

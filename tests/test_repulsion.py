@@ -161,7 +161,7 @@ def test_unknown_distance_and_pooling_are_refused():
 def test_head_gives_unit_vectors_of_its_dense_silu_dense():
     rng = np.random.default_rng(7)
     pooled = rng.standard_normal((5, 6)).astype(np.float32)
-    head = repulsion.ProjectionHead(3)
+    head = repulsion.ProjectionHead(3, hidden_size=7)
     params = jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(np.float32),
         jax.eval_shape(head.init, jax.random.key(0), pooled)["params"],

@@ -9,6 +9,7 @@ import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
+from repulsor_jax import generation
 from repulsor_jax import train as train_lib
 from repulsor_jax.data import pipeline
 from repulsor_jax.metrics import NonFiniteLossError, read_jsonl
@@ -89,31 +90,43 @@ def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
     assert kept == [6, 10, 12]
 
 
-def test_a_non_finite_loss_stops_with_the_last_good_state(
-    tmp_path, data_dir, monkeypatch, uninterrupted
-):
-    _, expected = uninterrupted
-    del expected
-
+@pytest.mark.parametrize("at", [6, 7])  # right after a checkpoint, and not
+def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, monkeypatch, at):
     def poisoned(*args, **kwargs):
-        return _Poisoned(pipeline.training_iterator(*args, **kwargs), at=7)
+        return _Poisoned(pipeline.training_iterator(*args, **kwargs), at=at)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_lib, "training_iterator", poisoned)
-        with pytest.raises(NonFiniteLossError, match="step 7: loss nan") as error:
+        with pytest.raises(NonFiniteLossError, match=f"step {at}: loss nan") as error:
             run(tmp_path, data_dir)
     for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "regularizer.weight"):
         assert advice in str(error.value)
     saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     assert f"step {saved}" in str(error.value)
+    position = json.loads((tmp_path / "checkpoints" / str(saved) / "data" / "metadata").read_text())
+    assert position["next_index"] > saved  # past the bad batch
 
     state = run(tmp_path, data_dir)  # the same command goes on
     assert int(state.step) == 12
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(_raw(state))))
 
 
-def test_pictures_and_distance_are_written(tmp_path, data_dir):
-    run(tmp_path, data_dir, sampling__grid_every_steps=8, evaluation__every_steps=8)
+def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypatch):
+    drawn_from = []
+
+    def make_generator(experiment):
+        generate = generation.make_generator(experiment)
+
+        def spy(params, count):
+            drawn_from.append(jax.device_get(params))
+            return generate(params, count)
+
+        return spy
+
+    monkeypatch.setattr(train_lib, "make_generator", make_generator)
+    state = run(tmp_path, data_dir, sampling__grid_every_steps=8, evaluation__every_steps=8)
+    assert len(drawn_from) == 4
+    jax.tree.map(np.testing.assert_array_equal, drawn_from[-1], jax.device_get(state.ema_params))
     grids = sorted(p.name for p in (tmp_path / "samples").iterdir())
     assert grids == ["train_00000008.png", "train_00000012.png"]
     assert (tmp_path / "loss_curve.png").stat().st_size > 1000
