@@ -81,5 +81,6 @@ def write_grid(
         path,
         columns=columns,
         upscale=max(1, _MIN_PICTURE_SIZE // images.shape[1]),
+        smooth=True,
         column_labels=[names[k] for k in labels[:columns]] if by_class else None,
     )

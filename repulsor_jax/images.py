@@ -30,6 +30,7 @@ def save_grid(
     *,
     columns: int,
     upscale: int = 1,
+    smooth: bool = False,
     column_labels: Sequence[str] | None = None,
 ) -> None:
     """Writes a PNG of the images, row by row, with a thin white border around each.
@@ -39,6 +40,7 @@ def save_grid(
       path: the PNG; it appears complete or not at all.
       columns: images per row; the last row may be short.
       upscale: each pixel becomes `upscale x upscale` pixels.
+      smooth: interpolate (bicubic) when upscaling: a person reads small images far better so.
       column_labels: text above each column.
 
     Raises:
@@ -53,7 +55,10 @@ def save_grid(
         raise ValueError(f"found {len(images)} images, {columns=}, {upscale=}, expected 1 or more")
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"found {len(column_labels)} column labels for {columns} columns")
-    images = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
+    if smooth:
+        images = np.stack([_enlarge(image, upscale) for image in images])
+    else:
+        images = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
     border = max(1, min(height, width) // 32)
@@ -79,6 +84,13 @@ def save_grid(
             draw.text((middle, header - 1), label, fill="black", font=font, anchor="md")
     with _replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    height, width, channels = image.shape
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(height * factor, width * factor, channels)
 
 
 def save_samples(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:

@@ -109,6 +109,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s.npz"]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_smooth_upscaling_keeps_flat_images_and_places(tmp_path, channels):
+    flat = np.stack([np.full((4, 4, channels), level, np.uint8) for level in (10, 200)])
+    save_grid(flat, tmp_path / "grid.png", columns=2, upscale=3, smooth=True)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    assert pixels.shape == (14, 27)
+    assert (pixels[1:13, 1:13] == 10).all()
+    assert (pixels[1:13, 14:26] == 200).all()
+
+
 def test_loss_curve(tmp_path):
     steps = np.arange(100)
     curves = {"flow": (steps, 1 / (1 + steps)), "repulsion": (steps[::5], -np.ones(20))}
