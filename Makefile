@@ -1,8 +1,9 @@
 # Two commands do all: `make demo` and `make test`. Each makes the environment in .venv on first use.
 
-# The first Python on PATH that is 3.11 or later; or say PYTHON=... yourself.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The first Python on PATH with tested pins, else any from 3.11 on; or say PYTHON=... yourself.
+PYTHON ?= $(shell for newest in 14 99; do for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, $$newest))" 2>/dev/null \
+	&& echo $$p && exit; done; done)
 VENV ?= .venv
 WORKDIR ?= runs/digits
 BIN := $(VENV)/bin

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value == "encode":
             experiment_lib.encode(config, workdir)
+            print(f"latents: {experiment_lib.data_directory(config, workdir)}")
             return
         experiment = experiment_lib.prepare(config, workdir)
     except (ValueError, OSError) as error:
