@@ -87,7 +87,8 @@ PATHS = {
 }
 
 
-def _check(kind: str, found: str, allowed: tuple[str, ...]) -> None:
+def check_choice(kind: str, found: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless `found` is one of the `allowed` names of this `kind`."""
     if found not in allowed:
         raise ValueError(f"unknown {kind} {found!r}; expected one of {', '.join(allowed)}")
 
@@ -101,7 +102,7 @@ def get_path(name: str) -> Path:
     Raises:
       ValueError: no such path; the message lists the names.
     """
-    _check("path", name, tuple(PATHS))
+    check_choice("path", name, tuple(PATHS))
     return PATHS[name]
 
 
@@ -148,7 +149,7 @@ def target(path: Path, prediction: str, data: Array, noise: Array, t: Array) -> 
     Raises:
       ValueError: unknown prediction.
     """
-    _check("prediction", prediction, PREDICTIONS)
+    check_choice("prediction", prediction, PREDICTIONS)
     data, noise = _float32(data, noise)
     return _from_ends(prediction, data, noise, _coefficients_like(path, t, data))
 
@@ -177,8 +178,8 @@ def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: st
       ValueError: unknown `source` or `to`.
     """
     quantities = (*PREDICTIONS, "data")
-    _check("source", source, quantities)
-    _check("to", to, quantities)
+    check_choice("source", source, quantities)
+    check_choice("to", to, quantities)
     value, x = _float32(value, x)
     if source == to:
         return value
@@ -235,8 +236,8 @@ def flow_loss(
     Raises:
       ValueError: unknown prediction or weighting, or a weighted velocity prediction.
     """
-    _check("prediction", prediction, PREDICTIONS)
-    _check("weighting", weighting, WEIGHTINGS)
+    check_choice("prediction", prediction, PREDICTIONS)
+    check_choice("weighting", weighting, WEIGHTINGS)
     if prediction == "velocity" and weighting != "none":
         raise ValueError(
             f"weighting {weighting!r} is defined for score and noise predictions; "
@@ -271,7 +272,7 @@ def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tup
     Raises:
       ValueError: unknown prediction.
     """
-    _check("prediction", prediction, PREDICTIONS)
+    check_choice("prediction", prediction, PREDICTIONS)
     if path.singular_at_data:
         return 0.0, 1.0 - (1e-3 if sampling else 1e-5)
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1.0 - 1e-3)
@@ -306,7 +307,7 @@ def sample_timesteps(
     Raises:
       ValueError: unknown distribution.
     """
-    _check("time distribution", distribution, TIME_DISTRIBUTIONS)
+    check_choice("time distribution", distribution, TIME_DISTRIBUTIONS)
     if distribution == "uniform":
         u = jax.random.uniform(key, (batch_size,), jnp.float32)
     else:

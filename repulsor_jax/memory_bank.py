@@ -10,9 +10,11 @@ communicated. A flat `[S * B, d]` queue gathers the whole bank instead.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +48,16 @@ def create(num_slots: int, batch_size: int, dim: int, dtype: jnp.dtype = jnp.flo
         cursor=jnp.zeros((), jnp.int32),
         filled=jnp.zeros((), jnp.int32),
     )
+
+
+def shardings(mesh: Mesh, batch_axes: str | tuple[str, ...]) -> MemoryBank:
+    """Returns where a bank lives on a mesh whose `batch_axes` split the batch.
+
+    The rows of every slot lie where the rows of the batch lie; cursor and count are everywhere.
+    """
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    rows: Any = NamedSharding(mesh, PartitionSpec(None, batch_axes))
+    return MemoryBank(features=rows, cursor=everywhere, filled=everywhere)
 
 
 def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> MemoryBank:

@@ -1,6 +1,5 @@
 """The sample mode: a grid and an .npz from a checkpoint's EMA parameters."""
 
-import flax.linen as nn
 import jax
 
 from repulsor_jax import images, sharding
@@ -22,10 +21,8 @@ def sample(experiment: Experiment, step: int | None = None) -> None:
     """
     config, workdir = experiment.config, experiment.workdir
     boxed = jax.eval_shape(lambda key: init_model_params(experiment.model, key), jax.random.key(0))
-    abstract_params = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        nn.unbox(boxed),
-        sharding.tree_shardings(boxed, experiment.mesh),
+    abstract_params = sharding.abstract_arrays(
+        boxed, sharding.tree_shardings(boxed, experiment.mesh)
     )
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         params, step = checkpointer.restore_ema(abstract_params, step)

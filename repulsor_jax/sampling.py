@@ -37,11 +37,6 @@ SOLVERS: dict[str, Callable[[VelocityFn, Array, Array, Array], Array]] = {
 }
 
 
-def _check(kind: str, found: str, allowed: tuple[str, ...]) -> None:
-    if found not in allowed:
-        raise ValueError(f"unknown {kind} {found!r}; expected one of {', '.join(allowed)}")
-
-
 def integrate(
     velocity_fn: VelocityFn,
     noise: Array,
@@ -67,7 +62,7 @@ def integrate(
     Raises:
       ValueError: unknown solver, or `num_steps` below 1.
     """
-    _check("solver", solver, tuple(SOLVERS))
+    flow.check_choice("solver", solver, tuple(SOLVERS))
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     times = np.linspace(t_start, t_end, num_steps + 1)  # in float64, so that no error adds up
@@ -117,7 +112,7 @@ def sample_labels(
     Raises:
       ValueError: unknown mode.
     """
-    _check("label mode", mode, LABEL_MODES)
+    flow.check_choice("label mode", mode, LABEL_MODES)
     indices = jnp.asarray(indices, jnp.int32)
     if mode == "balanced":
         return indices % num_classes
@@ -206,7 +201,7 @@ def make_sampler(
     Raises:
       ValueError: unknown prediction or solver.
     """
-    _check("solver", solver, tuple(SOLVERS))
+    flow.check_choice("solver", solver, tuple(SOLVERS))
     t_start, t_end = flow.time_interval(path, prediction, sampling=True)
 
     def sample(

@@ -105,6 +105,15 @@ def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(fit, nn.unbox(abstract_tree), shardings)
 
 
+def abstract_arrays(abstract_tree: Any, shardings: Any) -> Any:
+    """Unboxes a tree of abstract arrays and gives each its sharding: what a restore asks for."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        nn.unbox(abstract_tree),
+        shardings,
+    )
+
+
 def _axes_size(axes: str | tuple[str, ...], mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import sharding
+from repulsor_jax import memory_bank, sharding
 from repulsor_jax.memory_bank import MemoryBank
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.regularizers import Regularizer
@@ -124,9 +124,7 @@ def state_shardings(abstract_state: TrainState, mesh: Mesh) -> TrainState:
     shardings = sharding.tree_shardings(abstract_state, mesh)
     if abstract_state.bank is None:
         return shardings
-    rows = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
-    everywhere = sharding.replicated(mesh)
-    return shardings.replace(bank=MemoryBank(features=rows, cursor=everywhere, filled=everywhere))  # type: ignore[arg-type]
+    return shardings.replace(bank=memory_bank.shardings(mesh, sharding.BATCH_AXES))
 
 
 def create_train_state(
@@ -160,9 +158,4 @@ def abstract_train_state(
     init = init_fn(config, model, regularizer, optimizer)
     boxed = jax.eval_shape(init, jax.random.key(config.seed))
     shardings = state_shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        nn.unbox(boxed),
-        shardings,
-    )
-    return abstract, shardings
+    return sharding.abstract_arrays(boxed, shardings), shardings

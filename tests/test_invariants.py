@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import hlo, repulsion, sharding
+from repulsor_jax import hlo, memory_bank, repulsion, sharding
 from repulsor_jax.train_step import draw_inputs
 from tests import tiny
 
@@ -63,19 +63,10 @@ def test_no_collective_of_the_step_grows_with_the_bank():
 
 def test_the_loss_and_the_enqueue_alone_send_no_more_than_the_queries():
     """The method without a model around it: what it costs anyone's trainer."""
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from repulsor_jax import memory_bank
-
     batch_size, dim = 64, 16
     mesh = tiny.mesh(data=4, fsdp=2)
-    by_row = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
-    whole = NamedSharding(mesh, PartitionSpec())
-    bank_sharding = memory_bank.MemoryBank(
-        features=NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES)),
-        cursor=whole,
-        filled=whole,
-    )
+    by_row, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    bank_sharding = memory_bank.shardings(mesh, sharding.BATCH_AXES)
 
     def step(z, bank):
         loss, gradient = jax.value_and_grad(repulsion.repulsion_loss)(z, bank)

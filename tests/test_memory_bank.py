@@ -75,11 +75,7 @@ def test_enqueue_is_in_place_and_without_collectives(rows):
     batch_size, dim = 512, 16
     mesh = tiny.mesh(data=4, fsdp=2)
     axes = ("data", "fsdp")
-    shardings = memory_bank.MemoryBank(
-        features=NamedSharding(mesh, PartitionSpec(None, axes)),
-        cursor=NamedSharding(mesh, PartitionSpec()),
-        filled=NamedSharding(mesh, PartitionSpec()),
-    )
+    shardings = memory_bank.shardings(mesh, axes)
     by_row = NamedSharding(mesh, PartitionSpec(axes))
     abstract = jax.eval_shape(lambda: memory_bank.create(rows // batch_size, batch_size, dim))
     compiled = (
