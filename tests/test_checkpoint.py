@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     with Checkpointer(folder) as checkpointer:
         checkpointer.save(2, state, {"next_index": 2}, {"seed": 0})
-    return c, folder, jax.device_get(_raw(state))
+    return c, folder, jax.device_get(tiny.raw(state))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 1, 1), (1, 2, 2)], ids=str)
@@ -38,7 +38,7 @@ def test_comes_back_exactly_on_any_mesh(saved, shape):
     assert data_state == {"next_index": 2}
     assert state.bank.features.dtype == jnp.bfloat16
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_raw(state)), expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
 def test_inference_restores_ema_alone_and_needs_no_regulariser(saved):
@@ -91,7 +91,3 @@ def test_saving_a_step_twice_is_no_error(tmp_path):
         for _ in range(2):
             checkpointer.save(0, state, {"next_index": 0}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["0"]
-
-
-def _raw(state):
-    return state.replace(rng=jax.random.key_data(state.rng))

@@ -47,7 +47,7 @@ def losses(workdir):
 def uninterrupted(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     state = run(workdir, data_dir)
-    return workdir, jax.device_get(_raw(state))
+    return workdir, jax.device_get(tiny.raw(state))
 
 
 @pytest.mark.parametrize("stop", [3, 5, 11])
@@ -58,7 +58,7 @@ def test_resume_is_invisible(tmp_path, data_dir, uninterrupted, stop):
     state = run(tmp_path / "run", data_dir)
     assert losses(tmp_path / "run") == losses(reference)
     assert [line["step"] for line in losses(reference)] == list(range(1, 13))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_raw(state)), expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
     # The saved checkpoints too: state and position in the data.
     saved = [p / "checkpoints" / "12" / "data" / "metadata" for p in (reference, tmp_path / "run")]
     assert json.loads(saved[0].read_text()) == json.loads(saved[1].read_text())
@@ -75,7 +75,7 @@ def test_a_run_cut_between_checkpoints_repeats_the_lost_steps(tmp_path, data_dir
     (killed / "metrics.jsonl").write_text("".join(lines[:9]))
     state = run(killed, data_dir)
     assert losses(killed) == losses(reference)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(_raw(state)), expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
 def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
@@ -108,7 +108,7 @@ def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, mo
 
     state = run(tmp_path, data_dir)  # the same command goes on
     assert int(state.step) == 12
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(_raw(state))))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(tiny.raw(state))))
 
 
 def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypatch):
@@ -154,7 +154,3 @@ class _Poisoned:
 
     def __getattr__(self, name):
         return getattr(self._iterator, name)
-
-
-def _raw(state):
-    return state.replace(rng=jax.random.key_data(state.rng))

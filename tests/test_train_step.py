@@ -109,7 +109,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     before = jax.device_get(state)
     after, [metrics] = step._replace(state=state).run([bad])
     assert np.isnan(metrics["loss"])
-    jax.tree.map(np.testing.assert_array_equal, *map(_raw, (before, jax.device_get(after))))
+    jax.tree.map(np.testing.assert_array_equal, *map(tiny.raw, (before, jax.device_get(after))))
     after, [metrics] = step._replace(state=after).run([other])
     assert np.isfinite(metrics["loss"])
     assert int(after.step) == 2
@@ -208,7 +208,3 @@ def test_the_other_choices_of_the_config_train_too(overrides):
 
 def _is_adam(x):
     return isinstance(x, optax.ScaleByAdamState)
-
-
-def _raw(state):
-    return state.replace(rng=jax.random.key_data(state.rng))

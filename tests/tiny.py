@@ -48,8 +48,12 @@ def config_dict(**overrides: Any):
         "sampling.num_samples": 8,
         "sampling.grid_samples": 8,
     }
-    tiny |= {key.replace("__", "."): value for key, value in overrides.items()}
-    c.update_from_flattened_dict(tiny)
+    return _updated(c, tiny, overrides)
+
+
+def _updated(c: Any, tiny: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    named = {key.replace("__", "."): value for key, value in overrides.items()}
+    c.update_from_flattened_dict(tiny | named)
     return c
 
 
@@ -84,9 +88,7 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "evaluation.every_steps": 0,
         "evaluation.num_samples": 32,
     }
-    tiny |= {key.replace("__", "."): value for key, value in overrides.items()}
-    c.update_from_flattened_dict(tiny)
-    return c
+    return _updated(c, tiny, overrides)
 
 
 class Step(NamedTuple):
@@ -129,3 +131,8 @@ def batches(count: int, batch_size: int = BATCH, seed: int = 0) -> list[dict[str
         }
         for _ in range(count)
     ]
+
+
+def raw(state: TrainState) -> TrainState:
+    """The state with its key as plain numbers, which NumPy can compare."""
+    return state.replace(rng=jax.random.key_data(state.rng))
