@@ -68,13 +68,27 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.data = ml_collections.ConfigDict()
     c.data.dir = ""  # latent data set (train/ and, optionally, test/ inside); "" is <workdir>/data
-    c.data.source = ""  # images for --mode=encode: "digits" or "tfds:<name>"
-    c.data.source_dir = ""  # where the source lies, for sources that need it
-    c.data.train_split = "train"  # split of the source that becomes train/
-    c.data.test_split = "test"  # split that becomes test/, for evaluation; "" is none
-    c.data.autoencoder = "identity"  # images to latents and back
+    # What --mode=encode reads: images from "folder", "archive", "tfds:<name>" or "digits", or
+    # latents that others made, "npy", "fast-dit", "repa" or "lightning-dit" (docs/data.md).
+    c.data.source = ""  # needed by --mode=encode alone
+    c.data.source_path = ""  # the folder or archive; for tfds its data_dir
+    c.data.train_split = "train"  # folder in it, or split, that becomes train/; "." is all of it
+    c.data.test_split = "test"  # that becomes test/, for evaluation; "" is none
+    c.data.image_size = 0  # centre-crop and resize to this side, as ADM; 0 takes images as they are
+    c.data.flips = False  # store mirror images too; training then picks one of the two
+    # "sd-vae-ft-ema", "sd-vae-ft-mse", "kl" (any diffusers AutoencoderKL), "taesd", "taesdxl",
+    # "taesd3", "taef1", "taef2", "identity", or "none" for latents that nothing here can decode.
+    c.data.autoencoder = "identity"  # pixels are the latents
+    c.data.autoencoder_weights = ""  # file, folder or Hugging Face repo; "" is the published one
+    c.data.autoencoder_dtype = "float32"  # of its computation: "float32" or "bfloat16"
     c.data.encode_if_missing = False  # encode before training where the data set is absent
+    c.data.encode_batch_per_device = 32  # images in one call of the encoder
+    c.data.encode_workers = -1  # processes that decode and crop images; -1: one per core
+    c.data.on_bad_image = "fail"  # or "skip": report it, note it in dataset.json, and go on
+    c.data.images_per_shard = 8_192  # per file; what a stopped --mode=encode loses at most
+    c.data.preview_images = 16  # pictures before and after, and their PSNR, when encoded; 0: none
     c.data.dtype = "float16"  # of the stored latents: "float16" or "float32"
+    c.data.verify = True  # check the files' SHA-256 before training, once while they are unchanged
     c.data.normalization = "scale"  # by the autoencoder's factor, or "statistics" (per channel)
     c.data.read_threads = 4  # threads that read batches
     c.data.prefetch_batches = 8  # batches read ahead; at least read_threads
@@ -100,6 +114,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.labels = "balanced"  # "balanced" (index mod num_classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
     c.sampling.batch_size = 64  # global
+    c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
+    c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole
     c.sampling.seed = 0  # sample i depends on (seed, i) alone
     c.sampling.grid_every_steps = 10_000  # a grid of samples, and at the end; 0 is never
     c.sampling.grid_samples = 64

@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.data.source = "digits"
     c.data.encode_if_missing = True
+    c.data.encode_workers = 0  # these images are in memory
 
     c.checkpoint.every_steps = 500
     c.checkpoint.keep_every = 0

@@ -29,8 +29,10 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
     c.regularizer.name = regularizer or "repulsor"  # checked with everything else
 
     c.data.dir = "data/imagenet256_sd-vae"
-    c.data.source = "tfds:imagenet2012"
+    c.data.source = "tfds:imagenet2012"  # docs/data.md: from nothing to training, and other sources
     c.data.test_split = "validation"
+    c.data.image_size = 256
+    c.data.flips = True
     c.data.autoencoder = "sd-vae-ft-ema"
 
     c.sampling.solver = "euler"

@@ -107,12 +107,22 @@ class DataConfig:
 
     dir: str
     source: str
-    source_dir: str
+    source_path: str
     train_split: str
     test_split: str
+    image_size: int = _at_least(0)
+    flips: bool
     autoencoder: str
+    autoencoder_weights: str
+    autoencoder_dtype: str = _one_of("float32", "bfloat16")
     encode_if_missing: bool
+    encode_batch_per_device: int = _at_least(1)
+    encode_workers: int = _at_least(-1)
+    on_bad_image: str = _one_of("fail", "skip")
+    images_per_shard: int = _at_least(1)
+    preview_images: int = _at_least(0)
     dtype: str = _one_of("float16", "float32")
+    verify: bool
     normalization: str = _one_of("scale", "statistics")
     read_threads: int = _at_least(1)
     prefetch_batches: int = _at_least(1)
@@ -154,6 +164,8 @@ class SamplingConfig:
     labels: str = _one_of("balanced", "random")
     num_samples: int = _at_least(1)
     batch_size: int = _at_least(1)
+    decode_slice: int = _at_least(0)
+    decode_tile: int = _at_least(0)
     seed: int = _at_least(0)
     grid_every_steps: int = _at_least(0)
     grid_samples: int = _at_least(1)

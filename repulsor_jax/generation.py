@@ -3,6 +3,7 @@
 Inference knows nothing of training: it takes EMA parameters, and neither head nor bank.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from repulsor_jax import flow, sampling, sharding
+from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
 from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.images import save_grid, to_uint8
@@ -28,6 +30,10 @@ def make_generator(experiment: Experiment) -> Generator:
     """
     config, mesh, model = experiment.config, experiment.mesh, experiment.model
     c, latent_format = config.sampling, experiment.latent_format
+    if experiment.autoencoder is None:
+        raise ValueError("the experiment was prepared without an autoencoder to decode with")
+    decode = _decoder(experiment.autoencoder, c.decode_slice, c.decode_tile)
+    decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
 
     def predict(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> Any:
         return model.apply({"params": params}, x, t, labels)
@@ -43,12 +49,14 @@ def make_generator(experiment: Experiment) -> Generator:
     )
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
 
-    def generate_batch(params: Any, indices: jax.Array, scale: jax.Array | None) -> tuple:
+    def generate_batch(
+        params: Any, decoder_params: Any, indices: jax.Array, scale: jax.Array | None
+    ) -> tuple:
         labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
         noise = sampling.initial_noise(c.seed, indices, shape)
         latents = solve(params, noise, labels, scale)
         latents = denormalize(latents, latent_format.shift, latent_format.factor)
-        images = experiment.autoencoder.decode(latents)
+        images = decode(decoder_params, latents)
         return to_uint8(images), labels
 
     compiled = jax.jit(generate_batch, out_shardings=sharding.replicated(mesh))
@@ -62,11 +70,24 @@ def make_generator(experiment: Experiment) -> Generator:
             indices = np.arange(start, start + c.batch_size, dtype=np.int32)
             with sharding.use_mesh(mesh):
                 indices = jax.device_put(indices, sharding.batch_sharding(mesh))
-                batches.append(jax.device_get(compiled(params, indices, scale)))
+                batch = compiled(params, decoder_params, indices, scale)
+                batches.append(jax.device_get(batch))
         images, labels = zip(*batches, strict=True)
         return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
     return generate
+
+
+def _decoder(
+    autoencoder: Autoencoder, slice_size: int, tile: int
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns the decoder, made to take less memory where a slice or tile size is not 0."""
+    decode = autoencoder.decode
+    if tile:
+        decode = functools.partial(decode_in_tiles, decode, tile=tile, overlap=tile // 4)
+    if slice_size:
+        decode = functools.partial(decode_in_slices, decode, slice_size=slice_size)
+    return decode
 
 
 def write_grid(

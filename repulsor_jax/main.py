@@ -14,6 +14,8 @@ from ml_collections import config_flags
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.data.pipeline import DamagedDataError
+from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.metrics import NonFiniteLossError
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
@@ -66,10 +68,15 @@ def main(argv: list[str]) -> None:
         config = config_lib.parse(_CONFIG.value)
         workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value == "encode":
-            experiment_lib.encode(config, workdir)
-            print(f"latents: {experiment_lib.data_directory(config, workdir)}")
+            encode(config, workdir)
+            if jax.process_index() == 0:
+                print(f"latents: {data_directory(config, workdir)}")
             return
-        experiment = experiment_lib.prepare(config, workdir)
+        experiment = experiment_lib.prepare(
+            config,
+            workdir,
+            draws_pictures=_MODE.value == "sample" or experiment_lib.draws_pictures(config),
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -78,7 +85,12 @@ def main(argv: list[str]) -> None:
             train(experiment, _CONFIG.value.to_dict())
         else:
             sample(experiment, _CHECKPOINT_STEP.value)
-    except (NonFiniteLossError, CheckpointError, config_lib.ConfigError) as error:
+    except (
+        NonFiniteLossError,
+        CheckpointError,
+        DamagedDataError,
+        config_lib.ConfigError,
+    ) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)

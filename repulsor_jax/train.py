@@ -60,9 +60,9 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
     )
-    generate = make_generator(experiment)
+    generate = make_generator(experiment) if experiment.autoencoder else None
     held_out = None
-    if experiment.held_out and config.evaluation.every_steps:
+    if experiment.held_out and experiment.autoencoder and config.evaluation.every_steps:
         held_out = pixels.held_out_statistics(experiment.held_out, experiment.autoencoder)
     say(parameter_overview.get_parameter_overview(abstract_state.params, include_stats=False))
 
@@ -111,14 +111,20 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
                         state, step_metrics = step_fn(state, batch)
                     recorder.push(step, step_metrics)  # reads the metrics of the step before
 
-                    if _due(config.sampling.grid_every_steps, step, config.total_steps):
+                    if generate and _due(
+                        config.sampling.grid_every_steps, step, config.total_steps
+                    ):
                         with recorder.pause():
                             samples = generate(state.ema_params, config.sampling.grid_samples)
                             if is_main:
                                 grid = workdir / "samples" / f"train_{step:08d}.png"
                                 write_grid(experiment, grid, *samples)
                                 writer.image(step, "samples", grid)
-                    if held_out and _due(config.evaluation.every_steps, step, config.total_steps):
+                    if (
+                        generate
+                        and held_out
+                        and _due(config.evaluation.every_steps, step, config.total_steps)
+                    ):
                         with recorder.pause():
                             samples = generate(state.ema_params, config.evaluation.num_samples)
                             distance = pixels.pixel_frechet_distance(samples[0], held_out)

@@ -1,14 +1,33 @@
+"""The encoder job: what the records hold, restarts, kills, worker processes and bad input."""
+
 import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from repulsor_jax.autoencoders import get_autoencoder
-from repulsor_jax.data.encode import encode_dataset
+from repulsor_jax import config as config_lib
+from repulsor_jax import encode as encode_lib
+from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
+from repulsor_jax.config import ConfigError
+from repulsor_jax.data.dataset_writer import open_writer
+from repulsor_jax.data.encode import encode_images
 from repulsor_jax.data.latent_dataset import decode_records, open_latent_dataset
-from repulsor_jax.data.sources import open_source
+from repulsor_jax.data.preprocess import BadImageError
+from repulsor_jax.data.sources import Item, open_source
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass
@@ -20,22 +39,38 @@ class Images:
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.images[index], index % 3
+        return Item(self.images[index], index % 3, f"image-{index}")
+
+    def signature(self):
+        return "s"
 
 
-class Moments:
+def moments():
     """Halves each side; the mean is the 2x2 block's, the log-variance is constant."""
+    shapes = []
 
-    name, stochastic, scale = "moments", True, 0.25
-
-    def __init__(self):
-        self.traces = []
-
-    def encode(self, images):
-        self.traces.append(images.shape)
+    def encode(params, images):
+        shapes.append(images.shape)
         b, h, w, c = images.shape
         mean = images.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-        return jnp.concatenate([mean, jnp.full_like(mean, -3.0)], axis=-1)
+        return jnp.concatenate([mean, jnp.full_like(mean, params)], axis=-1)
+
+    made = Autoencoder("moments", jnp.float32(-3.0), encode, lambda p, z: z, True, 0.25)
+    return made, shapes
+
+
+def run(source, autoencoder, directory, images_per_shard=100, **options):
+    about = tiny.description(
+        stochastic=autoencoder.stochastic,
+        autoencoder=autoencoder.name,
+        class_names=tuple(source.class_names),
+        **{k: options.pop(k) for k in ("dtype", "flipped", "image_size") if k in options},
+    )
+    writer = open_writer(
+        directory, about, num_images=len(source), images_per_shard=images_per_shard
+    )
+    encode_images(writer, source, autoencoder, **{"batch_per_device": 1, **options})
+    return writer.finish()
 
 
 def read(dataset):
@@ -43,87 +78,300 @@ def read(dataset):
     return decode_records(source.__getitems__(range(len(source))), dataset.shape, dataset.dtype)
 
 
-def encode(source, autoencoder, directory, **options):
-    return encode_dataset(
-        source,
-        autoencoder,
-        directory,
-        **{"source_name": "s", "split": "train", "batch_size": 4, "progress": False, **options},
-    )
-
-
 def test_digits_with_the_identity(tmp_path, capfd):
     source = open_source("digits", "test")
-    dataset = encode(
-        source,
-        get_autoencoder("identity"),
-        tmp_path / "d",
-        source_name="digits",
-        split="test",
-        batch_size=100,
-        num_shards=2,
-        progress=True,
-    )
+    dataset = run(source, get_autoencoder("identity"), tmp_path / "d", 100, progress=True)
     assert open_latent_dataset(tmp_path / "d") == dataset
-    assert (dataset.source, dataset.split, dataset.autoencoder) == ("digits", "test", "identity")
-    assert (dataset.num_records, dataset.shape, dataset.scale) == (497, (8, 8, 1), 1.0)
+    assert (dataset.num_images, dataset.shape, len(dataset.shards)) == (497, (8, 8, 1), 5)
     batch = read(dataset)
-    images = np.stack([source[i][0] for i in range(497)])
+    images = np.stack([source[i].image for i in range(497)])
     np.testing.assert_allclose(batch["latents"], images / 127.5 - 1, atol=2**-11)
-    np.testing.assert_array_equal(batch["labels"], [source[i][1] for i in range(497)])
+    np.testing.assert_array_equal(batch["labels"], [source[i].label for i in range(497)])
     # float16 keeps the 256 grey levels apart.
     recovered = np.clip(127.5 * batch["latents"].astype(np.float32) + 128, 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(recovered, images)
     assert "497/497" in capfd.readouterr().err
 
 
-def test_moments_and_one_compiled_shape(tmp_path):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (10, 6, 4, 3), np.uint8)
-    autoencoder = Moments()
-    dataset = encode(Images(list(images)), autoencoder, tmp_path / "d", dtype="float32")
-    assert autoencoder.traces == [(4, 6, 4, 3)]
-    assert (dataset.stochastic, dataset.scale) == (True, 0.25)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_moments_of_images_and_their_mirror_images(tmp_path, num_workers):
+    images = np.random.default_rng(0).integers(0, 256, (45, 6, 4, 3), np.uint8)
+    autoencoder, shapes = moments()
+    dataset = run(
+        Images(list(images)),
+        autoencoder,
+        tmp_path / "d",
+        20,
+        dtype="float32",
+        flipped=True,
+        num_workers=num_workers,
+    )
+    assert set(shapes) == {(8, 6, 4, 3)}  # one compiled shape: 8 devices, one image each
     assert (dataset.shape, dataset.latent_shape) == ((3, 2, 6), (3, 2, 3))
-    latents = read(dataset)["latents"]
-    blocks = (images / 127.5 - 1).reshape(10, 3, 2, 2, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(latents[..., :3], blocks, atol=1e-6)
-    np.testing.assert_array_equal(latents[..., 3:], np.full((10, 3, 2, 3), -3.0))
+    assert (dataset.num_images, dataset.num_records) == (45, 90)
+    found = read(dataset)
+    latents = found["latents"].reshape(45, 2, 3, 2, 6)
+    for view, mirrored in enumerate((images, images[:, :, ::-1])):
+        blocks = (mirrored / 127.5 - 1).reshape(45, 3, 2, 2, 2, 3).mean((2, 4))
+        np.testing.assert_allclose(latents[:, view, ..., :3], blocks, atol=1e-6)
+    np.testing.assert_array_equal(latents[..., 3:], np.full((45, 2, 3, 2, 3), -3.0))
+    np.testing.assert_array_equal(found["labels"], np.repeat(np.arange(45) % 3, 2))
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (np.zeros((8, 6, 3), np.uint8), r"image 5: found uint8 \(8, 6, 3\).*\(6, 4, 3\)"),
-        (np.zeros((6, 4, 3), np.float32), "image 5: found float32"),
-    ],
-)
-def test_a_wrong_image_is_named(tmp_path, bad, message):
+def test_processes_share_the_shards(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
+    source, (autoencoder, _) = Images(list(images)), moments()
+    whole = run(source, autoencoder, tmp_path / "whole", 4)
+    writer = open_writer(
+        tmp_path / "d",
+        tiny.description(stochastic=True, autoencoder="moments"),
+        num_images=23,
+        images_per_shard=4,
+    )
+    for index in (2, 0, 1):
+        encode_images(
+            writer, source, autoencoder, batch_per_device=1, process_index=index, process_count=3
+        )
+    assert writer.finish().shards == whole.shards
+    assert tiny.files(tmp_path / "d") == tiny.files(tmp_path / "whole")
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path):
     images = [np.zeros((6, 4, 3), np.uint8)] * 8
-    images[5] = bad
-    with pytest.raises(ValueError, match=message):
-        encode(Images(images), Moments(), tmp_path / "d")
-    assert list(tmp_path.iterdir()) == []
+    images[5] = np.zeros((8, 6, 3), np.uint8)
+    autoencoder, _ = moments()
+    with pytest.raises(ValueError, match=r"image 5: found \(8, 6, 3\).*config\.data\.image_size"):
+        run(Images(images), autoencoder, tmp_path / "d")
+    dataset = run(Images(images), autoencoder, tmp_path / "sized", image_size=4)
+    assert dataset.latent_shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_images_are_fatal_or_skipped_and_never_lost(tmp_path, num_workers, capsys):
+    images = list(np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), np.uint8))
+    images[13] = b"this is no picture"
+    images[14] = b""
+    autoencoder, _ = moments()
+    source = Images(images)
+    with pytest.raises(BadImageError, match=r"image-13: not an image.*on_bad_image='skip'"):
+        run(source, autoencoder, tmp_path / "d", 10, num_workers=num_workers)
+    # The first shard was finished, and is not encoded again.
+    assert (tmp_path / ".d.incomplete/data-00000-of-00003.array_record.json").exists()
+    dataset = run(
+        source, autoencoder, tmp_path / "d", 10, num_workers=num_workers, skip_bad_images=True
+    )
+    assert "skipped image-13: not an image" in capsys.readouterr().out
+    assert [(s.index, s.name) for s in dataset.skipped] == [(13, "image-13"), (14, "image-14")]
+    assert "the file is empty" in dataset.skipped[1].reason
+    kept = [i for i in range(30) if i not in (13, 14)]
+    assert [s.records for s in dataset.shards] == [10, 8, 10]
+    found = read(dataset)
+    np.testing.assert_array_equal(found["labels"], np.array(kept) % 3)
+    expected = np.stack([images[i] for i in kept]) / 127.5 - 1
+    expected = expected.reshape(28, 2, 2, 2, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(found["latents"][..., :3], expected, atol=1e-3)
+
+
+class Dying(Images):
+    def __getitem__(self, index):
+        if index == 20:
+            os._exit(9)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_dies_is_reported(tmp_path):
+    source = Dying([np.zeros((4, 4, 3), np.uint8)] * 40)
+    autoencoder, _ = moments()
+    with pytest.raises(OSError, match=r"worker process.*died.*config\.data\.encode_workers"):
+        run(source, autoencoder, tmp_path / "d", num_workers=1)
 
 
 def test_an_existing_directory_stops_it_before_any_encoding(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "note.txt").write_text("mine")
-    autoencoder = Moments()
+    autoencoder, shapes = moments()
     with pytest.raises(FileExistsError, match="already holds files"):
-        encode(Images([np.zeros((6, 4, 3), np.uint8)]), autoencoder, tmp_path / "d")
-    assert autoencoder.traces == []
+        run(Images([np.zeros((6, 4, 3), np.uint8)]), autoencoder, tmp_path / "d")
+    assert shapes == []
 
 
-def test_wrong_batch_size(tmp_path):
-    with pytest.raises(ValueError, match="batch size: found 0"):
-        encode(Images([np.zeros((6, 4, 3), np.uint8)]), Moments(), tmp_path / "d", batch_size=0)
+def picture(rng, size=(13, 10)):
+    file = io.BytesIO()
+    pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
-def test_autoencoder_registry():
-    identity = get_autoencoder("identity")
-    assert (identity.name, identity.stochastic, identity.scale) == ("identity", False, 1.0)
-    images = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1), minval=-1)
-    np.testing.assert_array_equal(identity.decode(identity.encode(images)), images)
-    with pytest.raises(ValueError, match=r"found 'kl-f8', expected one of \['identity'\]"):
-        get_autoencoder("kl-f8")
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of train/ and test/ with two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 11), ("test", 5)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:03d}.png").write_bytes(picture(rng))
+    return tmp_path / "pictures"
+
+
+def config(pictures, **overrides):
+    return config_lib.parse(
+        tiny.digits_dict(
+            **{
+                "data.source": "folder",
+                "data.source_path": str(pictures),
+                "data.image_size": 8,
+                "data.images_per_shard": 8,
+                "model.in_channels": 3,
+                **overrides,
+            }
+        )
+    )
+
+
+def test_the_mode_encodes_a_folder_and_shows_what_it_did(tmp_path, pictures, capsys):
+    encode_lib.encode(config(pictures, **{"data.flips": True}), tmp_path / "run")
+    data = tmp_path / "run" / "data"
+    dataset = open_latent_dataset(data / "train")
+    assert (dataset.num_images, dataset.num_records, dataset.class_names) == (
+        22,
+        44,
+        ("cat", "dog"),
+    )
+    assert (dataset.image_size, dataset.source, dataset.split) == (8, "folder", "train")
+    assert sorted(p.name for p in data.iterdir()) == [
+        "test",
+        "test_preview.png",
+        "train",
+        "train_preview.png",
+    ]
+    said = capsys.readouterr().out
+    assert "22 images and their mirror images" in said
+    # The identity loses what float16 does: less than half a grey level, which rounds back.
+    assert "PSNR of these" in said
+    before = tiny.files(data / "train")
+    encode_lib.encode(config(pictures, **{"data.flips": True}), tmp_path / "run")
+    assert tiny.files(data / "train") == before
+
+
+def test_the_preview_is_of_the_right_images_when_some_were_skipped(tmp_path, pictures, capsys):
+    (pictures / "train" / "cat" / "003.png").write_bytes(b"")
+    chosen = config(pictures, **{"data.on_bad_image": "skip", "data.preview_images": 100})
+    encode_lib.encode(chosen, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "1 images could not be read" in said
+    dataset = open_latent_dataset(tmp_path / "run" / "data" / "train")
+    assert dataset.skipped[0].index == 3
+    # A record taken for another image's would show as a PSNR of 10 dB or so.
+    lowest = [
+        float(line.split("from ")[1].split()[0]) for line in said.splitlines() if "PSNR" in line
+    ]
+    assert min(lowest) > 60
+
+
+@pytest.mark.parametrize(
+    ("damage", "overrides", "message"),
+    [
+        (lambda p: (p / "train/cat/001.png").write_bytes(b""), {}, r"001\.png: the file is empty"),
+        (
+            lambda p: (p / "train/cat/001.png").write_text("a letter"),
+            {},
+            r"001\.png: not an image in one of the formats",
+        ),
+        (
+            lambda p: (p / "train/cat/001.png").write_bytes(
+                (p / "train/cat/000.png").read_bytes()[:200]
+            ),
+            {},
+            r"001\.png: damaged",
+        ),
+        (
+            lambda p: [f.unlink() for f in (p / "train" / "dog").iterdir()],
+            {},
+            r"found no image in \['dog'\]",
+        ),
+        (
+            lambda p: (p / "test" / "dog").rename(p / "test" / "fox"),
+            {},
+            "different classes, 2 and 2; only one of them has dog, fox",
+        ),
+        (lambda p: None, {"data.source_path": "/nowhere"}, "/nowhere not found"),
+        (lambda p: None, {"data.train_split": "tarin"}, "no split 'tarin'.*test.*train"),
+        (lambda p: None, {"data.image_size": 0, "data.autoencoder": "none"}, "'none'"),
+        (lambda p: None, {"data.autoencoder": "vae"}, r"config\.data\.autoencoder='vae'"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, pictures, damage, overrides, message):
+    damage(pictures)
+    with pytest.raises(ValueError, match=message):
+        encode_lib.encode(config(pictures, **overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "data" / "train").exists()
+
+
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path, pictures):
+    (pictures / "train" / "dog" / "010.png").write_bytes(b"")
+    with pytest.raises(BadImageError):
+        encode_lib.encode(config(pictures), tmp_path / "run")
+    (pictures / "train" / "cat" / "new.png").write_bytes(picture(np.random.default_rng(9)))
+    with pytest.raises(ValueError, match="begun with other settings.*source_signature"):
+        encode_lib.encode(config(pictures), tmp_path / "run")
+
+
+def folder_digest(folder):
+    content = sorted(tiny.files(folder).items())
+    return [(name, hashlib.sha256(data).hexdigest()) for name, data in content]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, pictures):
+    """`benchmarks/kill_encode.py` is the long drill, on real pictures and 20 kills."""
+
+    def command(workdir):
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "repulsor_jax.main",
+                "--config=configs/digits.py",
+                f"--workdir={workdir}",
+                "--mode=encode",
+                "--config.data.source=folder",
+                f"--config.data.source_path={pictures}",
+                "--config.data.image_size=8",
+                "--config.data.images_per_shard=2",
+                "--config.data.flips=True",
+                "--config.data.encode_workers=1",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    whole = command(tmp_path / "whole")
+    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(5):
+        process = command(tmp_path / "killed")
+        incomplete = tmp_path / "killed" / "data" / ".train.incomplete"
+        count = len(list(incomplete.glob("*")))
+        while process.poll() is None and len(list(incomplete.glob("*"))) == count:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.05))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills
+    last = command(tmp_path / "killed")
+    assert last.wait(timeout=120) == 0, last.communicate()[0]
+    for split in ("train", "test"):
+        found = folder_digest(tmp_path / "killed" / "data" / split)
+        assert found == folder_digest(tmp_path / "whole" / "data" / split)
+
+
+def test_config_error_names_the_key(tmp_path, pictures):
+    with pytest.raises(ConfigError, match=r"config\.data\.source is empty"):
+        encode_lib.encode(config(pictures, **{"data.source": ""}), tmp_path)

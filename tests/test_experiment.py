@@ -3,6 +3,7 @@ import shutil
 import pytest
 
 from repulsor_jax import config as config_lib
+from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from tests import tiny
 
@@ -10,26 +11,27 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    experiment_lib.encode(config_lib.parse(tiny.digits_dict()), folder)
+    encode_lib.encode(config_lib.parse(tiny.digits_dict()), folder)
     return folder
 
 
 def prepare(workdir, **overrides):
-    return experiment_lib.prepare(config_lib.parse(tiny.digits_dict(**overrides)), workdir)
+    c = config_lib.parse(tiny.digits_dict(**overrides))
+    return experiment_lib.prepare(c, workdir, draws_pictures=True)
 
 
 def test_encodes_when_absent_and_leaves_alone_what_is_there(tmp_path):
     fresh = prepare(tmp_path)
-    assert (fresh.dataset.num_records, fresh.held_out.num_records) == (1300, 497)
+    assert (fresh.dataset.num_images, fresh.held_out.num_images) == (1300, 497)
     before = (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns
-    experiment_lib.encode(fresh.config, tmp_path)
+    encode_lib.encode(fresh.config, tmp_path)
     assert (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns == before
 
 
 def test_encodes_the_rest_of_what_was_interrupted(tmp_path):
     prepare(tmp_path)
     shutil.rmtree(tmp_path / "data" / "test")
-    assert prepare(tmp_path, **{"evaluation.every_steps": 5}).held_out.num_records == 497
+    assert prepare(tmp_path, **{"evaluation.every_steps": 5}).held_out.num_images == 497
 
 
 @pytest.mark.parametrize(
@@ -64,4 +66,4 @@ def test_evaluation_without_held_out_data_is_refused(tmp_path):
 def test_encode_needs_a_source(tmp_path):
     c = config_lib.parse(tiny.digits_dict(**{"data.source": ""}))
     with pytest.raises(config_lib.ConfigError, match="config.data.source"):
-        experiment_lib.encode(c, tmp_path)
+        encode_lib.encode(c, tmp_path)

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from repulsor_jax.data import latent_dataset as ld
-from repulsor_jax.data.pipeline import training_iterator
+from repulsor_jax.data.dataset_writer import write_latent_dataset
+from repulsor_jax.data.latent_dataset import LatentDataset
+from repulsor_jax.data.pipeline import DamagedDataError, training_iterator
+from tests import tiny
 
 COUNT = 22
 
@@ -13,18 +15,14 @@ COUNT = 22
 def dataset(tmp_path_factory):
     """Record i holds the value i and the label i."""
     latents = np.broadcast_to(np.arange(COUNT)[:, None, None, None], (COUNT, 2, 2, 3))
-    return ld.write_latent_dataset(
-        tmp_path_factory.mktemp("latents") / "d",
-        [(latents, np.arange(COUNT))],
-        num_records=COUNT,
-        stochastic=False,
-        autoencoder="identity",
-        scale=1.0,
-        source="test",
-        split="train",
-        class_names=[str(i) for i in range(COUNT)],
-        num_shards=3,
-    )
+    return write(tmp_path_factory.mktemp("latents") / "d", latents[:, None])
+
+
+def write(directory, latents):
+    names = tuple(str(i) for i in range(COUNT))
+    about = tiny.description(class_names=names, flipped=latents.shape[1] == 2)
+    batches = [(latents, np.arange(COUNT))]
+    return write_latent_dataset(directory, batches, about, num_images=COUNT, images_per_shard=8)
 
 
 def labels(iterator, steps):
@@ -84,7 +82,7 @@ def test_a_process_reads_its_own_records_only(dataset, monkeypatch):
             read.extend(indices)
             return self.source.__getitems__(indices)
 
-    monkeypatch.setattr(ld.LatentDataset, "open", lambda self: Recorder())
+    monkeypatch.setattr(LatentDataset, "open", lambda self: Recorder())
     iterator = shares(dataset, 4, num_threads=0, prefetch=0)[2]
     got = np.ravel(labels(iterator, 9)).tolist()
     assert len(got) == 9 * 2
@@ -118,3 +116,37 @@ def test_resume_on_any_process_count(dataset, before, after):
 def test_wrong_arguments(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         training_iterator(dataset, **{"seed": 0, **options})
+
+
+def test_each_epoch_shows_each_image_once_or_its_mirror_image(tmp_path):
+    """Image i has the label i and the value i, its mirror image the value i + 100."""
+    values = np.arange(COUNT)[:, None] + np.array([0, 100])
+    latents = np.broadcast_to(values[:, :, None, None, None], (COUNT, 2, 2, 2, 3))
+    flipped = write(tmp_path / "d", latents)
+    assert flipped.num_records == 2 * COUNT
+    iterator = training_iterator(flipped, global_batch_size=COUNT, seed=3)
+    epochs = [next(iterator) for _ in range(40)]
+    chosen = np.empty((40, COUNT), int)
+    for epoch, batch in enumerate(epochs):
+        assert sorted(batch["labels"]) == list(range(COUNT))
+        values = batch["latents"][:, 0, 0, 0].astype(int)
+        np.testing.assert_array_equal(values % 100, batch["labels"])
+        chosen[epoch, batch["labels"]] = values // 100
+    # A fair coin, for every image and in every epoch: 880 throws, deviation 1 / sqrt(4 * 880).
+    assert abs(chosen.mean() - 0.5) < 4 / np.sqrt(4 * 880)
+    assert 0 < chosen.mean(axis=0).min() <= chosen.mean(axis=0).max() < 1
+    assert 0 < chosen.mean(axis=1).min() <= chosen.mean(axis=1).max() < 1
+    again = training_iterator(flipped, global_batch_size=COUNT, seed=3)
+    np.testing.assert_array_equal(next(again)["latents"], epochs[0]["latents"])
+
+
+def test_a_damaged_record_is_one_clear_error(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((COUNT, 1, 16, 16, 3))
+    damaged = write(tmp_path / "d", latents)
+    path = tmp_path / "d" / damaged.shards[1].name
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    iterator = training_iterator(damaged, global_batch_size=COUNT, seed=0)
+    with pytest.raises(DamagedDataError, match=r"/d: a record is damaged .*config\.data\.verify"):
+        next(iterator)

@@ -1,5 +1,6 @@
 import importlib.util
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from repulsor_jax.data.preprocess import prepare_image
 from repulsor_jax.data.sources import open_source
 
 
@@ -59,52 +61,72 @@ def test_digits_are_scikit_learns():
     assert list(train.class_names) == list("0123456789")
     order = np.random.RandomState(0).permutation(1797)
     items = [train[i] for i in range(1300)] + [test[i] for i in range(497)]
-    for (image, label), row in zip(items, order, strict=True):
-        assert image.shape == (8, 8, 1)
-        assert image.dtype == np.uint8
-        assert type(label) is int
-        assert label == digits.target[row]
+    for item, row in zip(items, order, strict=True):
+        assert item.image.shape == (8, 8, 1)
+        assert item.image.dtype == np.uint8
+        assert type(item.label) is int
+        assert item.label == digits.target[row]
         # 16 levels of 255 / 16: rounding is within half a grey level, and can be undone.
-        assert np.abs(image[..., 0] - digits.images[row] * 255 / 16).max() <= 0.5
-    assert train[0][0].max() <= 255
+        assert np.abs(item.image[..., 0] - digits.images[row] * 255 / 16).max() <= 0.5
+    assert items[1302].name == "digits test[2]"
+    assert train.signature() == open_source("digits", "train").signature() != test.signature()
 
 
 @pytest.mark.parametrize(
     ("name", "split", "message"),
     [
-        ("digit", "train", r"found 'digit', expected one of \['digits', 'tfds'\]"),
-        ("digits:8", "train", "expected 'digits'"),
-        ("digits", "val", r"found split 'val', expected one of \['test', 'train'\]"),
+        (
+            "digit",
+            "train",
+            r"found 'digit', expected one of \['archive', 'digits', 'folder', 'tfds:<name>'\]",
+        ),
+        ("digits:8", "train", "found 'digits:8', expected one of"),
+        ("tfds:", "train", "found 'tfds:', expected one of"),
+        ("tfds", "train", "found 'tfds', expected one of"),
+        ("folder:x", "train", "found 'folder:x', expected one of"),
+        ("digits", "train", "digits: found path .*, expected none"),
         ("tfds:no_such_data_set", "train", "does not know 'no_such_data_set'"),
     ],
 )
 def test_unknown_names_and_splits(tmp_path, name, split, message):
     with pytest.raises(ValueError, match=message):
-        open_source(name, split, data_dir=str(tmp_path))
+        open_source(name, split, path=str(tmp_path))
+
+
+def test_unknown_split_of_digits():
+    with pytest.raises(ValueError, match=r"found split 'val', expected one of \['test', 'train'\]"):
+        open_source("digits", "val")
 
 
 def test_tfds(tmp_path):
-    source = open_source("tfds:tiny_images", "train", data_dir=str(tmp_path))
+    source = open_source("tfds:tiny_images", "train", path=str(tmp_path))
     assert len(source) == 6
     assert list(source.class_names) == ["cat", "dog"]
     # tfds shuffles as it writes: each value still stands with its label.
     values = set()
-    for image, label in (source[i] for i in range(6)):
+    for i in range(6):
+        item = source[i]
+        assert item.name == f"tfds:tiny_images train[{i}]"
+        assert item.image[:4] == b"\x89PNG"  # as stored: worker processes decode it
+        assert type(item.label) is int
+        image = prepare_image(item.image, 0, item.name)
         assert image.shape == (5, 4, 3)
-        assert image.dtype == np.uint8
-        assert type(label) is int
-        assert label == image[0, 0, 0] % 2
+        assert item.label == image[0, 0, 0] % 2
         values.add(int(image[0, 0, 0]))
     assert values == set(range(6))
-    assert len(open_source("tfds:tiny_images", "test", data_dir=str(tmp_path))) == 3
-    assert len(open_source("tfds:tiny_images", "train[:50%]", data_dir=str(tmp_path))) == 3
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy[i] for i in range(6)] == [source[i] for i in range(6)]
+    other = open_source("tfds:tiny_images", "test", path=str(tmp_path))
+    assert copy.signature() == source.signature() != other.signature()
+    assert len(open_source("tfds:tiny_images", "test", path=str(tmp_path))) == 3
+    assert len(open_source("tfds:tiny_images", "train[:50%]", path=str(tmp_path))) == 3
     with pytest.raises(ValueError, match=r"found split 'val', expected one of \['test', 'train'\]"):
-        open_source("tfds:tiny_images", "val", data_dir=str(tmp_path))
+        open_source("tfds:tiny_images", "val", path=str(tmp_path))
 
 
 def test_tfds_without_labels(tmp_path):
     with pytest.raises(ValueError, match="expected an image and a class label"):
-        open_source("tfds:tiny_unlabelled", "train", data_dir=str(tmp_path))
+        open_source("tfds:tiny_unlabelled", "train", path=str(tmp_path))
 
 
 @pytest.mark.skipif(
@@ -112,4 +134,4 @@ def test_tfds_without_labels(tmp_path):
 )
 def test_tfds_that_needs_tensorflow_to_prepare(tmp_path):
     with pytest.raises(ValueError, match=r"No module named 'tensorflow'.*tfds build tiny_arrays"):
-        open_source("tfds:tiny_arrays", "train", data_dir=str(tmp_path))
+        open_source("tfds:tiny_arrays", "train", path=str(tmp_path))

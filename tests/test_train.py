@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
+from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import generation
 from repulsor_jax import train as train_lib
@@ -23,14 +24,14 @@ MESH = {"mesh.data": 4, "mesh.fsdp": 2}
 def data_dir(tmp_path_factory):
     """The digits, encoded once for all tests of this process."""
     workdir = tmp_path_factory.mktemp("digits")
-    experiment_lib.encode(config_lib.parse(tiny.digits_dict()), workdir)
+    encode_lib.encode(config_lib.parse(tiny.digits_dict()), workdir)
     return workdir / "data"
 
 
 def run(workdir, data_dir, **overrides):
     values = tiny.digits_dict(data_dir, **MESH, **overrides)
     workdir.mkdir(exist_ok=True)
-    experiment = experiment_lib.prepare(config_lib.parse(values), workdir)
+    experiment = experiment_lib.prepare(config_lib.parse(values), workdir, draws_pictures=True)
     return train(experiment, values.to_dict())
 
 

@@ -1,5 +1,6 @@
 """A configuration so small that it compiles in seconds, and the parts that tests build from it."""
 
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from configs import default, digits
 from repulsor_jax import config as config_lib
 from repulsor_jax import regularizers, sharding
+from repulsor_jax.data.latent_dataset import Description
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import (
     TrainState,
@@ -136,3 +138,21 @@ def batches(count: int, batch_size: int = BATCH, seed: int = 0) -> list[dict[str
 def raw(state: TrainState) -> TrainState:
     """The state with its key as plain numbers, which NumPy can compare."""
     return state.replace(rng=jax.random.key_data(state.rng))
+
+
+def description(**changes: Any) -> Description:
+    """What a data set of latents says of itself."""
+    about = {
+        "stochastic": False,
+        "autoencoder": "identity",
+        "scale": 1.0,
+        "source": "test",
+        "split": "train",
+        "class_names": ("a", "b", "c"),
+    }
+    return Description(**about | changes)
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,43 +1,64 @@
 """Autoencoders: images to latents and back, looked up by name."""
 
-from collections.abc import Callable
-from typing import Protocol
+from repulsor_jax.autoencoders.base import Autoencoder
+from repulsor_jax.autoencoders.identity import identity
+from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, load_kl
+from repulsor_jax.autoencoders.pieces import decode_in_slices, decode_in_tiles
+from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
 
-import jax
+__all__ = [
+    "AUTOENCODERS",
+    "Autoencoder",
+    "decode_in_slices",
+    "decode_in_tiles",
+    "get_autoencoder",
+    "latent_scale",
+]
 
-from repulsor_jax.autoencoders.identity import Identity
+AUTOENCODERS = ("identity", *REPOSITORIES, *CONFIGS)
 
 
-class Autoencoder(Protocol):
-    """What encoding, sampling and evaluation need of an autoencoder.
+def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+    """Returns the autoencoder of that name, with its weights on the default device.
 
-    `encode` and `decode` are pure and can be jitted.
+    Args:
+      name: one of `AUTOENCODERS`: "identity", which has no weights; "sd-vae-ft-ema",
+        "sd-vae-ft-mse" and "kl", see `kl.load_kl`; the tiny family, see `tiny.load_tiny`.
+      weights: a local file or folder, or a Hugging Face repository "org/name"; empty is where the
+        weights are published. "kl" has no default.
+      dtype: "float32" or "bfloat16", of parameters and of the computation; images and latents are
+        float32 in either.
 
-    Attributes:
-      name: the name `get_autoencoder` knows it by.
-      stochastic: `encode` returns the posterior's mean and log-variance, concatenated on the last
-        axis, `[B, h, w, 2c]`, rather than latents `[B, h, w, c]`.
-      scale: fixed factor that brings latents to about unit variance (0.18215 for the SD-VAE).
+    Raises:
+      ValueError: an unknown name or dtype, weights for "identity", none for "kl", or files whose
+        content is not the named model's.
+      FileNotFoundError: the weights are not where they should be, or cannot be downloaded.
     """
-
-    name: str
-    stochastic: bool
-    scale: float
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Maps float32 images `[B, H, W, C]` in [-1, 1] to latents or moments."""
-        ...
-
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Maps latents `[B, h, w, c]`, not scaled, to images `[B, H, W, C]` in [-1, 1]."""
-        ...
+    if name not in AUTOENCODERS:
+        raise ValueError(f"autoencoder: found {name!r}, expected one of {', '.join(AUTOENCODERS)}")
+    if name == "identity":
+        if weights:
+            raise ValueError(
+                f"config.data.autoencoder_weights: found {weights!r}, expected none for 'identity'"
+            )
+        return identity()
+    load = load_kl if name in REPOSITORIES else load_tiny
+    return load(name, weights=weights, dtype=dtype)
 
 
-_AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {"identity": Identity}
+def latent_scale(name: str, *, weights: str = "") -> tuple[float, float]:
+    """Returns scale and shift of an autoencoder's latents; only those of "kl" need its files.
 
+    "none" stands for latents that no autoencoder here decodes: scale 1, shift 0.
 
-def get_autoencoder(name: str) -> Autoencoder:
-    """Returns the autoencoder of that name, or raises ValueError listing the known ones."""
-    if name not in _AUTOENCODERS:
-        raise ValueError(f"autoencoder: found {name!r}, expected one of {sorted(_AUTOENCODERS)}")
-    return _AUTOENCODERS[name]()
+    Raises:
+      ValueError, FileNotFoundError: see `get_autoencoder`.
+    """
+    if name == "kl":
+        autoencoder = get_autoencoder(name, weights=weights)
+        return autoencoder.scale, autoencoder.shift
+    if name not in (*AUTOENCODERS, "none"):
+        raise ValueError(
+            f"autoencoder: found {name!r}, expected 'none' or one of {', '.join(AUTOENCODERS)}"
+        )
+    return (KLConfig().scaling_factor if name in REPOSITORIES else 1.0), 0.0

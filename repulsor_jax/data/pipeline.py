@@ -9,6 +9,10 @@ import numpy as np
 from repulsor_jax.data.latent_dataset import LatentDataset, decode_records
 
 
+class DamagedDataError(RuntimeError):
+    """A record of the data set cannot be read."""
+
+
 def training_iterator(
     dataset: LatentDataset,
     *,
@@ -21,7 +25,8 @@ def training_iterator(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Returns this process's share of every global batch, for ever.
 
-    Each epoch is a new permutation of the records, fixed by (seed, epoch); batches follow each
+    Each epoch is a new permutation of the images, fixed by (seed, epoch), and, where the data set
+    holds mirror images, a new choice between each image and its mirror image. Batches follow each
     other without a gap, so that one may hold the end of an epoch and the start of the next.
 
     Batch s of process r is batch `s * process_count + r` of b rows of one global sequence. So the
@@ -40,7 +45,8 @@ def training_iterator(
 
     Returns:
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
-      `[b]`} with b = global_batch_size / process_count, and `get_state` / `set_state`.
+      `[b]`} with b = global_batch_size / process_count, and `get_state` / `set_state`. Where a
+      record turns out to be damaged, `next` raises `DamagedDataError`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -61,15 +67,26 @@ def training_iterator(
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(dataset.num_records)
+        images = np.random.default_rng((seed, epoch)).permutation(dataset.num_images)
+        if not dataset.flipped:
+            return images
+        flips = np.random.default_rng((seed, epoch, 1)).integers(2, size=len(images))
+        return 2 * images + flips
 
     def read(batch: int) -> dict[str, np.ndarray]:
         # One call into the reader per batch: grain's own shuffle and batch go record by record,
         # at half the speed.
         positions = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        epochs, rows = np.divmod(positions, dataset.num_records)
+        epochs, rows = np.divmod(positions, dataset.num_images)
         indices = np.concatenate([order(e)[rows[epochs == e]] for e in np.unique(epochs).tolist()])
-        return decode_records(source.__getitems__(indices.tolist()), dataset.shape, dataset.dtype)
+        try:
+            records = source.__getitems__(indices.tolist())
+        except RuntimeError as error:  # how the reader says that a checksum is wrong
+            raise DamagedDataError(
+                f"{dataset.directory}: a record is damaged ({error}). Run with "
+                "config.data.verify=True to learn in which file, and restore it"
+            ) from error
+        return decode_records(records, dataset.shape, dataset.dtype)
 
     batches = grain.MapDataset.range(sys.maxsize // batch_size)[process_index::process_count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

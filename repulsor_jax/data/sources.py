@@ -1,14 +1,25 @@
-"""Image sources: random access to labelled uint8 images, looked up by name."""
+"""Image sources: random access to labelled images, looked up by name."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from repulsor_jax.data.files import open_archive, open_folder
+from repulsor_jax.data.listing import Item, Names, digest
+
+__all__ = ["ImageSource", "Item", "open_source"]
+
+_Path = str | os.PathLike[str]
+
 
 class ImageSource(Protocol):
-    """Labelled images by index; item i is always the same."""
+    """Labelled images by index; item i is always the same.
+
+    It can be pickled, so that worker processes get a copy each.
+    """
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -17,60 +28,100 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Returns an image, uint8 `[H, W, C]`, and its label."""
+    def __getitem__(self, index: int) -> Item:
+        """Returns an item; raises OSError with a filename where it cannot be read."""
+        ...
+
+    def signature(self) -> str:
+        """SHA-256 in hex over the kind, the class names, and names, labels and sizes of the items.
+
+        It tells whether a restarted job still sees the same source. Contents are not read, and
+        where the source stands does not matter.
+        """
         ...
 
 
-def open_source(name: str, split: str, *, data_dir: str | None = None) -> ImageSource:
+def open_source(
+    name: str,
+    split: str,
+    *,
+    path: str = "",
+    cache_dir: _Path | None = None,
+) -> ImageSource:
     """Opens an image source.
 
     Args:
-      name: "digits", or "tfds:<name>" for a TensorFlow Datasets image classification data set,
-        as in "tfds:cifar10".
-      split: a split of that source, as in "train".
-      data_dir: where TensorFlow Datasets keeps its data sets (its own default if None).
+      name: "digits" (scikit-learn's), "folder" (see `files.open_folder`), "archive" (see
+        `files.open_archive`), or "tfds:<name>" for a TensorFlow Datasets image classification data
+        set, as in "tfds:cifar10".
+      split: a split of that source, as in "train"; "." for all of a folder or archive.
+      path: the folder or archive; for tfds the data_dir, its own default if empty.
+      cache_dir: where a compressed archive is decompressed to.
 
     Raises:
-      ValueError: unknown name or split, or a data set without images and labels.
+      ValueError: unknown name or split, or a source without images and labels.
     """
     kind, _, argument = name.partition(":")
-    if kind not in _SOURCES:
-        raise ValueError(f"image source: found {name!r}, expected one of {sorted(_SOURCES)}")
-    return _SOURCES[kind](argument, split, data_dir)
+    if name not in _SOURCES and not (kind == "tfds" and argument):
+        expected = sorted([*_SOURCES, "tfds:<name>"])
+        raise ValueError(f"image source: found {name!r}, expected one of {expected}")
+    return _tfds(argument, split, path) if argument else _SOURCES[kind](split, path, cache_dir)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Arrays:
+class _Digits:
     """Images held in memory, `[N, H, W, C]`, and labels `[N]`."""
 
     images: np.ndarray
     labels: np.ndarray
     class_names: Sequence[str]
+    split: str
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.images[index], int(self.labels[index])
+    def __getitem__(self, index: int) -> Item:
+        name = f"digits {self.split}[{index}]"
+        return Item(self.images[index], int(self.labels[index]), name)
+
+    def signature(self) -> str:
+        names = Names.pack(f"{self.split}[{i}]" for i in range(len(self)))
+        sizes = np.full(len(self), self.images[0].nbytes)
+        return digest("digits", self.class_names, names, self.labels, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tfds:
-    """A tfds data source of examples with "image" and "label"."""
+    """A tfds data source of examples with "image", not decoded, and "label".
+
+    Attributes:
+      examples: the tfds data source.
+      name: as in `open_source`.
+      split: as in `open_source`.
+      version: name, configuration and version of the data set, as tfds writes them.
+      class_names: label k is `class_names[k]`.
+    """
 
     examples: Any
+    name: str
+    split: str
+    version: str
     class_names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> Item:
         example = self.examples[index]
-        return example["image"], int(example["label"])
+        return Item(example["image"], int(example["label"]), f"{self.name} {self.split}[{index}]")
+
+    def signature(self) -> str:
+        """The version stands for labels and sizes: tfds data sets of one version are the same."""
+        names = Names.pack([f"{self.version} {self.split} {len(self)}"])
+        return digest("tfds", self.class_names, names, np.zeros(0), np.zeros(0))
 
 
-def _digits(argument: str, split: str, data_dir: str | None) -> ImageSource:
+def _digits(split: str, path: str, cache_dir: _Path | None) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits, uint8 `[8, 8, 1]`.
 
     Values 0..16 become round(v * 255 / 16). With `order = RandomState(0).permutation(1797)`,
@@ -79,51 +130,59 @@ def _digits(argument: str, split: str, data_dir: str | None) -> ImageSource:
     from sklearn.datasets import load_digits
 
     splits = {"train": slice(0, 1300), "test": slice(1300, 1797)}
-    if argument:
-        raise ValueError(f"image source: found 'digits:{argument}', expected 'digits'")
+    if path:
+        raise ValueError(
+            f"digits: found path {path!r}, expected none, as scikit-learn brings them along: is "
+            'the source meant to be "folder" or "archive"?'
+        )
     if split not in splits:
         raise ValueError(f"digits: found split {split!r}, expected one of {sorted(splits)}")
     digits = load_digits()
     # RandomState's streams are frozen for good; default_rng's may change between NumPy versions.
     rows = np.random.RandomState(0).permutation(len(digits.target))[splits[split]]
     images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)[..., None]
-    return _Arrays(images, digits.target[rows], tuple(str(k) for k in range(10)))
+    return _Digits(images, digits.target[rows], tuple(str(k) for k in range(10)), split)
 
 
-def _tfds(argument: str, split: str, data_dir: str | None) -> ImageSource:
+def _tfds(name: str, split: str, path: str) -> ImageSource:
     """A TensorFlow Datasets data set in array_record format, downloaded if it is not there yet."""
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(argument, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=path or None)
     except tfds.core.DatasetNotFoundError as error:
+        where = f"the data_dir {path}" if path else "its default data_dir"
         raise ValueError(
-            f"image source: found 'tfds:{argument}', but TensorFlow Datasets does not know "
-            f"{argument!r} and data_dir {data_dir} does not hold it"
+            f"image source: found 'tfds:{name}', but TensorFlow Datasets does not know {name!r} "
+            f"and {where} does not hold it"
         ) from error
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
         raise ValueError(
-            f"tfds:{argument}: found features {features}, expected an image and a class label"
+            f"tfds:{name}: found features {features}, expected an image and a class label"
         )
     try:
         builder.download_and_prepare(file_format="array_record")
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"tfds:{argument}: preparing it failed: {str(error).splitlines()[-1]}. Where "
-            f"TensorFlow is installed, run `tfds build {argument} --file_format=array_record` once "
+            f"tfds:{name}: preparing it failed: {str(error).splitlines()[-1]}. Where "
+            f"TensorFlow is installed, run `tfds build {name} --file_format=array_record` once "
             "and give the resulting data_dir here: reading it does without TensorFlow"
         ) from error
     try:
-        examples = builder.as_data_source(split=split)
+        # The worker processes decode, like the images of any other source.
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        examples = builder.as_data_source(split=split, decoders=decoders)
     except ValueError as error:
         raise ValueError(
-            f"tfds:{argument}: found split {split!r}, expected one of {sorted(builder.info.splits)}"
+            f"tfds:{name}: found split {split!r}, expected one of {sorted(builder.info.splits)}"
         ) from error
-    return _Tfds(examples, tuple(features["label"].names))
+    version = builder.info.full_name
+    return _Tfds(examples, f"tfds:{name}", split, version, tuple(features["label"].names))
 
 
-_SOURCES: dict[str, Callable[[str, str, str | None], ImageSource]] = {
+_SOURCES: dict[str, Callable[[str, str, _Path | None], ImageSource]] = {
+    "archive": lambda split, path, cache_dir: open_archive(path, split, cache_dir=cache_dir),
     "digits": _digits,
-    "tfds": _tfds,
+    "folder": lambda split, path, cache_dir: open_folder(path, split),
 }

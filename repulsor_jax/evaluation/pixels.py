@@ -32,16 +32,16 @@ def held_out_statistics(dataset: LatentDataset, autoencoder: Autoencoder) -> Gau
       ConfigError: images of more than `MAX_PIXELS` values.
     """
     one = jax.ShapeDtypeStruct((1, *dataset.latent_shape), np.float32)
-    size = jax.eval_shape(autoencoder.decode, one).size
+    size = jax.eval_shape(autoencoder.decode, autoencoder.params, one).size
     if size > MAX_PIXELS:
         raise ConfigError(
             f"config.evaluation.every_steps asks for a Fréchet distance in pixel space, which is "
             f"for images of at most {MAX_PIXELS} values; these have {size}: set it to 0"
         )
-    records = dataset.open().__getitems__(list(range(dataset.num_records)))
+    records = dataset.open().__getitems__(list(range(0, dataset.num_records, dataset.views)))
     latents = decode_records(records, dataset.shape, dataset.dtype)["latents"]
     latents = latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # the posterior's mean
-    images = np.asarray(to_uint8(jax.jit(autoencoder.decode)(latents)))
+    images = np.asarray(to_uint8(jax.jit(autoencoder.decode)(autoencoder.params, latents)))
     return pixel_statistics(images)
 
 

@@ -1,0 +1,72 @@
+"""Where an autoencoder's weights are: in a file, a folder or a Hugging Face repository."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> pathlib.Path:
+    """Finds the file or folder that `weights` stands for, downloading it where it is a repository.
+
+    Args:
+      name: the autoencoder, for errors.
+      weights: path of a file or folder, or a repository "org/name"; empty is `repository`.
+      repository: the repository the weights are published in; empty if there is no one such.
+      wanted: file names (or patterns of `fnmatch`) to download from a repository.
+
+    Returns:
+      A path that exists.
+
+    Raises:
+      ValueError: `weights` is empty and has no default.
+      FileNotFoundError: there is nothing at that path, or the repository cannot be had; says what
+        to fetch and which key to set.
+    """
+    if not (weights or repository):
+        raise ValueError(
+            f"config.data.autoencoder_weights: found none, expected a folder or repository with "
+            f"config.json and diffusion_pytorch_model.safetensors for the autoencoder {name!r}"
+        )
+    path = pathlib.Path(weights).expanduser()
+    if weights and path.exists():
+        return path
+    if weights and not _REPOSITORY.fullmatch(weights):
+        raise FileNotFoundError(
+            f"config.data.autoencoder_weights: found nothing at {weights}, expected a file, a "
+            f"folder or a repository org/name with the weights of {name!r}"
+        )
+    return _download(name, weights or repository, wanted)
+
+
+def find(folder: pathlib.Path, candidates: Sequence[Sequence[str]]) -> list[pathlib.Path]:
+    """Returns the first group of files that are all in `folder`.
+
+    Raises:
+      FileNotFoundError: none is; lists what was looked for.
+    """
+    for group in candidates:
+        paths = [folder / file for file in group]
+        if all(path.is_file() for path in paths):
+            return paths
+    groups = ", or ".join(" and ".join(group) for group in candidates)
+    raise FileNotFoundError(
+        f"config.data.autoencoder_weights: found no weights in {folder}, expected {groups}"
+    )
+
+
+def _download(name: str, repository: str, wanted: Sequence[str]) -> pathlib.Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return pathlib.Path(snapshot_download(repository, allow_patterns=list(wanted)))
+    except Exception as error:
+        # The client raises errors of its own, of its HTTP library and of the file system.
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"autoencoder {name!r}: its weights could not be downloaded "
+            f"({type(error).__name__}: {reason}). Fetch {' and '.join(wanted)} from "
+            f"https://huggingface.co/{repository}/tree/main on a machine with a network, put them "
+            "in one folder, and set config.data.autoencoder_weights to it"
+        ) from error

@@ -1,0 +1,310 @@
+"""The variational autoencoder of latent diffusion (arXiv 2112.10752), as Stable Diffusion uses it.
+
+Linen modules that bear the names of diffusers' `AutoencoderKL`, whose files they read. Layout is
+`[B, H, W, C]`; convolutions and attention compute in `dtype`, group norm statistics and the
+softmax in float32.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repulsor_jax.autoencoders import files
+from repulsor_jax.autoencoders.base import (
+    Autoencoder,
+    check_image_size,
+    compute_dtype,
+    load_params,
+    method,
+    upsample,
+)
+from repulsor_jax.weights import read_tensors, tensors_sha256
+
+REPOSITORIES = {
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "kl": "",  # any AutoencoderKL, described by the config.json beside its weights
+}
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS_TORCH = "diffusion_pytorch_model.bin"
+
+# Names of the attention's layers before diffusers 0.17, which most published files still bear.
+_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """The keys of diffusers' config.json that matter; the defaults are Stable Diffusion's.
+
+    Attributes:
+      block_out_channels: width of each level; each but the last halves height and width.
+      layers_per_block: residual blocks of each level of the encoder; the decoder has one more.
+      latent_channels: c.
+      norm_num_groups: groups of every group norm.
+      in_channels: of the images.
+      out_channels: of the decoded images.
+      scaling_factor: see `Autoencoder.scale`.
+      shift_factor: see `Autoencoder.shift`.
+      use_quant_conv: a 1 x 1 convolution after the encoder.
+      use_post_quant_conv: a 1 x 1 convolution before the decoder.
+      mid_block_add_attention: attention between the two residual blocks in the middle.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    in_channels: int = 3
+    out_channels: int = 3
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position, in height and in width."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+# What diffusers takes for a key that config.json leaves out, where it is not Stable Diffusion's.
+_ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1}
+_REQUIRED = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "down_block_types": "DownEncoderBlock2D",
+    "up_block_types": "UpDecoderBlock2D",
+}
+
+
+def read_config(path: pathlib.Path) -> KLConfig:
+    """Reads the config.json of a diffusers AutoencoderKL.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, or describes a model that `AutoencoderKL` is not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: found no such file, expected the config.json of a diffusers AutoencoderKL"
+        )
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: found {type(found).__name__}, expected a JSON object")
+    for key, expected in _REQUIRED.items():
+        values = found.get(key, expected)
+        if set([values] if isinstance(values, str) else values) != {expected}:
+            raise ValueError(f"{path}: {key}: found {values!r}, expected {expected!r}")
+    values = _ABSENT | {
+        f.name: found[f.name] for f in dataclasses.fields(KLConfig) if f.name in found
+    }
+    values["block_out_channels"] = tuple(values["block_out_channels"])
+    values["shift_factor"] = values.get("shift_factor") or 0.0  # null means none
+    return KLConfig(**values)
+
+
+class ResidualBlock(nn.Module):
+    """Twice group norm, SiLU and a 3 x 3 convolution, added to the input `[B, h, w, c]`."""
+
+    features: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, h, w, c]` to `[B, h, w, features]`."""
+        h = x
+        for i in (1, 2):
+            h = nn.silu(_group_norm(self.groups, self.dtype, f"norm{i}")(h))
+            h = _conv(self.features, 3, self.dtype, f"conv{i}")(h)
+        if x.shape[-1] != self.features:
+            x = _conv(self.features, 1, self.dtype, "conv_shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Attention of one head over all positions, added to the input."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, h, w, c]` to the same shape."""
+        batch, height, width, channels = x.shape
+        h = _group_norm(self.groups, self.dtype, "group_norm")(x)
+        h = h.reshape(batch, height * width, 1, channels)
+        q, k, v = (nn.Dense(channels, dtype=self.dtype, name=f"to_{n}")(h) for n in "qkv")
+        h = jax.nn.dot_product_attention(q, k, v)
+        h = nn.Dense(channels, dtype=self.dtype, name="to_out.0")(h)
+        return x + h.reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """Images `[B, H, W, C]` to moments `[B, h, w, 2c]`, before `quant_conv`."""
+
+    config: KLConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes the moments."""
+        config, dtype = self.config, self.dtype
+        x = _conv(config.block_out_channels[0], 3, dtype, "conv_in")(x)
+        last = len(config.block_out_channels) - 1
+        for i, features in enumerate(config.block_out_channels):
+            for j in range(config.layers_per_block):
+                name = f"down_blocks.{i}.resnets.{j}"
+                x = ResidualBlock(features, config.norm_num_groups, dtype, name=name)(x)
+            if i < last:
+                # Published models pad below and to the right alone.
+                name = f"down_blocks.{i}.downsamplers.0.conv"
+                x = nn.Conv(features, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=dtype, name=name)(
+                    x
+                )
+        x = _middle(config, dtype, x)
+        x = nn.silu(_group_norm(config.norm_num_groups, dtype, "conv_norm_out")(x))
+        return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents `[B, h, w, c]`, after `post_quant_conv`, to images `[B, H, W, C]`."""
+
+    config: KLConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes the images."""
+        config, dtype = self.config, self.dtype
+        x = _conv(config.block_out_channels[-1], 3, dtype, "conv_in")(x)
+        x = _middle(config, dtype, x)
+        last = len(config.block_out_channels) - 1
+        for i, features in enumerate(reversed(config.block_out_channels)):
+            for j in range(config.layers_per_block + 1):
+                name = f"up_blocks.{i}.resnets.{j}"
+                x = ResidualBlock(features, config.norm_num_groups, dtype, name=name)(x)
+            if i < last:
+                name = f"up_blocks.{i}.upsamplers.0.conv"
+                x = _conv(features, 3, dtype, name)(upsample(x))
+        x = nn.silu(_group_norm(config.norm_num_groups, dtype, "conv_norm_out")(x))
+        return _conv(config.out_channels, 3, dtype, "conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder with the 1 x 1 convolutions between them."""
+
+    config: KLConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Names the parts as diffusers does."""
+        config, dtype = self.config, self.dtype
+        self.encoder = Encoder(config, dtype)
+        self.decoder = Decoder(config, dtype)
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * config.latent_channels, (1, 1), dtype=dtype)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=dtype)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images `[B, H, W, C]` to moments `[B, h, w, 2c]`; see `Autoencoder.encode`."""
+        check_image_size(images, self.config.downsampling)
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        return moments.astype(jnp.float32)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents `[B, h, w, c]` to images `[B, H, W, C]`; see `Autoencoder.decode`."""
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Decodes the posterior's mean."""
+        return self.decode(self.encode(images)[..., : self.config.latent_channels])
+
+
+def load_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+    """Builds a KL autoencoder with pretrained weights.
+
+    Args:
+      name: a key of `REPOSITORIES`. "kl" reads the config.json in the folder of the weights.
+      weights: a folder in diffusers' layout, its `.safetensors` or `.bin` file, or a repository
+        "org/name"; empty is the published repository.
+      dtype: "float32" or "bfloat16", of parameters and of the computation.
+
+    Raises:
+      FileNotFoundError: files are missing or cannot be downloaded; says which.
+      ValueError: no weights given for "kl", an unknown dtype, a damaged file, a config.json of
+        another model, or tensors that are missing, superfluous or of another shape.
+    """
+    module_dtype = compute_dtype(dtype)
+    path = files.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
+    folder = path if path.is_dir() else path.parent
+    config = KLConfig()
+    if name == "kl":
+        config = read_config(folder / "config.json")
+    elif path.is_dir() and (folder / "config.json").is_file():
+        found = read_config(folder / "config.json")
+        if found != config:
+            raise ValueError(
+                f"{folder / 'config.json'}: found {found}, expected {config}, which "
+                f"{name!r} is; set config.data.autoencoder to 'kl' for another model"
+            )
+    file = files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0] if path.is_dir() else path
+    tensors = _with_current_names(read_tensors(file))
+    module = AutoencoderKL(config, module_dtype)
+    side = config.downsampling
+    params = load_params(module, (1, side, side, config.in_channels), tensors, str(file))
+    return Autoencoder(
+        name=name,
+        params=params,
+        encode=method(module, "encode"),
+        decode=method(module, "decode"),
+        stochastic=True,
+        scale=config.scaling_factor,
+        shift=config.shift_factor,
+        weights_sha256=tensors_sha256(tensors),
+    )
+
+
+def _with_current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames the attention's layers; their weights may be those of 1 x 1 convolutions."""
+    current = {}
+    for name, tensor in tensors.items():
+        if ".attentions." in name:
+            *parts, layer, kind = name.split(".")
+            name = ".".join([*parts, _ATTENTION_NAMES.get(layer, layer), kind])
+            if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]
+        current[name] = tensor
+    return current
+
+
+def _middle(config: KLConfig, dtype: Any, x: jax.Array) -> jax.Array:
+    features, groups = config.block_out_channels[-1], config.norm_num_groups
+    x = ResidualBlock(features, groups, dtype, name="mid_block.resnets.0")(x)
+    if config.mid_block_add_attention:
+        x = Attention(groups, dtype, name="mid_block.attentions.0")(x)
+    return ResidualBlock(features, groups, dtype, name="mid_block.resnets.1")(x)
+
+
+def _conv(features: int, size: int, dtype: Any, name: str) -> nn.Conv:
+    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name)
+
+
+def _group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)

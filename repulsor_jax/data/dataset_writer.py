@@ -1,0 +1,407 @@
+"""Writes a latent data set shard by shard, so that it can be stopped anywhere and gone on with.
+
+Until it is complete, the data set `<name>` is a sibling folder `.<name>.incomplete`, which holds
+
+- `job.json`: what is being written; a job that goes on must be the same one;
+- for every finished shard, the ArrayRecord file, and then a `.json` with its counts, sums and
+  digest: a shard without it is written again, whole.
+
+When all shards are there, dataset.json is made from those, and the folder is renamed. Everything
+is a function of the records, so that an interrupted job ends with the same bytes as another.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from repulsor_jax.data.latent_dataset import (
+    DTYPES,
+    FORMAT_VERSION,
+    METADATA,
+    Description,
+    LatentDataset,
+    Shard,
+    Skipped,
+    open_latent_dataset,
+    record_dtype,
+    sha256,
+)
+
+_JOB = "job.json"
+
+
+class Batch(NamedTuple):
+    """A piece of a shard.
+
+    Attributes:
+      latents: `[B, views, h, w, c]`, of images in source order.
+      labels: `[B]`.
+      skipped: images that belong here and could not be read.
+    """
+
+    latents: np.ndarray
+    labels: np.ndarray
+    skipped: Sequence[Skipped] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetWriter:
+    """A data set that is being written; make it with `open_writer`.
+
+    Attributes:
+      directory: where the complete data set will stand.
+      description: what its dataset.json will say of it.
+      num_images: of the source.
+      images_per_shard: of the source, in each shard but the last.
+    """
+
+    directory: pathlib.Path
+    description: Description
+    num_images: int
+    images_per_shard: int
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where the shards are until all are there."""
+        return self.directory.parent / f".{self.directory.name}.incomplete"
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return math.ceil(self.num_images / self.images_per_shard)
+
+    def rows(self, shard: int) -> range:
+        """Indices in the source of the images of a shard."""
+        start = shard * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.num_images))
+
+    def missing(self, process_index: int = 0, process_count: int = 1) -> list[int]:
+        """Shards of this process, every `process_count`-th, that are not finished yet."""
+        if (self.folder / METADATA).exists():
+            return []
+        mine = range(process_index, self.num_shards, process_count)
+        return [k for k in mine if not self._summary_path(k).exists()]
+
+    def write(self, shard: int, batches: Iterable[Batch]) -> None:
+        """Writes one shard; it counts as finished when this returns, and not before.
+
+        Raises:
+          ValueError: a latent is not finite or overflows float16, a label is out of range, the
+            shapes disagree, or the batches do not hold the images of this shard.
+        """
+        path = self.folder / self._name(shard)
+        for stale in self.folder.glob(f"{path.name}.partial-*"):
+            stale.unlink(missing_ok=True)
+        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+        try:
+            summary = self._write_records(partial, shard, batches)
+            summary["sha256"] = sha256(partial)
+            _sync(partial)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        _write_text(self._summary_path(shard), json.dumps(summary))
+
+    def finish(self) -> LatentDataset:
+        """Completes the data set, or raises ValueError where a shard is missing or all are empty.
+
+        One process does this, after all have written their shards.
+        """
+        if not (self.folder / METADATA).exists():
+            unfinished = self.missing()
+            if unfinished:
+                raise ValueError(
+                    f"{self.folder}: {len(unfinished)} of {self.num_shards} shards are not "
+                    "finished: run the same command again"
+                )
+            summaries = [
+                json.loads(self._summary_path(k).read_text()) for k in range(self.num_shards)
+            ]
+            dataset = self._combine(summaries)
+            content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
+            del content["directory"]
+            _write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
+        # From here on, a job that is run again comes straight back here.
+        listed = {s["name"] for s in json.loads((self.folder / METADATA).read_text())["shards"]}
+        for path in self.folder.iterdir():
+            if path.name not in listed | {METADATA}:
+                path.unlink()
+        self.folder.rename(self.directory)
+        return open_latent_dataset(self.directory)
+
+    def _name(self, shard: int) -> str:
+        return f"data-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+    def _summary_path(self, shard: int) -> pathlib.Path:
+        return self.folder / f"{self._name(shard)}.json"
+
+    def _write_records(
+        self, path: pathlib.Path, shard: int, batches: Iterable[Batch]
+    ) -> dict[str, Any]:
+        """Writes the records of a shard and returns what is to be known of them."""
+        about = self.description
+        shape: tuple[int, ...] = ()
+        images = 0
+        skipped: list[Skipped] = []
+        total = square = np.zeros(())
+        with contextlib.closing(ArrayRecordWriter(str(path), "group_size:1,uncompressed")) as out:
+            for batch in batches:
+                skipped += batch.skipped
+                if not len(batch.labels):
+                    continue
+                first = self.rows(shard).start + images + len(skipped) - len(batch.skipped)
+                records = _records(batch, about, shape, first)
+                shape = records["latents"].shape[1:]
+                latents = records["latents"].astype(np.float64)
+                if about.stochastic:
+                    latents = latents[..., : shape[-1] // 2]
+                axes = tuple(range(latents.ndim - 1))
+                total = total + latents.sum(axes)
+                square = square + np.square(latents).sum(axes)
+                for record in records:
+                    out.write(record.tobytes())
+                images += len(batch.labels)
+        expected = len(self.rows(shard))
+        if images + len(skipped) != expected:
+            raise ValueError(
+                f"shard {shard}: found {images} images and {len(skipped)} skipped, expected "
+                f"{expected} in all"
+            )
+        return {
+            "images": images,
+            "shape": list(shape),
+            "sum": total.tolist(),
+            "square": square.tolist(),
+            "skipped": [dataclasses.asdict(s) for s in skipped],
+        }
+
+    def _combine(self, summaries: Sequence[Mapping[str, Any]]) -> LatentDataset:
+        full = [s for s in summaries if s["images"]]
+        if not full:
+            raise ValueError(
+                f"{self.directory}: none of the {self.num_images} images could be read; the first: "
+                f"{summaries[0]['skipped'][0]['name']}: {summaries[0]['skipped'][0]['reason']}"
+            )
+        shapes = {tuple(s["shape"]) for s in full}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self.directory}: found latents of shapes {sorted(shapes)}, expected one: set "
+                "config.data.image_size, and delete the unfinished folder"
+            )
+        shape = shapes.pop()
+        images = sum(s["images"] for s in full)
+        # In the order of the shards, for the same sums to the last bit.
+        positions = images * self.description.views * math.prod(shape[:-1])
+        mean = np.sum([s["sum"] for s in full], axis=0) / positions
+        variance = np.sum([s["square"] for s in full], axis=0) / positions - np.square(mean)
+        return LatentDataset(
+            **vars(self.description),
+            directory=self.directory,
+            shape=shape,
+            num_images=images,
+            mean=tuple(mean.tolist()),
+            std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
+            shards=tuple(
+                Shard(self._name(k), s["images"] * self.description.views, s["sha256"])
+                for k, s in enumerate(summaries)
+                if s["images"]
+            ),
+            skipped=tuple(Skipped(**skip) for s in summaries for skip in s["skipped"]),
+        )
+
+
+def open_writer(
+    directory: str | os.PathLike[str],
+    description: Description,
+    *,
+    num_images: int,
+    images_per_shard: int,
+    settings: Mapping[str, Any] | None = None,
+) -> DatasetWriter:
+    """Begins a data set, or goes on with one that was begun.
+
+    Args:
+      directory: must not exist yet, or be empty.
+      description: what is known of the data set.
+      num_images: of the source.
+      images_per_shard: of the source; what is lost at most when the job is stopped.
+      settings: whatever else the records depend on; a job that goes on must have the same.
+
+    Returns:
+      The writer: `write` the shards that are `missing`, then `finish`.
+
+    Raises:
+      FileExistsError: `directory` already holds files; nothing is changed.
+      ValueError: an argument is wrong, or the job that was begun is another one.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if description.dtype not in DTYPES:
+        raise ValueError(
+            f"latent dtype: found {description.dtype!r}, expected one of {list(DTYPES)}"
+        )
+    if num_images < 1 or images_per_shard < 1:
+        raise ValueError(f"found {num_images=}, {images_per_shard=}, expected 1 or more of each")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} already holds files; a data set is never overwritten: "
+            "choose another directory, or delete this one first"
+        )
+    writer = DatasetWriter(directory, description, num_images, images_per_shard)
+    job = {
+        "format_version": FORMAT_VERSION,
+        "num_images": num_images,
+        "images_per_shard": images_per_shard,
+        **vars(description),
+        **(settings or {}),
+    }
+    job = json.loads(json.dumps(job))
+    writer.folder.mkdir(parents=True, exist_ok=True)
+    path = writer.folder / _JOB
+    if path.exists():
+        begun = json.loads(path.read_text())
+        differences = [
+            f"{key} was {_short(begun.get(key))} and is {_short(job.get(key))}"
+            for key in sorted(begun.keys() | job.keys())
+            if begun.get(key) != job.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"{writer.folder} was begun with other settings: {'; '.join(differences)}. Go on "
+                "with the settings of then, or delete that folder to start over"
+            )
+    elif not (writer.folder / METADATA).exists():
+        _write_text(path, json.dumps(job, indent=2) + "\n")
+    return writer
+
+
+def write_latent_dataset(
+    directory: str | os.PathLike[str],
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    description: Description,
+    *,
+    num_images: int,
+    images_per_shard: int | None = None,
+) -> LatentDataset:
+    """Writes a data set from latents at hand; on any error nothing is left behind.
+
+    Args:
+      directory: must not exist yet, or be empty.
+      batches: pairs of latents `[B, views, h, w, c]` and labels `[B]`; B may vary.
+      description: what is known of the data set.
+      num_images: how many images the batches hold in all.
+      images_per_shard: all of them in one file by default.
+
+    Raises:
+      FileExistsError, ValueError: see `open_writer` and `DatasetWriter.write`.
+    """
+    writer = open_writer(
+        directory,
+        description,
+        num_images=num_images,
+        images_per_shard=images_per_shard or num_images,
+    )
+    rest = _Rest(batches)
+    try:
+        for shard in range(writer.num_shards):
+            writer.write(shard, rest.take(len(writer.rows(shard))))
+        if next(rest.take(1), None) is not None:
+            raise ValueError(f"found more images than the {num_images} announced")
+        return writer.finish()
+    except BaseException:
+        shutil.rmtree(writer.folder, ignore_errors=True)
+        raise
+
+
+class _Rest:
+    """Batches that are cut wherever a shard ends."""
+
+    def __init__(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]):
+        self._batches = iter(batches)
+        self._left: tuple[np.ndarray, np.ndarray] | None = None
+
+    def take(self, count: int) -> Iterator[Batch]:
+        """Yields batches of `count` images in all, or of as many as there are."""
+        while count:
+            piece = self._left or next(self._batches, None)
+            if piece is None:
+                return
+            latents, labels = (np.asarray(a) for a in piece)
+            self._left = (latents[count:], labels[count:]) if len(labels) > count else None
+            yield Batch(latents[:count], labels[:count])
+            count -= min(count, len(labels))
+
+
+def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:
+    """Returns a batch as an array of records, or raises naming the first bad image."""
+    latents, labels = np.asarray(batch.latents), np.asarray(batch.labels)
+    expected = (len(labels), about.views, *(shape or latents.shape[2:]))
+    if latents.shape != expected or latents.ndim < 3 or labels.ndim != 1:
+        raise ValueError(
+            f"batch from image {first}: found latents {latents.shape} with labels {labels.shape}, "
+            f"expected {('B', about.views, *(shape or ('...', 'c')))} with ('B',)"
+        )
+    shape = latents.shape[2:]
+    if about.stochastic and shape[-1] % 2:
+        raise ValueError(
+            f"found latents of {shape[-1]} channels, expected an even number: means, then "
+            "log-variances"
+        )
+    bad = (labels < 0) | (labels >= len(about.class_names))
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(
+            f"image {first + i}: found label {labels[i]}, expected 0 to "
+            f"{len(about.class_names) - 1}"
+        )
+    records = np.empty((len(labels), about.views), record_dtype(shape, about.dtype))
+    records["labels"] = labels[:, None]
+    with np.errstate(over="ignore"):  # reported below, with the image
+        records["latents"] = latents
+    stored = records["latents"].reshape(len(labels), -1)
+    bad = ~np.isfinite(stored).all(axis=1)
+    if bad.any():
+        i = int(np.argmax(bad))
+        if np.isnan(stored[i]).any():
+            raise ValueError(
+                f"image {first + i}: the latents are not finite: check the image and the "
+                "autoencoder's weights"
+            )
+        raise ValueError(
+            f"image {first + i}: its latents overflow {about.dtype}: write with "
+            'config.data.dtype="float32", and check the image and the autoencoder\'s weights'
+        )
+    return records.reshape(-1)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Makes the operating system write a file through to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears complete or not at all."""
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""From a file's bytes to a uint8 image of one size, with the errors that name the file.
+
+NumPy and PIL only: worker processes import this module and should start at once.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
+
+# Only what decodes pixels: PIL knows formats that run other programs (EPS) or read other files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImageError(ValueError):
+    """An image that cannot be used; the message is "<name>: <what is wrong>"."""
+
+
+class _Source(Protocol):
+    """What `read_images` needs of an image source: items with image, label and name."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray:
+    """Decodes an image if need be, and crops it to a square.
+
+    An encoded image becomes RGB as PIL converts it, turned upright by its EXIF orientation and
+    with transparent parts over white; of an animation, the first frame. 16-bit greyscale values v
+    become round(v / 257); 16-bit colours lose their low byte. Colour profiles are ignored, as the
+    published ImageNet pipelines do.
+
+    The crop is that of ADM (arXiv 2105.05233, its code's `center_crop_arr`) and DiT, bit for bit:
+    halve with PIL's BOX filter while the shorter side is at least twice `size`, resize with
+    BICUBIC so that the shorter side is `size`, cut the centre.
+
+    Args:
+      image: an encoded image's bytes, or an array, uint8 `[H, W, C]`, whose C stays what it is.
+      size: side of the result, or 0 to leave the image at its own size.
+      name: what errors call the image.
+
+    Returns:
+      uint8 `[size, size, C]` (`[H, W, C]` if `size` is 0), with C = 3 if the image was encoded.
+
+    Raises:
+      BadImageError: the bytes are not a whole image of a known format, the image, or what it is
+        resized to, has more than `MAX_PIXELS` pixels, or the array is not uint8 `[H, W, C]`.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or 0 in image.shape:
+            raise BadImageError(
+                f"{name}: found an array of {image.dtype} {image.shape}, expected uint8 [H, W, C]"
+            )
+        if not size:
+            return image
+        if image.shape[2] == 3:
+            return _center_crop(Image.fromarray(image), size, name)
+        # PIL filters each band by itself, so one band at a time gives what any mode would.
+        bands = [
+            _center_crop(Image.fromarray(np.ascontiguousarray(image[..., c])), size, name)
+            for c in range(image.shape[2])
+        ]
+        return np.stack(bands, axis=-1)
+    decoded = _decode(image, name)
+    return _center_crop(decoded, size, name) if size else np.array(decoded)
+
+
+def read_images(
+    source: _Source, indices: Sequence[int], size: int
+) -> tuple[list[np.ndarray | BadImageError], np.ndarray]:
+    """Reads and prepares some items of an image source; what a worker process runs.
+
+    Args:
+      source: an `ImageSource`.
+      indices: which items.
+      size: see `prepare_image`.
+
+    Returns:
+      One entry per index: the image, uint8 `[H, W, C]`, or the error that says why there is none
+      (unreadable counts as bad); and the labels, int32 `[B]`, -1 where the item was unreadable.
+    """
+    images: list[np.ndarray | BadImageError] = []
+    labels = np.full(len(indices), -1, np.int32)
+    for i, index in enumerate(indices):
+        try:
+            item = source[index]
+            labels[i] = item.label
+            images.append(prepare_image(item.image, size, item.name))
+        except BadImageError as error:
+            images.append(error)
+        except OSError as error:
+            where = error.filename or f"item {index}"
+            images.append(BadImageError(f"{where}: cannot be read: {error.strerror or error}"))
+    return images, labels
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    """The RGB image in these bytes, upright."""
+    if not data:
+        raise BadImageError(f"{name}: the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{name}: {_too_large()} ({error})") from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(
+            f"{name}: not an image in one of the formats {', '.join(_FORMATS)}, or its header is "
+            f"damaged; it begins with {data[:16]!r}"
+        ) from error
+    except Exception as error:  # whatever the reader of a damaged header stumbles over
+        raise BadImageError(f"{name}: damaged header ({_reason(error)})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImageError(f"{name}: {_too_large()}, found {image.width} x {image.height}")
+    try:
+        image.load()
+        return _to_rgb(_upright(image), name)
+    except BadImageError:
+        raise
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError and others
+        raise BadImageError(
+            f"{name}: damaged or cut short, {image.format} decoding failed: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _too_large() -> str:
+    return f"refused before decoding, as it has more than {MAX_PIXELS:,} pixels: resize it first"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        # After load(): some formats apply the orientation themselves then, and drop the tag.
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # the pixels are good though the metadata is not
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return image
+    if mode.startswith("I"):  # 16-bit greyscale; PIL's "I" has 32 bits for what some files hold
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImageError(
+                f"{name}: found grey values from {values.min()} to {values.max()}, expected 16 "
+                "bits, 0 to 65535: convert it to 8 bits first"
+            )
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if mode in ("F", "LAB"):
+        raise BadImageError(
+            f"{name}: found colour mode {mode} (PIL's name), of which the range or the colour "
+            "space is not known: convert it to 8-bit RGB first"
+        )
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, "white")
+        rgb.paste(with_alpha, mask=with_alpha.getchannel("A"))
+        return rgb
+    return image.convert("RGB")
+
+
+def _center_crop(image: Image.Image, size: int, name: str) -> np.ndarray:
+    """ADM's centre crop of a PIL image, uint8 `[size, size]` or `[size, size, 3]`."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            f"{name}: {image.width} x {image.height} is too long and narrow, with the shorter side "
+            f"at {size} it would be {width} x {height}: crop it first"
+        )
+    if (width, height) != image.size:  # at the same size a resize changes nothing
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size)))

@@ -1,0 +1,80 @@
+"""Worker processes that read and prepare images; they import nothing heavier than this."""
+
+import collections
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+from loky import ProcessPoolExecutor
+
+from repulsor_jax.data.preprocess import BadImageError, read_images
+
+Images = list[np.ndarray | BadImageError]
+
+_work: tuple[Any, int] | None = None  # in a worker process: its copy of the source, and the size
+
+
+def read_in_order(
+    source: Any, chunks: Iterable[Sequence[int]], size: int, *, num_workers: int, ahead: int
+) -> Iterator[tuple[Images, np.ndarray]]:
+    """Yields what `preprocess.read_images` gives for each chunk of indices, in order.
+
+    The processes are loky's: unlike the standard library's they do not import the main module, and
+    JAX with it, so that they start in a fraction of a second. They end with their parent, however
+    that ends.
+
+    Args:
+      source: an `ImageSource`; each process gets a copy.
+      chunks: indices of one task each.
+      size: see `prepare_image`.
+      num_workers: processes; 0 reads in the caller.
+      ahead: chunks in work beyond the one that is asked for.
+
+    Raises:
+      OSError: a process died.
+    """
+    if not num_workers:
+        for chunk in chunks:
+            yield read_images(source, chunk, size)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers, initializer=_start, initargs=(source, size, os.getpid()), timeout=None
+    )
+    pending: collections.deque[Any] = collections.deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_read, chunk))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a worker process that reads images died, often for want of memory: lower "
+            f"config.data.encode_workers, {num_workers} now; the same command goes on"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
+
+
+def _start(source: Any, size: int, parent: int) -> None:
+    global _work
+    _work = source, size
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has been killed, which the queues do not tell it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _read(indices: Sequence[int]) -> tuple[Images, np.ndarray]:
+    assert _work is not None
+    source, size = _work
+    return read_images(source, indices, size)

@@ -1,0 +1,255 @@
+"""The encode mode: images, or latents that others made, into the project's latent data sets."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from repulsor_jax import images
+from repulsor_jax.autoencoders import Autoencoder, get_autoencoder, latent_scale
+from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.data import preprocess
+from repulsor_jax.data.dataset_writer import open_writer
+from repulsor_jax.data.encode import convert_latents, encode_images
+from repulsor_jax.data.latent_dataset import (
+    METADATA,
+    Description,
+    LatentDataset,
+    decode_records,
+    open_latent_dataset,
+)
+from repulsor_jax.data.latent_sources import KINDS as LATENT_KINDS
+from repulsor_jax.data.latent_sources import LatentSource, open_latent_source
+from repulsor_jax.data.sources import ImageSource, open_source
+
+_PREVIEW_COLUMNS = 8
+
+
+def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Folder of the latent data sets `train` and `test`."""
+    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+
+
+def load_autoencoder(config: Config) -> Autoencoder:
+    """Returns the configured autoencoder with its weights.
+
+    Raises:
+      ConfigError: it is unknown, or its weights are not to be had.
+    """
+    data = config.data
+    try:
+        return get_autoencoder(
+            data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
+
+
+def encode(config: Config, workdir: pathlib.Path) -> None:
+    """Encodes the configured source, split by split; what is complete is left alone.
+
+    Every process encodes its share of the shards on its own devices; they share the directory. A
+    job that was stopped goes on with the shards that are missing.
+
+    Raises:
+      ConfigError: no source is configured, or autoencoder and source do not go together.
+      ValueError, OSError: the source or an item of it cannot be used; names it.
+    """
+    data = config.data
+    if not data.source:
+        raise ConfigError(
+            "config.data.source is empty: name what to encode, as 'folder', 'archive' or "
+            "'tfds:imagenet2012' (docs/data.md)"
+        )
+    directory = data_directory(config, workdir)
+    splits = {"train": data.train_split, "test": data.test_split}
+    todo = {
+        folder: split
+        for folder, split in splits.items()
+        if split and not (directory / folder / METADATA).exists()
+    }
+    cache = directory / ".archive"
+    if data.source in LATENT_KINDS:
+        for folder, split in todo.items():
+            latents = open_latent_source(data.source, split, path=data.source_path)
+            _check_classes(latents.class_names, directory, folder)
+            _convert(config, directory / folder, latents, split)
+    elif todo:
+        # All that can be refused is refused before the first image is encoded.
+        sources = {
+            folder: open_source(data.source, split, path=data.source_path, cache_dir=cache)
+            for folder, split in todo.items()
+        }
+        if "train" in sources and "test" in sources:
+            _check_same_classes(sources["train"].class_names, sources["test"].class_names)
+        autoencoder = load_autoencoder(config)
+        for folder, source in sources.items():
+            _check_classes(source.class_names, directory, folder)
+            _encode(config, directory / folder, source, todo[folder], autoencoder)
+    if jax.process_index() == 0:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def _encode(
+    config: Config,
+    directory: pathlib.Path,
+    source: ImageSource,
+    split: str,
+    autoencoder: Autoencoder,
+) -> None:
+    data = config.data
+    writer = open_writer(
+        directory,
+        Description(
+            dtype=data.dtype,
+            stochastic=autoencoder.stochastic,
+            flipped=data.flips,
+            autoencoder=autoencoder.name,
+            weights_sha256=autoencoder.weights_sha256,
+            scale=autoencoder.scale,
+            shift=autoencoder.shift,
+            source=data.source,
+            split=split,
+            image_size=data.image_size,
+            class_names=tuple(source.class_names),
+        ),
+        num_images=len(source),
+        images_per_shard=data.images_per_shard,
+        settings={
+            "source_signature": source.signature(),
+            "autoencoder_dtype": data.autoencoder_dtype,
+            "encode_batch_per_device": data.encode_batch_per_device,
+        },
+    )
+    started, missing = time.perf_counter(), writer.missing()
+    num_workers = (os.cpu_count() or 1) if data.encode_workers == -1 else data.encode_workers
+    encode_images(
+        writer,
+        source,
+        autoencoder,
+        batch_per_device=data.encode_batch_per_device,
+        num_workers=num_workers,
+        skip_bad_images=data.on_bad_image == "skip",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        progress=jax.process_index() == 0,
+    )
+    multihost_utils.sync_global_devices("encoded")
+    if jax.process_index() == 0:
+        _say(
+            writer.finish(),
+            sum(len(writer.rows(k)) for k in missing),
+            time.perf_counter() - started,
+        )
+        dataset = open_latent_dataset(directory)
+        if data.preview_images:
+            _write_preview(dataset, source, autoencoder, data.preview_images)
+    multihost_utils.sync_global_devices("finished")
+
+
+def _convert(config: Config, directory: pathlib.Path, source: LatentSource, split: str) -> None:
+    data = config.data
+    scale, shift = latent_scale(data.autoencoder, weights=data.autoencoder_weights)
+    writer = open_writer(
+        directory,
+        Description(
+            dtype=data.dtype,
+            stochastic=source.stochastic,
+            flipped=source.views == 2,
+            autoencoder=data.autoencoder,
+            scale=scale,
+            shift=shift,
+            source=data.source,
+            split=split,
+            class_names=tuple(source.class_names),
+        ),
+        num_images=len(source),
+        images_per_shard=data.images_per_shard,
+        settings={"source_signature": source.signature()},
+    )
+    started, missing = time.perf_counter(), writer.missing()
+    convert_latents(
+        writer,
+        source,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        progress=jax.process_index() == 0,
+    )
+    multihost_utils.sync_global_devices("encoded")
+    if jax.process_index() == 0:
+        _say(
+            writer.finish(),
+            sum(len(writer.rows(k)) for k in missing),
+            time.perf_counter() - started,
+        )
+    multihost_utils.sync_global_devices("finished")
+
+
+def _say(dataset: LatentDataset, images_done: int, seconds: float) -> None:
+    size = sum((dataset.directory / shard.name).stat().st_size for shard in dataset.shards)
+    tqdm.write(
+        f"{dataset.directory}: {dataset.num_images:,} images"
+        + (" and their mirror images" if dataset.flipped else "")
+        + f", latents {list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; "
+        f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
+    )
+    if dataset.skipped:
+        tqdm.write(
+            f"{len(dataset.skipped):,} images could not be read and were skipped; "
+            f"{dataset.directory / METADATA} lists them"
+        )
+
+
+def _check_classes(found: Sequence[str], directory: pathlib.Path, folder: str) -> None:
+    """Checks a split's classes against those of the other split, where it is there already."""
+    other = directory / {"train": "test", "test": "train"}[folder]
+    if (other / METADATA).exists():
+        _check_same_classes(open_latent_dataset(other).class_names, found)
+
+
+def _check_same_classes(one: Sequence[str], other: Sequence[str]) -> None:
+    a, b = tuple(one), tuple(other)
+    if a != b and len(a) > 1 and len(b) > 1:
+        only = sorted(set(a) ^ set(b))[:5]
+        raise ConfigError(
+            f"the train and test splits have different classes, {len(a)} and {len(b)}; only one "
+            f"of them has {', '.join(only)}: their labels would not mean the same"
+        )
+
+
+def _write_preview(
+    dataset: LatentDataset, source: ImageSource, autoencoder: Autoencoder, count: int
+) -> None:
+    """Writes `<data set>_preview.png`, images above what is decoded of them, and says the PSNR."""
+    skipped = np.array([s.index for s in dataset.skipped], int)
+    present = np.setdiff1d(np.arange(len(source)), skipped)
+    chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).astype(int)]
+    records = ((chosen - np.searchsorted(skipped, chosen)) * dataset.views).tolist()
+    stored = decode_records(dataset.open().__getitems__(records), dataset.shape, dataset.dtype)
+    latents = stored["latents"][..., : dataset.latent_shape[-1]].astype(np.float32)
+    decode = jax.jit(lambda params, z: images.to_uint8(autoencoder.decode(params, z)))
+    decoded = np.concatenate([decode(autoencoder.params, z[None]) for z in latents])
+    read, _ = preprocess.read_images(source, chosen.tolist(), dataset.image_size)
+    originals = np.stack([image for image in read if isinstance(image, np.ndarray)])
+    error = np.square(originals.astype(np.float64) - decoded).mean(axis=(1, 2, 3))
+    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
+    path = dataset.directory.with_name(f"{dataset.directory.name}_preview.png")
+    columns = min(_PREVIEW_COLUMNS, len(chosen))
+    rows = []
+    for start in range(0, len(chosen), columns):
+        for pictures in (originals, decoded):
+            row = pictures[start : start + columns]
+            blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
+            rows.append(np.concatenate([row, blank]))
+    with contextlib.suppress(ValueError):  # images that are neither grey nor RGB
+        upscale = max(1, 64 // originals.shape[1])
+        images.save_grid(np.concatenate(rows), path, columns=columns, upscale=upscale)
+        tqdm.write(f"{path}: {len(chosen)} images above what is decoded of their latents")
+    tqdm.write(f"PSNR of these {psnr.mean():.2f} dB (from {psnr.min():.2f} to {psnr.max():.2f})")

@@ -1,0 +1,278 @@
+"""Reading pretrained tensors from files, and fitting them to Linen parameters.
+
+Nothing here imports torch. A `.pth` file is a zip of a pickle and raw storages: the pickle is read
+by an unpickler that knows how to build tensors and dictionaries, and refuses everything else.
+"""
+
+import collections
+import hashlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a flat dictionary of tensors.
+
+    Args:
+      path: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file as `torch.save` writes it
+        since PyTorch 1.6, that holds a state dict. No code of the file is run.
+
+    Returns:
+      Names to arrays in the file's shapes and dtypes (bfloat16 as `ml_dtypes.bfloat16`).
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: another suffix, a damaged file, or content other than a dictionary of tensors;
+        names the file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: found no such file, expected a file of tensors")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in _TORCH_SUFFIXES:
+        return _read_torch(path)
+    raise ValueError(
+        f"{path}: found suffix {path.suffix!r}, expected .safetensors or one of "
+        f"{', '.join(_TORCH_SUFFIXES)}"
+    )
+
+
+def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    """Hex digest of names, shapes and float32 values, in the order of the names.
+
+    The same tensors have the same digest whatever the kind and the float type of their file.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = np.asarray(tensors[name], "<f4")
+        digest.update(json.dumps([name, list(values.shape)]).encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def check_tensors(
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str | os.PathLike[str],
+) -> None:
+    """Raises ValueError unless `tensors` are those of `expected`: names and shapes.
+
+    The error names the file `source`, the first tensor at fault, the shape found and the one
+    expected, and says how many more there are.
+    """
+    faults = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            faults.append(f"{name}: found no such tensor, expected one of shape {list(shape)}")
+        elif tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            faults.append(f"{name}: found shape {found}, expected {list(shape)}")
+    for name in sorted(set(tensors) - set(expected)):
+        shape = tensors[name].shape
+        faults.append(f"{name}: found a tensor of shape {list(shape)}, expected none of this name")
+    if faults:
+        others = f" (and {len(faults) - 1} more that do not fit)" if len(faults) > 1 else ""
+        raise ValueError(f"{source}: {faults[0]}{others}")
+
+
+def to_linen(
+    tensors: Mapping[str, np.ndarray], abstract_params: Any, source: str | os.PathLike[str]
+) -> Any:
+    """Arranges PyTorch tensors as the parameters of Linen modules that bear PyTorch's names.
+
+    The path of a parameter, joined by dots, is its name in PyTorch, but that `kernel` and `scale`
+    are there called `weight`. Kernels of convolutions [O, I, kh, kw] become [kh, kw, I, O], those
+    of dense layers [O, I] become [I, O].
+
+    Args:
+      tensors: by PyTorch's names.
+      abstract_params: unboxed parameters or their abstract arrays, as of `jax.eval_shape`.
+      source: the file, for errors.
+
+    Returns:
+      A tree as `abstract_params`, of float32 NumPy arrays.
+
+    Raises:
+      ValueError: a tensor is missing, superfluous or of another shape, see `check_tensors`.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
+    names = [_torch_name([str(key.key) for key in path]) for path, _ in leaves]
+    shapes = [leaf.shape[::-1] if leaf.ndim != 4 else _oihw(leaf.shape) for _, leaf in leaves]
+    check_tensors(tensors, dict(zip(names, shapes, strict=True)), source)
+    arrays = (np.asarray(tensors[name], np.float32) for name in names)
+    arranged = [np.transpose(a, (2, 3, 1, 0)) if a.ndim == 4 else np.transpose(a) for a in arrays]
+    return jax.tree_util.tree_unflatten(structure, arranged)
+
+
+def _torch_name(path: list[str]) -> str:
+    leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
+    return ".".join([*path[:-1], leaf])
+
+
+def _oihw(shape: tuple[int, ...]) -> tuple[int, ...]:
+    height, width, inputs, outputs = shape
+    return outputs, inputs, height, width
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    # safetensors' own NumPy reader knows no bfloat16; its parser hands out the bytes.
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        entries = deserialize(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: found {path.stat().st_size} bytes that are not a whole safetensors file "
+            f"({error}); fetch it anew"
+        ) from error
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"{path}: {name}: found dtype {entry['dtype']}, expected one of "
+                f"{', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] == b"\x80":
+            raise ValueError(
+                f"{path}: found a pickle that is not in a zip, as torch.save wrote before "
+                "PyTorch 1.6, expected the zip format; load and save it once with a newer PyTorch"
+            )
+        if start == b"PK":
+            raise ValueError(
+                f"{path}: found {size} bytes, the start of a zip without its end; the file is "
+                "truncated, fetch it anew"
+            )
+        raise ValueError(f"{path}: found {size} bytes that are no zip, expected a torch.save file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _unpickle(path, archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: the zip is damaged ({error}); fetch it anew") from error
+
+
+def _unpickle(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise ValueError(f"{path}: found a zip without data.pkl, expected a torch.save file")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = folder + "byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise ValueError(f"{path}: found byte order {archive.read(order)!r}, expected little")
+    with archive.open(pickles[0]) as stream:
+        try:
+            value = _Unpickler(stream, lambda key: archive.read(f"{folder}data/{key}")).load()
+        except zipfile.BadZipFile:
+            raise
+        except Exception as error:
+            # A hostile or damaged pickle can make the unpickler raise nearly anything.
+            raise ValueError(f"{path}: its pickle is not one of tensors: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a {type(value).__name__}, expected a dict of tensors")
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
+            raise ValueError(
+                f"{path}: found {name!r}: a {type(tensor).__name__}, expected only tensors by "
+                "name; save the state dict alone"
+            )
+    return dict(value)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds dictionaries of tensors, and nothing else."""
+
+    def __init__(self, stream: Any, read_storage: Callable[[str], bytes]):
+        super().__init__(stream)
+        self._read_storage = read_storage
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few things a state dict refers to; raises UnpicklingError for any other."""
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _Unpickler._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _Unpickler._parameter
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return np.dtype(_STORAGE_DTYPES[name])
+        raise pickle.UnpicklingError(f"found {module}.{name}, which is refused; nothing was run")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        """The storage that a tensor is a view of, as a flat array."""
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"found a persistent {kind!r}, expected a storage")
+        if key not in self._storages:
+            self._storages[key] = np.frombuffer(self._read_storage(key), dtype)
+        storage = self._storages[key]
+        if storage.dtype != dtype or storage.size != size:
+            raise pickle.UnpicklingError(
+                f"found storage {key} with {storage.size} x {storage.dtype}, expected "
+                f"{size} x {dtype}"
+            )
+        return storage
+
+    @staticmethod
+    def _tensor(
+        storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    ) -> np.ndarray:
+        if offset < 0 or min((*shape, *strides), default=0) < 0 or len(shape) != len(strides):
+            raise pickle.UnpicklingError(f"found offset {offset}, shape {shape}, strides {strides}")
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        if math.prod(shape) and last >= storage.size:
+            raise pickle.UnpicklingError(f"found shape {shape} beyond the storage's {storage.size}")
+        steps = [stride * storage.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
+
+    @staticmethod
+    def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
+        return data

@@ -1,0 +1,502 @@
+"""Folders and archives: what is found, in which order, and what is refused."""
+
+import bz2
+import errno
+import gzip
+import io
+import logging
+import lzma
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+
+import pytest
+
+from repulsor_jax.data.preprocess import read_images
+from repulsor_jax.data.sources import open_source
+
+# Sources hand out bytes as they are, so that these need not be images.
+TREE = {
+    "train/dog/b.JPEG": b"dog b",
+    "train/dog/a.png": b"dog a",
+    "train/cat/deep/er/1.jpg": b"cat deep",
+    "train/cat/2.jpg": b"cat two",
+    "train/cat food/1.webp": b"cat food",
+    "train/cat/.hidden.jpg": b"hidden",
+    "train/.git/x.jpg": b"hidden",
+    "test/dog/1.gif": b"test dog",
+}
+# By class, then by name: "cat food" would come first if whole paths were sorted.
+CLASSES = ["cat", "cat food", "dog"]
+ITEMS = [
+    (b"cat two", 0, "cat/2.jpg"),
+    (b"cat deep", 0, "cat/deep/er/1.jpg"),
+    (b"cat food", 1, "cat food/1.webp"),
+    (b"dog a", 2, "dog/a.png"),
+    (b"dog b", 2, "dog/b.JPEG"),
+]
+
+
+def write_tree(root, tree):
+    for name, data in tree.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def tar_bytes(tree, tar_format=tarfile.GNU_FORMAT):
+    """A tar of the tree; a value that is a `TarInfo` is a member without data."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
+        for name, data in tree.items():
+            entry = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            entry.name = name
+            if isinstance(data, bytes):
+                entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data) if isinstance(data, bytes) else None)
+    return file.getvalue()
+
+
+def tar_member(kind, target=""):
+    entry = tarfile.TarInfo()
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+def zip_bytes(tree, method=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, data in tree.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+KINDS = {
+    "x.tar": tar_bytes,
+    "x.pax.tar": lambda tree: tar_bytes(tree, tarfile.PAX_FORMAT),
+    "x.tar.gz": lambda tree: gzip.compress(tar_bytes(tree)),
+    "x.tgz": lambda tree: gzip.compress(tar_bytes(tree)),
+    "x.tar.xz": lambda tree: lzma.compress(tar_bytes(tree)),
+    "x.tar.bz2": lambda tree: bz2.compress(tar_bytes(tree)),
+    "x.zip": zip_bytes,
+    "deflated.zip": lambda tree: zip_bytes(tree, zipfile.ZIP_DEFLATED),
+}
+
+
+def open_archive(tmp_path, data, split="train", name="x.tar"):
+    path = tmp_path / name
+    path.write_bytes(data)
+    return open_source("archive", split, path=str(path), cache_dir=tmp_path / "cache")
+
+
+def found(source, lead):
+    """Images, labels and names without their common start, which they must have."""
+    items = [source[i] for i in range(len(source))]
+    assert all(item.name.startswith(lead) and type(item.label) is int for item in items)
+    return [(item.image, item.label, item.name.removeprefix(lead)) for item in items]
+
+
+def test_folder(tmp_path, caplog):
+    write_tree(tmp_path, TREE)
+    write_tree(tmp_path, {"train/cat/notes.txt": b"", "train/list.csv": b""})
+    with caplog.at_level(logging.WARNING):
+        source = open_source("folder", "train", path=str(tmp_path))
+    assert list(source.class_names) == CLASSES
+    assert found(source, f"{tmp_path}/train/") == ITEMS
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "left out 2 files" in message
+    assert "cat/notes.txt" in message
+    assert found(open_source("folder", "test", path=str(tmp_path)), f"{tmp_path}/test/dog/") == [
+        (b"test dog", 0, "1.gif")
+    ]
+    # Without a split of its own: its folders are the classes.
+    whole = open_source("folder", ".", path=str(tmp_path))
+    assert list(whole.class_names) == ["test", "train"]
+    assert len(whole) == 6
+    for index in (5, -1):
+        with pytest.raises(IndexError, match="out of range for 5 items"):
+            source[index]
+
+
+def test_flat_folder(tmp_path):
+    write_tree(tmp_path, {"b.jpg": b"b", "a.jpg": b"a", "c.jpg": b"c"})
+    source = open_source("folder", ".", path=str(tmp_path))
+    assert list(source.class_names) == ["unlabelled"]
+    assert found(source, f"{tmp_path}/") == [(x.encode(), 0, f"{x}.jpg") for x in "abc"]
+
+
+def test_folder_with_a_name_that_is_not_utf8(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg")
+    try:
+        with open(name, "wb") as file:
+            file.write(b"x")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    source = pickle.loads(pickle.dumps(open_source("folder", ".", path=str(tmp_path))))
+    assert source[0].image == b"x"
+    assert os.fsencode(source[0].name) == name
+
+
+def test_links_in_a_folder(tmp_path):
+    write_tree(tmp_path / "store", {"one.jpg": b"one", "many/2.jpg": b"two"})
+    root = tmp_path / "root"
+    (root / "cat").mkdir(parents=True)
+    (root / "cat/1.jpg").symlink_to(tmp_path / "store/one.jpg")
+    (root / "dog").symlink_to(tmp_path / "store/many")
+    (root / "cat/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "cat/round.jpg").symlink_to(root / "cat/round.jpg")
+    os.mkfifo(root / "cat/pipe.jpg")  # reading it would wait for ever
+    source = open_source("folder", ".", path=str(root))
+    assert [source[i].image for i in (0, 3)] == [b"one", b"two"]
+    images, labels = read_images(source, [1, 2], 0)
+    assert str(images[0]) == f"{root}/cat/gone.jpg: cannot be read: {os.strerror(errno.ENOENT)}"
+    assert str(images[1]) == f"{root}/cat/round.jpg: cannot be read: {os.strerror(errno.ELOOP)}"
+    assert labels.tolist() == [-1, -1]
+    assert len(source.signature()) == 64
+    (root / "cat/loop").symlink_to(root)
+    with pytest.raises(ValueError, match="root/cat/loop: a link to a folder that holds it"):
+        open_source("folder", ".", path=str(root))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_and_folder(tmp_path):
+    write_tree(tmp_path, {"cat/1.jpg": b"one"})
+    (tmp_path / "cat/1.jpg").chmod(0)
+    images, _ = read_images(open_source("folder", ".", path=str(tmp_path)), [0], 0)
+    assert str(images[0]) == f"{tmp_path}/cat/1.jpg: cannot be read: Permission denied"
+    (tmp_path / "cat").chmod(0)
+    with pytest.raises(ValueError, match="cat: the folder cannot be read: Permission denied"):
+        open_source("folder", ".", path=str(tmp_path))
+    (tmp_path / "cat").chmod(0o700)
+
+
+FOLDER_ERRORS = [
+    ({"a/train/x.jpg": b""}, "train", r"no split 'train'.*holds the folders \['a'\]"),
+    ({"a.jpg": b"", "cat/b.jpg": b""}, ".", "both a.jpg directly inside and cat/b.jpg in a folder"),
+    ({"cat/b.jpg": b"", "dog/notes.txt": b""}, ".", r"found no image in \['dog'\]"),
+    ({"cat/.b.jpg": b"", "notes.txt": b""}, ".", "found no image, .* such as notes.txt"),
+    ({"cat/b.jpg": b""}, "cat/b.jpg", "cat/b.jpg is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("tree", "split", "message"), FOLDER_ERRORS)
+def test_folder_errors(tmp_path, tree, split, message):
+    write_tree(tmp_path, tree)
+    with pytest.raises(ValueError, match=message):
+        open_source("folder", split, path=str(tmp_path))
+
+
+def test_folder_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="found no image, expected folders of them"):
+        open_source("folder", ".", path=str(tmp_path))
+    with pytest.raises(ValueError, match="lost not found"):
+        open_source("folder", ".", path=str(tmp_path / "lost"))
+    with pytest.raises(ValueError, match="is a file, not a folder"):
+        open_source("folder", ".", path=__file__)
+    with pytest.raises(ValueError, match="found no path"):
+        open_source("folder", ".")
+
+
+def test_folder_signature(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_tree(one, TREE)
+    write_tree(two, dict(reversed(TREE.items())))
+
+    def signature(root):
+        return open_source("folder", "train", path=str(root)).signature()
+
+    assert signature(one) == signature(two)
+    os.utime(two / "train/dog/a.png", (0, 0))
+    (two / "train/dog/a.png").write_bytes(b"A dog")  # the same size: contents are not read
+    assert signature(one) == signature(two)
+    changes = {
+        "a size": lambda root: (root / "train/dog/a.png").write_bytes(b"a dog, longer"),
+        "a name": lambda root: (root / "train/dog/a.png").rename(root / "train/dog/aa.png"),
+        "a class": lambda root: (root / "train/dog").rename(root / "train/dogs"),
+        "a file more": lambda root: (root / "train/dog/c.png").write_bytes(b""),
+        "a file less": lambda root: (root / "train/dog/a.png").unlink(),
+        "a split of names": lambda root: (
+            (root / "train/dog/a.png").rename(root / "train/dog/a.pn.g.jpg"),
+            (root / "train/dog/b.JPEG").rename(root / "train/dog/b.jpg"),
+        ),
+    }
+    signatures = {signature(one)}
+    for name, change in changes.items():
+        shutil.copytree(one, tmp_path / name)
+        change(tmp_path / name)
+        signatures.add(signature(tmp_path / name))
+    assert len(signatures) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_archive(tmp_path, name, caplog):
+    tree = {**TREE, "train/list.csv": b"", "other/list.txt": b""}
+    with caplog.at_level(logging.WARNING):
+        source = open_archive(tmp_path, KINDS[name](tree), name=name)
+    assert list(source.class_names) == CLASSES
+    assert found(source, f"{name}:train/") == ITEMS
+    # A pickled copy opens the file again, also after the first was used.
+    copy = pickle.loads(pickle.dumps(source))
+    assert found(copy, f"{name}:train/") == ITEMS
+    assert copy.signature() == source.signature()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "left out 1 files" in message
+    assert "list.csv" in message
+    assert os.listdir(tmp_path) == [name] or sorted(os.listdir(tmp_path)) == ["cache", name]
+    with pytest.raises(IndexError):
+        source[5]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.pax.tar", "x.zip"])
+def test_where_an_archive_begins(tmp_path, name):
+    long = "a" * 150
+    tree = {f"./data/train/{long}/{long}.jpg": b"long", "README.jpg": b"", "data/x.txt": b""}
+    source = open_archive(tmp_path, KINDS[name](tree), name=name)
+    assert found(source, f"{name}:data/train/") == [(b"long", 0, f"{long}/{long}.jpg")]
+    assert len(open_archive(tmp_path, KINDS[name](tree), "data/train", name)) == 1
+    flat = open_archive(tmp_path, KINDS[name]({"./b.jpg": b"b", "a.jpg": b"a"}), ".", name)
+    assert list(flat.class_names) == ["unlabelled"]
+    assert found(flat, f"{name}:") == [(b"a", 0, "a.jpg"), (b"b", 0, "b.jpg")]
+    both = {"one/train/cat/1.jpg": b"", "two/train/cat/1.jpg": b""}
+    with pytest.raises(ValueError, match=r"no folder 'train'.*but \['one/train/', 'two/train/'\]"):
+        open_archive(tmp_path, KINDS[name](both), name=name)
+    with pytest.raises(ValueError, match=r"no folder 'val'.*at the top are \['one', 'two'\]"):
+        open_archive(tmp_path, KINDS[name](both), "val", name)
+
+
+ARCHIVE_ERRORS = [
+    ({"a.jpg": b"", "cat/b.jpg": b""}, "both a.jpg directly inside and cat/b.jpg in a folder"),
+    ({"cat/b.jpg": b"", "dog/x.txt": b""}, r"found no image in \['dog'\]"),
+    ({"cat/x.txt": b""}, "found no image, .* such as cat/x.txt"),
+    ({"cat/b.jpg": b"", "../evil.jpg": b""}, r"member named '\.\./evil.jpg', which leads out"),
+    ({"cat/b.jpg": b"", "cat/../../e.jpg": b""}, r"member named 'cat/\.\./\.\./e.jpg'"),
+    ({"/etc/evil.jpg": b""}, "member named '/etc/evil.jpg', which leads out"),
+]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.zip"])
+@pytest.mark.parametrize(("tree", "message"), ARCHIVE_ERRORS)
+def test_archive_errors(tmp_path, tree, message, name):
+    with pytest.raises(ValueError, match=message):
+        open_archive(tmp_path, KINDS[name](tree), ".", name)
+    assert not (tmp_path.parent / "evil.jpg").exists()
+
+
+def test_empty_class_folder_of_an_archive(tmp_path):
+    tree = {"cat/b.jpg": b"", "dog": tar_member(tarfile.DIRTYPE)}
+    with pytest.raises(ValueError, match=r"x.tar: found no image in \['dog'\]"):
+        open_archive(tmp_path, tar_bytes(tree), ".")
+    with pytest.raises(ValueError, match=r"x.zip: found no image in \['dog'\]"):
+        open_archive(tmp_path, zip_bytes({"cat/b.jpg": b"", "dog/": b""}), ".", "x.zip")
+
+
+def test_zip_from_windows_and_from_a_mac(tmp_path):
+    tree = {"cat\\1.jpg": b"one", "__MACOSX/cat/._1.jpg": b"", "__MACOSX/": b"", "cat/": b""}
+    # zipfile itself would not write them: backslashes go in afterwards.
+    data = zip_bytes({name.replace("\\", "|"): value for name, value in tree.items()})
+    source = open_archive(tmp_path, data.replace(b"cat|1", b"cat\\1"), ".", "x.zip")
+    assert found(source, "x.zip:cat/") == [(b"one", 0, "1.jpg")]
+    evil = zip_bytes({"..|1.jpg": b""}).replace(b"..|", b"..\\")
+    with pytest.raises(ValueError, match="which leads out of the archive"):
+        open_archive(tmp_path, evil, ".", "x.zip")
+
+
+def test_links_and_devices_of_an_archive_are_left_out(tmp_path, caplog):
+    tree = {
+        "cat/1.jpg": b"one",
+        "cat/2.jpg": tar_member(tarfile.SYMTYPE, "/etc/passwd"),
+        "cat/3.jpg": tar_member(tarfile.LNKTYPE, "cat/1.jpg"),
+        "cat/4.jpg": tar_member(tarfile.CHRTYPE),
+        "cat/5.jpg": tar_member(tarfile.FIFOTYPE),
+    }
+    with caplog.at_level(logging.WARNING):
+        source = open_archive(tmp_path, tar_bytes(tree), ".")
+    assert found(source, "x.tar:cat/") == [(b"one", 0, "1.jpg")]
+    assert "left out 4 files that are not images by their name or kind" in caplog.text
+    link = zipfile.ZipInfo("cat/2.jpg")
+    link.external_attr = 0o120777 << 16
+    source = open_archive(tmp_path, zip_bytes({"cat/1.jpg": b"one", link: b"x"}), ".", "x.zip")
+    assert len(source) == 1
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path):
+    file = tmp_path / "x.tar"
+    for data in (b"first", b"the second"):
+        with tarfile.open(file, "a") as tar:
+            entry = tarfile.TarInfo("cat/1.jpg")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    source = open_source("archive", ".", path=str(file))
+    assert found(source, "x.tar:cat/") == [(b"the second", 0, "1.jpg")]
+
+
+def nested():
+    return {
+        "n02.tar": tar_bytes({"n02_1.JPEG": b"two one", "n02_2.JPEG": b"two two"}),
+        "n01.tar": tar_bytes({"n01_9.JPEG": b"one nine", "._n01.JPEG": b"hidden"}),
+        "._n03.tar": b"hidden",
+    }
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_tar_of_class_tars(tmp_path, name):
+    source = open_archive(tmp_path, KINDS[name](nested()), ".", name)
+    assert list(source.class_names) == ["n01", "n02"]
+    assert found(source, f"{name}:") == [
+        (b"one nine", 0, "n01/n01_9.JPEG"),
+        (b"two one", 1, "n02/n02_1.JPEG"),
+        (b"two two", 1, "n02/n02_2.JPEG"),
+    ]
+
+
+def test_tar_of_class_tars_with_a_bad_one(tmp_path):
+    block = tarfile.BLOCKSIZE
+    inner = nested()["n02.tar"]
+    # Two members of a header and a block of data each: cut after the first, and within the second.
+    for size in (2 * block, 3 * block, 3 * block + 3, 4 * block):
+        tree = {**nested(), "n02.tar": inner[:size]}
+        for order in (tree, dict(reversed(tree.items()))):
+            with pytest.raises(ValueError, match="x.tar:n02.tar: ends early or is damaged"):
+                open_archive(tmp_path, tar_bytes(order), ".")
+    evil = {"n01.tar": tar_bytes({"../../1.jpg": b""})}
+    with pytest.raises(ValueError, match="which leads out of the archive"):
+        open_archive(tmp_path, tar_bytes(evil), ".")
+
+
+def test_tar_that_ends_early(tmp_path):
+    data = tar_bytes({"cat/1.jpg": b"1" * 700, "cat/2.jpg": b"2" * 700, "cat/3.jpg": b"3"})
+    block = tarfile.BLOCKSIZE
+    end = 3 * block + 3 * block + 2 * block  # three headers with their data
+    assert data[end:].strip(b"\0") == b""
+    # One block of zeros says where the end is; tar writes at least two.
+    assert len(open_archive(tmp_path, data[: end + block], ".")) == 3
+    # Where a member begins, tarfile takes the cut for the end; so it does within a header.
+    for size in (end, 6 * block, 6 * block + 100, 3 * block):
+        with tarfile.open(fileobj=io.BytesIO(data[:size])) as tar:
+            assert len(tar.getnames()) < 4
+    for size in (end, end + 10, 6 * block, 6 * block + 100, 3 * block, 4 * block + 9, end - 1):
+        with pytest.raises(ValueError, match="x.tar: ends early or is damaged"):
+            open_archive(tmp_path, data[:size], ".")
+    damaged = data[: 3 * block] + b"\xff" * block + data[4 * block :]
+    with pytest.raises(ValueError, match="ends early or is damaged.* mark at byte 1,536"):
+        open_archive(tmp_path, damaged, ".")
+    for other in (b"", b"<html>404</html>", bytes(range(256)) * 8, b"\x28\xb5\x2f\xfd zstd"):
+        with pytest.raises(ValueError, match="or is no archive of a known kind"):
+            open_archive(tmp_path, other, ".")
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.zip", "deflated.zip"])
+def test_archive_that_ends_early(tmp_path, name):
+    random = {f"cat/{i}.jpg": os.urandom(500) for i in range(9)}  # does not compress
+    data = KINDS[name](random)
+    for size in (len(data) // 2, len(data) - 8, 12):
+        with pytest.raises(ValueError, match=f"{name}: ends early or is damaged"):
+            open_archive(tmp_path, data[:size], ".", name)
+    cache = tmp_path / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_tar_that_was_cut_and_then_compressed(tmp_path):
+    data = gzip.compress(tar_bytes(TREE)[:1024])
+    with pytest.raises(ValueError, match="x.tar.gz: ends early or is damaged"):
+        open_archive(tmp_path, data, name="x.tar.gz")
+
+
+def test_compressed_tar_is_decompressed_once(tmp_path):
+    path = tmp_path / "my.data.tar.xz"
+    path.write_bytes(lzma.compress(tar_bytes(TREE)))
+    with pytest.raises(ValueError, match="compressed with xz .* found no cache_dir"):
+        open_source("archive", "train", path=str(path))
+    cache = tmp_path / "new/cache"
+    first = open_source("archive", "train", path=str(path), cache_dir=cache)
+    (copy,) = cache.iterdir()
+    assert copy.read_bytes() == tar_bytes(TREE)
+    os.utime(copy, (0, 0))
+    assert open_source("archive", "train", path=str(path), cache_dir=cache)[0] == first[0]
+    assert [file.stat().st_mtime for file in cache.iterdir()] == [0]
+    # Another archive under the same name is decompressed anew.
+    path.write_bytes(lzma.compress(tar_bytes({"train/cat/1.jpg": b"new"})))
+    os.utime(path, (1, 1))
+    assert open_source("archive", "train", path=str(path), cache_dir=cache)[0].image == b"new"
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_archive_signature(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    signatures = {
+        open_archive(tmp_path / folder, KINDS[name](tree), name=name).signature()
+        for folder in ("a", "b")
+        for name in ("x.tar", "x.tar.gz", "deflated.zip")
+        for tree in (TREE, dict(reversed(TREE.items())))
+    }
+    assert len(signatures) == 1
+    for tree in ({**TREE, "train/dog/a.png": b"longer"}, {**TREE, "train/dog/c.png": b"new"}):
+        signatures.add(open_archive(tmp_path, tar_bytes(tree)).signature())
+    assert len(signatures) == 3
+
+
+def read_error(source):
+    (image,), _ = read_images(source, [0], 0)
+    return str(image)
+
+
+def test_damaged_members_of_a_zip(tmp_path):
+    content = bytes(range(200)) * 9
+    stored = zip_bytes({"cat/1.jpg": content})
+    at = stored.index(content) + 100
+    flipped = stored[:at] + b"?" + stored[at + 1 :]
+    error = read_error(open_archive(tmp_path, flipped, ".", "x.zip"))
+    assert error.startswith("x.zip:cat/1.jpg: cannot be read: damaged: its size or CRC-32")
+    deflated = zip_bytes({"cat/1.jpg": content}, zipfile.ZIP_DEFLATED)
+    start = deflated.index(b"cat/1.jpg") + len("cat/1.jpg")
+    flipped = deflated[:start] + b"\xff" * 20 + deflated[start + 20 :]
+    error = read_error(open_archive(tmp_path, flipped, ".", "x.zip"))
+    assert error.startswith("x.zip:cat/1.jpg: cannot be read: damaged: ")
+    two = zip_bytes({"cat/0.jpg": b"", "cat/1.jpg": content})
+    at = two.index(b"PK\x03\x04", 4)
+    source = open_archive(tmp_path, two[:at] + b"??" + two[at + 2 :], ".", "x.zip")
+    (_, image), _ = read_images(source, [0, 1], 0)
+    assert str(image).startswith("x.zip:cat/1.jpg: cannot be read: damaged: no zip header")
+
+
+def test_zip_bomb_is_not_inflated(tmp_path):
+    honest = zip_bytes({"cat/1.jpg": bytes(10**7)}, zipfile.ZIP_DEFLATED)
+    size = (10**7).to_bytes(4, "little")
+    assert honest.count(size) == 2  # in the member's header and in the directory
+    bomb = honest.replace(size, (100).to_bytes(4, "little"))
+    error = read_error(open_archive(tmp_path, bomb, ".", "x.zip"))
+    assert "damaged: its size or CRC-32" in error
+
+
+def test_zips_that_cannot_be_read(tmp_path):
+    data = zip_bytes({"cat/1.jpg": b"one"}, zipfile.ZIP_BZIP2)
+    with pytest.raises(ValueError, match="cat/1.jpg is compressed by method 12, expected 0"):
+        open_archive(tmp_path, data, ".", "x.zip")
+    data = bytearray(zip_bytes({"cat/1.jpg": b"one"}))
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the flag of an encrypted member
+    with pytest.raises(ValueError, match="cat/1.jpg is encrypted"):
+        open_archive(tmp_path, bytes(data), ".", "x.zip")
+
+
+def test_archive_that_changes_while_it_is_read(tmp_path):
+    source = open_archive(tmp_path, tar_bytes(TREE))
+    os.truncate(tmp_path / "x.tar", 600)
+    error = read_error(source)
+    assert error.startswith("x.tar:train/cat/2.jpg: cannot be read: ")
+    assert "ends early: it changed since it was opened" in error
+    (tmp_path / "x.tar").unlink()
+    error = read_error(pickle.loads(pickle.dumps(source)))
+    assert error == f"{tmp_path}/x.tar: cannot be read: {os.strerror(errno.ENOENT)}"
+
+
+def test_archives_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="lost.tar not found; expected a .tar"):
+        open_source("archive", ".", path=str(tmp_path / "lost.tar"))
+    with pytest.raises(ValueError, match="is a folder; expected a .tar"):
+        open_source("archive", ".", path=str(tmp_path))
+    with pytest.raises(ValueError, match="no path not found"):
+        open_source("archive", ".")
