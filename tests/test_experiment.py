@@ -67,3 +67,49 @@ def test_encode_needs_a_source(tmp_path):
     c = config_lib.parse(tiny.digits_dict(**{"data.source": ""}))
     with pytest.raises(config_lib.ConfigError, match="config.data.source"):
         encode_lib.encode(c, tmp_path)
+
+
+def test_data_sets_of_different_origin_are_refused(workdir, tmp_path):
+    shutil.copytree(workdir / "data", tmp_path / "data")
+    path = tmp_path / "data" / "test" / "dataset.json"
+    text = path.read_text()
+    for before, after, message in [
+        ('"weights_sha256": ""', '"weights_sha256": "ab"', "different origin: weights_sha256"),
+        ('"image_size": 0', '"image_size": 16', "different origin: image_size 0 and 16"),
+        ('"9"\n', '"nine"\n', "different classes, 10 and 10"),
+    ]:
+        assert before in text
+        path.write_text(text.replace(before, after))
+        with pytest.raises(config_lib.ConfigError, match=f"train and .*test .*{message}"):
+            prepare(tmp_path)
+    path.write_text(text)
+    prepare(tmp_path)
+
+
+def test_other_weights_than_those_that_encoded_are_refused(workdir, tmp_path, monkeypatch):
+    shutil.copytree(workdir / "data", tmp_path / "data")
+    for split in ("train", "test"):
+        path = tmp_path / "data" / split / "dataset.json"
+        path.write_text(path.read_text().replace('_sha256": ""', '_sha256": "0123456789abcdef"'))
+    with pytest.raises(config_lib.ConfigError, match=r"whose SHA-256 is 0123456789ab.*weights"):
+        prepare(tmp_path)
+    # Without pictures to draw, the weights are not asked for.
+    c = config_lib.parse(tiny.digits_dict(**{"data.autoencoder_weights": "/nowhere"}))
+    assert experiment_lib.prepare(c, tmp_path, draws_pictures=False).autoencoder is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_one_flipped_byte_is_refused_before_training(workdir, tmp_path, verify):
+    shutil.copytree(workdir / "data", tmp_path / "data")
+    shard = next((tmp_path / "data" / "train").glob("*.array_record"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    if verify:
+        with pytest.raises(ValueError, match=rf"{shard.name}: damaged, its SHA-256"):
+            prepare(tmp_path)
+    else:
+        prepare(tmp_path, **{"data.verify": False})
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=rf"{shard.name}: found 0 records"):
+        prepare(tmp_path, **{"data.verify": False})
