@@ -45,6 +45,8 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.bool_,
 }
 
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
@@ -52,8 +54,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a flat dictionary of tensors.
 
     Args:
-      path: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file as `torch.save` writes it
-        since PyTorch 1.6, that holds a state dict. No code of the file is run.
+      path: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file that holds a state dict, as
+        `torch.save` writes it, or wrote it before PyTorch 1.6. No code of the file is run.
 
     Returns:
       Names to arrays in the file's shapes and dtypes (bfloat16 as `ml_dtypes.bfloat16`).
@@ -182,10 +184,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             start = file.read(2)
         if start[:1] == b"\x80":
-            raise ValueError(
-                f"{path}: found a pickle that is not in a zip, as torch.save wrote before "
-                "PyTorch 1.6, expected the zip format; load and save it once with a newer PyTorch"
-            )
+            return _read_legacy(path)
         if start == b"PK":
             raise ValueError(
                 f"{path}: found {size} bytes, the start of a zip without its end; the file is "
@@ -207,14 +206,57 @@ def _unpickle(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndar
     order = folder + "byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
         raise ValueError(f"{path}: found byte order {archive.read(order)!r}, expected little")
+
+    def read(key: str, size: int, dtype: np.dtype) -> np.ndarray:
+        return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
+
     with archive.open(pickles[0]) as stream:
         try:
-            value = _Unpickler(stream, lambda key: archive.read(f"{folder}data/{key}")).load()
+            value = _Unpickler(stream, read).load()
         except zipfile.BadZipFile:
             raise
         except Exception as error:
             # A hostile or damaged pickle can make the unpickler raise nearly anything.
             raise ValueError(f"{path}: its pickle is not one of tensors: {error}") from error
+    return _tensors_only(path, value)
+
+
+def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the format before PyTorch 1.6: pickles in a row, then the storages' bytes.
+
+    The pickles are a magic number, a version, the machine's sizes, the object, and the storages'
+    keys in the order of their bytes, each of which follows its length.
+    """
+    storages: dict[str, np.ndarray] = {}
+
+    def allocate(key: str, size: int, dtype: np.dtype) -> np.ndarray:
+        # Tensors are views of storages whose bytes come after them.
+        if not 0 <= size * dtype.itemsize <= path.stat().st_size:
+            raise pickle.UnpicklingError(f"found storage {key} of {size} x {dtype}")
+        storages[key] = np.empty(size, dtype)
+        return storages[key]
+
+    with path.open("rb") as file:
+        try:
+            magic, _, machine, value, keys = (_Unpickler(file, allocate).load() for _ in range(5))
+            if magic != _LEGACY_MAGIC or not machine["little_endian"]:
+                raise pickle.UnpicklingError("found no little-endian file of torch.save")
+            for key in keys:
+                storage = storages[key]
+                length = int.from_bytes(file.read(8), "little")
+                data = storage.view(np.uint8).data
+                if length != storage.size or file.readinto(data) != len(data):
+                    raise pickle.UnpicklingError(
+                        f"storage {key} is not whole; the file is truncated, fetch it anew"
+                    )
+        except Exception as error:
+            raise ValueError(f"{path}: its pickle is not one of tensors: {error}") from error
+    if set(keys) != set(storages):
+        raise ValueError(f"{path}: found no bytes for some tensors, expected all; fetch it anew")
+    return _tensors_only(path, value)
+
+
+def _tensors_only(path: pathlib.Path, value: Any) -> dict[str, np.ndarray]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}, expected a dict of tensors")
     for name, tensor in value.items():
@@ -229,7 +271,7 @@ def _unpickle(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndar
 class _Unpickler(pickle.Unpickler):
     """Builds dictionaries of tensors, and nothing else."""
 
-    def __init__(self, stream: Any, read_storage: Callable[[str], bytes]):
+    def __init__(self, stream: Any, read_storage: Callable[[str, int, np.dtype], np.ndarray]):
         super().__init__(stream)
         self._read_storage = read_storage
         self._storages: dict[str, np.ndarray] = {}
@@ -248,11 +290,12 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         """The storage that a tensor is a view of, as a flat array."""
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        kind, dtype, key, _, size, *view = pid
+        # The old format ends with a view into another storage, long unused and so None.
+        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
             raise pickle.UnpicklingError(f"found a persistent {kind!r}, expected a storage")
         if key not in self._storages:
-            self._storages[key] = np.frombuffer(self._read_storage(key), dtype)
+            self._storages[key] = self._read_storage(key, size, dtype)
         storage = self._storages[key]
         if storage.dtype != dtype or storage.size != size:
             raise pickle.UnpicklingError(

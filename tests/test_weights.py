@@ -162,16 +162,20 @@ def test_what_torch_writes(tmp_path):
         "parameter": torch.nn.Parameter(base),
         "scalar": torch.tensor(2.5),
     }
-    torch.save(state, tmp_path / "x.pth")
-    found = weights.read_tensors(tmp_path / "x.pth")
-    assert list(found) == list(state)
-    for name, expected in state.items():
-        assert str(expected.dtype) in (f"torch.{found[name].dtype}", "torch.bool")
-        assert found[name].shape == expected.shape
-        np.testing.assert_array_equal(found[name].astype(float), expected.detach().double())
-    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"legacy\.pth: found a pickle that is not in a zip"):
-        weights.read_tensors(tmp_path / "legacy.pth")
+    for zipped in (True, False):
+        path = tmp_path / f"{zipped}.pth"
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+        found = weights.read_tensors(path)
+        assert list(found) == list(state)
+        for name, expected in state.items():
+            assert str(expected.dtype) in (f"torch.{found[name].dtype}", "torch.bool")
+            assert found[name].shape == expected.shape
+            np.testing.assert_array_equal(found[name].astype(float), expected.detach().double())
+    content = path.read_bytes()
+    for length in (20, 300, len(content) - 150, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"False\.pth: its pickle is not one of tensors"):
+            weights.read_tensors(path)
 
 
 @pytest.mark.parametrize(
