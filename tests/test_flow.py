@@ -194,6 +194,57 @@ def test_time_interval():
     assert flow.time_interval(vp, "score", sampling=True) == (0.0, 1 - 1e-3)
 
 
+DIFFUSIONS = {  # of t, alpha'/alpha, sigma, sigma' and the norm, as SiT's code has them
+    "constant": lambda t, rate, sigma, d_sigma, norm: norm + 0 * t,
+    "sbdm": lambda t, rate, sigma, d_sigma, norm: norm * (rate * sigma**2 - sigma * d_sigma),
+    "sigma": lambda t, rate, sigma, d_sigma, norm: norm * sigma,
+    "linear": lambda t, rate, sigma, d_sigma, norm: norm * (1 - t),
+    "decreasing": lambda t, rate, sigma, d_sigma, norm: (norm * np.cos(np.pi * t) + 1) ** 2 / 4,
+    "increasing_decreasing": lambda t, rate, sigma, d_sigma, norm: norm * np.sin(np.pi * t) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("form", flow.DIFFUSION_FORMS)
+def test_diffusion(name, form):
+    path = flow.get_path(name)
+    alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, TIMES)
+    for norm in (1.0, 0.6):
+        found = flow.diffusion(path, form, jnp.asarray(TIMES, jnp.float32), norm)
+        assert found.dtype == jnp.float32
+        expected = DIFFUSIONS[form](TIMES, d_alpha / alpha, sigma, d_sigma, norm)
+        np.testing.assert_allclose(found, expected, rtol=5e-5, atol=1e-7)
+    scalar = flow.diffusion(path, form, jnp.float32(TIMES[1]), 0.6)
+    assert scalar.shape == ()
+    np.testing.assert_allclose(scalar, expected[1], rtol=5e-5)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_diffusion_of_the_published_code(name, reference_fixtures):
+    values = np.load(reference_fixtures / "paths.npz")
+    # The published keys, one of them misspelt.
+    renamed = {"sbdm": "SBDM", "increasing_decreasing": "inccreasing-decreasing"}
+    for form in flow.DIFFUSION_FORMS:
+        found = flow.diffusion(flow.get_path(name), form, jnp.asarray(values["t"]))
+        expected = values[f"{name}/diffusion/{renamed.get(form, form)}"]
+        np.testing.assert_allclose(found, expected, rtol=5e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", flow.DIFFUSION_FORMS)
+def test_sde_time_interval(form):
+    linear, vp = flow.get_path("linear"), flow.get_path("vp")
+    singular = form == "sbdm"
+    assert flow.sde_time_interval(linear, "velocity", form, 0.04) == (1e-3 if singular else 0, 0.96)
+    assert flow.sde_time_interval(linear, "velocity", form, 0.0)[1] == 1 - 1e-3
+    assert flow.sde_time_interval(linear, "noise", form, 0.04) == (1e-3, 0.96)
+    assert flow.sde_time_interval(vp, "score", form, 0.04) == (0.0, 0.96)
+    assert flow.sde_time_interval(vp, "velocity", form, 0.0) == (0.0, 1 - 1e-3)
+    for path in (linear, flow.get_path("gvp"), vp):
+        for prediction in flow.PREDICTIONS:
+            ends = jnp.array(flow.sde_time_interval(path, prediction, form, 0.0), jnp.float32)
+            assert np.all(np.isfinite(flow.diffusion(path, form, ends)))
+
+
 def test_uniform_times():
     t = np.sort(flow.sample_timesteps(jax.random.key(0), 100_000, t0=0.25, t1=0.75))
     assert t[0] >= 0.25
@@ -233,5 +284,9 @@ def test_errors_name_what_is_allowed():
         flow.flow_loss(path, "noise", x, x, x, t, "snr")
     with pytest.raises(ValueError, match="defined for score and noise"):
         flow.flow_loss(path, "velocity", x, x, x, t, "likelihood")
+    with pytest.raises(ValueError, match="diffusion form 'SBDM'; expected one of constant, sbdm"):
+        flow.diffusion(path, "SBDM", t)
+    with pytest.raises(ValueError, match="last_step_size is 1.0; expected 0 or more and less"):
+        flow.sde_time_interval(path, "velocity", "sigma", 1.0)
     with pytest.raises(ValueError, match="'beta'; expected one of uniform, logit_normal"):
         flow.sample_timesteps(jax.random.key(0), 4, "beta")

@@ -3,10 +3,17 @@ import pytest
 import scipy.linalg
 
 from repulsor_jax.evaluation.frechet import (
+    BLOCK,
     GaussianStatistics,
+    MomentAccumulator,
+    Moments,
     frechet_distance,
     gaussian_statistics,
+    merge_moments,
+    statistics_from_moments,
+    too_few_samples,
 )
+from tests.oracle_inception import import_torch_fidelity
 
 
 def gaussian(mean, covariance):
@@ -100,3 +107,90 @@ def test_wrong_input():
     for shape in [(1, 3), (4,), (2, 2, 2)]:
         with pytest.raises(ValueError, match="expected \\[N, D\\]"):
             gaussian_statistics(np.zeros(shape))
+
+
+def test_moments_do_not_depend_on_the_batches():
+    rng = np.random.default_rng(6)
+    samples = (rng.standard_normal((3 * BLOCK + 77, 5)) * 2 + 50).astype(np.float32)
+    found = []
+    for batch in (1, 100, BLOCK, len(samples)):
+        accumulator = MomentAccumulator()
+        for start in range(0, len(samples), batch):
+            if start == 10 * batch:
+                accumulator.moments()  # looking does not disturb
+            accumulator.add(samples[start : start + batch])
+        found.append(accumulator.moments())
+    for moments in found[1:]:
+        assert moments.count == len(samples)
+        np.testing.assert_array_equal(moments.mean, found[0].mean)
+        np.testing.assert_array_equal(moments.scatter, found[0].scatter)
+    statistics = statistics_from_moments(found[0])
+    wide = samples.astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, wide.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(statistics.covariance, np.cov(wide, rowvar=False), atol=1e-12)
+
+
+def test_merged_moments_are_those_of_the_union():
+    # A mean of a million standard deviations: sums of squares would lose the covariance.
+    rng = np.random.default_rng(7)
+    samples = rng.standard_normal((1000, 4)) + 1e6
+    parts = []
+    for part in np.split(samples, [1, 300]):
+        accumulator = MomentAccumulator()
+        accumulator.add(part)
+        parts.append(accumulator.moments())
+    merged = merge_moments(merge_moments(parts[0], parts[1]), parts[2])
+    statistics = statistics_from_moments(merged)
+    assert statistics.count == 1000
+    np.testing.assert_allclose(statistics.mean, 1e6 + (samples - 1e6).mean(0), rtol=1e-14)
+    expected = np.cov(samples - 1e6, rowvar=False)
+    np.testing.assert_allclose(statistics.covariance, expected, atol=1e-8)
+    with pytest.raises(ValueError, match="moments of 4 and 3 features"):
+        merge_moments(merged, Moments(1, np.zeros(3), np.zeros((3, 3))))
+
+
+def test_wrong_batches():
+    accumulator = MomentAccumulator()
+    with pytest.raises(ValueError, match="no samples"):
+        accumulator.moments()
+    accumulator.add(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match="found samples of 2 features, expected 3"):
+        accumulator.add(np.zeros((1, 2)))
+    bad = np.zeros((5, 3))
+    bad[2, 0] = bad[4] = np.nan
+    with pytest.raises(ValueError, match="sample 6 is not finite, nor are 1 others of 5"):
+        accumulator.add(bad)
+    assert accumulator.moments().count == 4
+    with pytest.raises(ValueError, match="found 1 sample"):
+        statistics_from_moments(Moments(1, np.zeros(3), np.zeros((3, 3))))
+
+
+def test_too_few_samples_are_counted():
+    samples = np.random.default_rng(8).standard_normal((9, 8))
+    assert too_few_samples(gaussian_statistics(samples)) is None
+    assert np.linalg.matrix_rank(gaussian_statistics(samples).covariance) == 8
+    few = gaussian_statistics(samples[:8])
+    assert np.linalg.matrix_rank(few.covariance) == 7
+    warning = too_few_samples(few)
+    assert "found 8 samples for a covariance of 8 features, expected at least 9" in warning
+    assert "rank 7 at most" in warning
+    assert too_few_samples(GaussianStatistics(few.mean, few.covariance, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "dim"), [(600, 128), (100, 128), pytest.param(1500, 1024, marks=pytest.mark.slow)]
+)
+def test_against_torch_fidelity(count, dim):
+    metric = import_torch_fidelity().metric_fid
+    import torch
+
+    rng = np.random.default_rng(9)
+    mix = rng.standard_normal((dim, dim)) / dim**0.5
+    samples = [
+        np.maximum(rng.standard_normal((count, dim)) @ mix + shift, 0).astype(np.float32)
+        for shift in (0.3, 0.5)
+    ]
+    a, b = (metric.fid_features_to_statistics(torch.from_numpy(x)) for x in samples)
+    expected = metric.fid_statistics_to_metric(a, b, False)["frechet_inception_distance"]
+    found = frechet_distance(*(gaussian_statistics(x) for x in samples))
+    assert found == pytest.approx(expected, rel=1e-5)

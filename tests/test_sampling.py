@@ -1,4 +1,4 @@
-"""Solvers against the exact flow of a Gaussian, guidance, and independence of batch and mesh."""
+"""Noise and labels by index, guidance, the sampler as a whole, independence of batch and mesh."""
 
 import re
 
@@ -8,61 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from repulsor_jax import flow, sampling
+from repulsor_jax import flow, sampling, sde, solvers
+from tests.closed_form import MEAN, STD, exact_model
 
 PATHS = ("linear", "gvp", "vp")
-MEAN, STD = 1.5, 0.5  # of the Gaussian data
-
-
-def gaussian(path, x, t):
-    """The exact score and velocity of x_t for data ~ N(MEAN, STD^2).
-
-    x_t ~ N(alpha m, v) with v = alpha^2 s^2 + sigma^2, and the flow keeps quantiles in place:
-    velocity = alpha' m + (v' / 2 v) (x - alpha m).
-    """
-    c = path.coefficients(t.reshape(t.shape + (1,) * (x.ndim - 1)))
-    variance = c.alpha**2 * STD**2 + c.sigma**2
-    half_slope = c.alpha * c.d_alpha * STD**2 + c.sigma * c.d_sigma
-    score = -(x - c.alpha * MEAN) / variance
-    return score, c.d_alpha * MEAN - half_slope * score
-
-
-def exact_point(path, quantile, t):
-    """Where the flow takes the standard-normal `quantile` at time t."""
-    c = path.coefficients(jnp.asarray(t, jnp.float32))
-    return c.alpha * MEAN + jnp.sqrt(c.alpha**2 * STD**2 + c.sigma**2) * quantile
-
-
-@pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(name, solver, order):
-    path = flow.get_path(name)
-    t_end = flow.time_interval(path, "velocity", sampling=True)[1]
-    quantile = jnp.linspace(-2.0, 2.0, 5)[:, None]
-    errors = []
-    for num_steps in (40, 80):
-        x = sampling.integrate(
-            lambda x, t: gaussian(path, x, t)[1],
-            exact_point(path, quantile, 0.0),
-            num_steps=num_steps,
-            solver=solver,
-            t_end=t_end,
-        )
-        errors.append(np.abs(x - exact_point(path, quantile, t_end)).max())
-    assert errors[1] < (0.05 if solver == "euler" else 0.002)
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
 
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("prediction", flow.PREDICTIONS)
 def test_every_prediction_maps_noise_quantiles_to_data_quantiles(name, prediction):
     path = flow.get_path(name)
-
-    def model(params, x, t, labels):
-        score, velocity = gaussian(path, x, t)
-        sigma = path.coefficients(t).sigma[:, None]
-        return {"velocity": velocity, "score": score, "noise": -sigma * score}[prediction]
-
+    model = exact_model(path, prediction)
     sample = sampling.make_sampler(
         model, path, prediction=prediction, solver="heun", num_steps=200, null_label=0
     )
@@ -88,24 +44,20 @@ def test_a_last_step_leaves_no_noise():
     np.testing.assert_allclose(samples, np.full((16, 1), point), atol=1e-5)
 
 
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("heun", 10)])
-def test_times_and_number_of_evaluations(solver, evaluations):
-    times = []
-
-    def velocity_fn(x, t):
-        assert t.shape == (2,)
-        times.append(float(t[0]))
-        return jnp.ones_like(x)
-
-    with jax.disable_jit():
-        x = sampling.integrate(
-            velocity_fn, jnp.zeros((2, 3)), num_steps=5, solver=solver, t_start=0.5, t_end=1.0
-        )
-    assert len(times) == evaluations
-    expected = np.linspace(0.5, 1.0, 6)
-    expected = expected[:-1] if solver == "euler" else np.repeat(expected, 2)[1:-1]
-    np.testing.assert_allclose(times, expected, rtol=1e-6)
-    np.testing.assert_allclose(x, np.full((2, 3), 0.5), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "solver"), [("linear", "midpoint"), ("gvp", "rk4"), ("vp", "dopri5")]
+)
+def test_the_other_solvers_arrive_at_the_data(name, solver):
+    path = flow.get_path(name)
+    options = {"num_steps": 100, "time_shift": 1.5}
+    if solver == "dopri5":
+        options = {"tolerance": solvers.Tolerance(rtol=1e-5, atol=1e-5)}
+    sample = sampling.make_sampler(
+        exact_model(path, "velocity"), path, solver=solver, null_label=0, **options
+    )
+    noise = jnp.linspace(-2.0, 2.0, 5)[:, None]
+    samples = jax.jit(sample)(None, noise, jnp.zeros(5, jnp.int32))
+    np.testing.assert_allclose(samples, MEAN + STD * noise, atol=0.007 if name == "vp" else 0.002)
 
 
 def test_initial_noise_depends_on_seed_and_index_only():
@@ -206,6 +158,144 @@ def test_no_guidance_is_one_call_without_doubling():
     np.testing.assert_array_equal(found, labels[:, None] * x)
 
 
+def test_guidance_by_a_weaker_model():
+    params, (x, labels) = toy_params(), toy_inputs()
+    weak_params = jax.tree.map(lambda p: 0.5 * p, params)
+    t = jnp.float32(0.4)
+    found = sampling.guided_velocity(
+        lambda *inputs: toy_model(params, *inputs),
+        x,
+        t,
+        labels,
+        null_label=10,
+        scale=2.5,
+        channels=3,
+        guiding_fn=lambda *inputs: toy_model(weak_params, *inputs),
+    )
+    strong, weak = (np.asarray(toy_model(p, x, t[None], labels)) for p in (params, weak_params))
+    expected = weak + 2.5 * (strong - weak)
+    expected[..., 3:] = strong[..., 3:]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_guidance_interval(batched):
+    params, (x, labels) = toy_params(), toy_inputs()
+    times = np.linspace(0.0, 1.0, 16, dtype=np.float32)
+
+    def guided(x, t, labels, **options):
+        return sampling.guided_velocity(
+            lambda *inputs: toy_model(params, *inputs), x, t, labels, null_label=10, **options
+        )
+
+    everywhere = np.asarray(guided(x, times, labels, scale=3.0))
+    nowhere = np.asarray(guided(x, times, labels, scale=None))
+    low, high = times[4], times[9]  # both ends belong to it
+    inside = (np.arange(16) >= 4) & (np.arange(16) <= 9)
+    options = {"scale": 3.0, "interval": (low, high)}
+    if batched:
+        found = guided(x, times, labels, **options)
+    else:
+        one = jax.jit(
+            lambda i: guided(x[i][None], jnp.asarray(times)[i], labels[i][None], **options)
+        )
+        found = np.concatenate([one(i) for i in range(16)])
+    expected = np.where(inside[:, None, None, None], everywhere, nowhere)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(everywhere - nowhere).reshape(16, -1).max(axis=1).min() > 0.1
+
+
+def rows_evaluated(solver, num_steps=6, guiding=False, *arguments, **options):
+    """How many rows the model, and the guiding model, were given at each evaluation that ran."""
+    params, (noise, labels) = toy_params(), toy_inputs()
+    rows, guiding_rows = [], []
+
+    def counted(seen):
+        def model(params, x, t, labels):
+            jax.debug.callback(lambda _: seen.append(x.shape[0]), x[0, 0, 0, 0])
+            return toy_model(params, x, t, labels)
+
+        return model
+
+    sample = toy_sampler(
+        counted(rows),
+        solver=solver,
+        num_steps=num_steps,
+        guiding_fn=counted(guiding_rows),
+        **options,
+    )
+    keys = sampling.brownian_keys(0, jnp.arange(16))
+    guiding_params = params if guiding else None
+    out = jax.jit(sample)(
+        params, noise, labels, *arguments, keys=keys, guiding_params=guiding_params
+    )
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    return rows, guiding_rows
+
+
+NO_LAST = {"diffusion": sde.Diffusion(last_step="none")}
+
+
+@pytest.mark.parametrize(
+    ("solver", "evaluations", "options"),
+    [
+        ("euler", 6, {}),
+        ("heun", 12, {}),
+        ("rk4", 24, {}),
+        ("euler", 7, {"prediction": "noise"}),  # the data predicted at the end
+        ("euler_maruyama", 6, {}),  # five and the last step
+        ("stochastic_heun", 11, {}),
+        ("stochastic_heun", 12, NO_LAST),
+    ],
+)
+def test_number_of_evaluations(solver, evaluations, options):
+    if not options:
+        assert rows_evaluated(solver, 6, False) == ([16] * evaluations, [])
+    assert rows_evaluated(solver, 6, False, 2.0, **options) == ([32] * evaluations, [])
+
+
+def test_number_of_evaluations_of_autoguidance():
+    assert rows_evaluated("heun", 6, True, 2.0) == ([16] * 12, [16] * 12)
+    assert rows_evaluated("heun", 6, True) == ([16] * 12, [])
+    rows, guiding_rows = rows_evaluated("euler", 10, True, 2.0, (0.25, 0.65))
+    assert (len(rows), len(guiding_rows)) == (10, 4)
+
+
+def test_no_second_evaluation_outside_the_interval():
+    rows, _ = rows_evaluated("euler", 10, False, 2.0, (0.25, 0.65))
+    assert sorted(rows) == [16] * 6 + [32] * 4  # at 0.3, 0.4, 0.5 and 0.6
+    assert rows_evaluated("euler", 10, False, 1.0, (0.25, 0.65))[0] == [16] * 10
+    rows, _ = rows_evaluated("dopri5", 10, False, 2.0, (0.25, 0.65))
+    assert set(rows) == {32}
+
+
+@pytest.mark.parametrize(
+    "solver", ["heun", "euler_maruyama", pytest.param("dopri5", marks=pytest.mark.slow)]
+)
+def test_one_program_for_every_scale_and_interval(solver):
+    params, (noise, labels) = toy_params(), toy_inputs()
+    traces = []
+    keys = sampling.brownian_keys(0, jnp.arange(16))
+
+    def sample(*inputs):
+        traces.append(None)
+        return toy_sampler(solver=solver)(*inputs, keys=keys)
+
+    compiled = jax.jit(sample)
+    sweep = [(1.5, (0.0, 1.0)), (4.0, (0.0, 1.0)), (4.0, (0.3, 0.8)), (1.0, (0.3, 0.8))]
+    results = [compiled(params, noise, labels, *setting) for setting in sweep]
+    assert len(traces) == compiled._cache_size() == 1
+    for i, first in enumerate(results):
+        for second in results[:i]:
+            assert np.abs(first - second).max() > 0.01
+    plain = compiled(params, noise, labels)
+    everywhere = compiled(params, noise, labels, 4.0)
+    atol = 5e-3 if solver == "dopri5" else 1e-4  # of dopri5 the tolerance
+    np.testing.assert_allclose(results[3], plain, atol=atol)
+    np.testing.assert_allclose(results[1], everywhere, atol=atol)
+
+
 def test_one_program_for_every_scale():
     params, (noise, labels) = toy_params(), toy_inputs()
     traces = []
@@ -234,16 +324,34 @@ def test_parameters_are_an_argument():
     assert sample._cache_size() == 1
 
 
-def test_samples_do_not_depend_on_batch_size_or_position():
+INDICES = jnp.arange(16)
+FAMILIES = [  # solver, scale, interval, guiding model
+    ("heun", None, None, False),
+    ("heun", 2.0, None, False),
+    ("rk4", 2.0, (0.3, 0.7), False),
+    ("heun", 2.0, None, True),
+    ("euler_maruyama", 2.0, (0.3, 0.7), False),
+    pytest.param("dopri5", 2.0, (0.3, 0.7), False, marks=pytest.mark.slow),
+]
+
+
+def family(solver, guiding):
+    """A sampler of (noise, labels, indices, scale, interval), and its inputs for 16 samples."""
     params, (noise, labels) = toy_params(), toy_inputs()
-    sample = jax.jit(toy_sampler())
-    samples = np.asarray(sample(params, noise, labels, 2.0))
-    for subset in (np.array([3]), np.array([15, 2, 9]), np.arange(8)):
-        part = sample(params, noise[subset], labels[subset], 2.0)
-        np.testing.assert_allclose(part, samples[subset], atol=1e-5)
+    weak = jax.tree.map(lambda p: 0.5 * p, params) if guiding else None
+    sample = toy_sampler(solver=solver, channels=3)
+
+    @jax.jit
+    def run(noise, labels, indices, scale, interval):
+        keys = sampling.brownian_keys(3, indices)
+        return sample(params, noise, labels, scale, interval, keys=keys, guiding_params=weak)
+
+    return run, (noise, labels, INDICES)
 
 
-COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter")
+COLLECTIVE = re.compile(
+    r"= (\S+) (?:all-reduce|all-gather|all-to-all|collective-permute|reduce-sc)"
+)
 
 
 def shard(x):
@@ -251,27 +359,38 @@ def shard(x):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
 
 
-@pytest.mark.parametrize("scale", [None, 2.0])
-def test_samples_on_a_mesh(scale):
-    params, (noise, labels) = toy_params(), toy_inputs()
-    sample = jax.jit(toy_sampler(channels=3))
-    expected = sample(params, noise, labels, scale)
-    inputs = (params, shard(noise), shard(labels), scale)
-    samples = sample(*inputs)
-    assert samples.sharding.is_equivalent_to(shard(noise).sharding, samples.ndim)
-    np.testing.assert_allclose(samples, expected, atol=1e-5)
-    # Samples share nothing, so with replicated parameters nothing travels.
-    assert not COLLECTIVE.search(sample.lower(*inputs).compile().as_text())
+@pytest.mark.parametrize(("solver", "scale", "interval", "guiding"), FAMILIES)
+def test_samples_depend_on_neither_batch_nor_mesh(solver, scale, interval, guiding):
+    run, inputs = family(solver, guiding)
+    rows = np.array([15, 2, 9, 4])
+    part = run(*(x[rows] for x in inputs), scale, interval)
+    half = run(*(x[:8] for x in inputs), scale, interval)
+    sharded = (*map(shard, inputs), scale, interval)
+    compiled = run.lower(*sharded).compile()
+    samples = compiled(*sharded)
+    assert samples.sharding.is_equivalent_to(sharded[0].sharding, samples.ndim)
+    atol = 5e-3 if solver == "dopri5" else 1e-5
+    np.testing.assert_allclose(part, np.asarray(samples)[rows], atol=atol)
+    np.testing.assert_allclose(half, np.asarray(samples)[:8], atol=atol)
+    # Samples share nothing, so with replicated parameters nothing travels, but for dopri5's
+    # question whether all are done.
+    travels = set(COLLECTIVE.findall(compiled.as_text()))
+    assert travels == ({"pred[]"} if solver == "dopri5" else set())
 
 
 def test_errors():
-    x = jnp.zeros((2, 2))
-    with pytest.raises(ValueError, match="'rk4'; expected one of euler, heun"):
-        sampling.integrate(lambda x, t: x, x, num_steps=2, solver="rk4")
-    with pytest.raises(ValueError, match="'rk4'; expected one of euler, heun"):
-        toy_sampler(solver="rk4")
+    with pytest.raises(ValueError, match="'rk9'; expected one of euler, midpoint, heun, rk4, dop"):
+        toy_sampler(solver="rk9")
     with pytest.raises(ValueError, match="num_steps is 0"):
-        sampling.integrate(lambda x, t: x, x, num_steps=0)
+        toy_sampler(num_steps=0)
+    with pytest.raises(ValueError, match="num_steps is 1; expected at least 2, one being the last"):
+        toy_sampler(solver="euler_maruyama", num_steps=1)
+    with pytest.raises(ValueError, match="shift is -1"):
+        toy_sampler(time_shift=-1)
+    with pytest.raises(ValueError, match="time_shift is 3.0, but 'dopri5' chooses its steps"):
+        toy_sampler(solver="dopri5", time_shift=3.0)
+    with pytest.raises(ValueError, match="'stochastic_heun' needs keys=brownian_keys"):
+        toy_sampler(solver="stochastic_heun")(toy_params(), *toy_inputs())
     with pytest.raises(ValueError, match="'x0'; expected one of velocity, score, noise"):
         toy_sampler(prediction="x0")
     with pytest.raises(ValueError, match="'cyclic'; expected one of balanced, random"):

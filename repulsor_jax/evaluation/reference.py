@@ -1,0 +1,266 @@
+"""Reference statistics and images from the ADM suite's .npz files, and a cache of computed ones.
+
+The files of openai/guided-diffusion hold `arr_0`, uint8 images `[N, H, W, 3]`, and the reference
+ones also `mu`, `sigma` of Inception's pooled features and `mu_s`, `sigma_s` of its spatial ones
+(`inception.features`), over the whole data set, of which the images are 10,000. Nothing here ever
+unpickles.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO
+
+import numpy as np
+from absl import logging
+
+from repulsor_jax.evaluation.frechet import GaussianStatistics
+
+PathLike = str | os.PathLike[str]
+
+POOL_FEATURES, SPATIAL_FEATURES = 2048, 17 * 17 * 7
+_KEYS = {"mu": POOL_FEATURES, "mu_s": SPATIAL_FEATURES}
+_IMAGES = "arr_0"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatistics:
+    """Gaussians of Inception's pooled features, for FID, and of its spatial ones, for sFID.
+
+    The spatial ones are None where the file holds only the others, as pytorch-fid's do.
+    """
+
+    pool: GaussianStatistics
+    spatial: GaussianStatistics | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageArray:
+    """The images of an .npz, which are read in batches and never all at once."""
+
+    path: pathlib.Path
+    shape: tuple[int, int, int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields uint8 `[B, H, W, 3]` in order; the last batch may be short.
+
+        Raises:
+          ValueError: the file is damaged; names it.
+        """
+        count, *image_shape = self.shape
+        image_bytes = int(np.prod(image_shape))
+        with _reading(self.path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
+            _header(self.path, stream)
+            for start in range(0, count, batch_size):
+                size = min(batch_size, count - start)
+                data = stream.read(size * image_bytes)
+                if len(data) != size * image_bytes:
+                    raise ValueError(
+                        f"{self.path}: {_IMAGES} ends in image {start + len(data) // image_bytes} "
+                        f"of {count}: the file is truncated, fetch it anew"
+                    )
+                yield np.frombuffer(data, np.uint8).reshape(size, *image_shape)
+
+
+def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> ImageArray:
+    """Opens the images `arr_0` of an ADM reference or sample file, ours included.
+
+    Args:
+      path: the .npz.
+      size: height and width to expect; None takes any.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not an .npz, no `arr_0`, not uint8 RGB images, or images of another size; names
+        the file.
+    """
+    path = pathlib.Path(path)
+    with _reading(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if _IMAGES not in names:
+            raise ValueError(
+                f"{path}: found {', '.join(names)}, expected images under {_IMAGES}; this file "
+                "serves FID and sFID at most, not precision, recall or KID"
+            )
+        with archive.open(f"{_IMAGES}.npy") as stream:
+            shape, fortran, dtype = _header(path, stream)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0] or fortran:
+        order = ", Fortran order" if fortran else ""
+        raise ValueError(
+            f"{path}: found {_IMAGES} {dtype} {shape}{order}, expected uint8 [N, H, W, 3]"
+        )
+    if size is not None and shape[1:3] != tuple(size):
+        raise ValueError(
+            f"{path}: found images of {shape[1]} x {shape[2]}, expected {size[0]} x {size[1]}: "
+            "take the reference of the resolution that is sampled, as every metric depends on it"
+        )
+    return ImageArray(path, shape)
+
+
+def read_statistics(path: PathLike) -> ReferenceStatistics | None:
+    """Reads precomputed statistics; None if the file holds images alone, to be computed from.
+
+    A `count` of samples is read where it exists; ADM's files have none.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not an .npz, neither statistics nor images, one without its other half, of other
+        features than Inception's, or not finite and symmetric; names the file and the key.
+    """
+    path = pathlib.Path(path)
+    with _reading(path) as archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        if not names & {"mu", "sigma", "mu_s", "sigma_s"}:
+            if _IMAGES in names:
+                return None
+            raise ValueError(
+                f"{path}: found {', '.join(sorted(names)) or 'nothing'}, expected mu and sigma "
+                f"(and mu_s and sigma_s for sFID), or images under {_IMAGES}"
+            )
+        count = int(_array(path, archive, "count")) if "count" in names else None
+        pool = _gaussian(path, archive, names, "mu", "sigma", count)
+        spatial = None
+        if names & {"mu_s", "sigma_s"}:
+            spatial = _gaussian(path, archive, names, "mu_s", "sigma_s", count)
+    return ReferenceStatistics(pool, spatial)
+
+
+def write_statistics(path: PathLike, statistics: ReferenceStatistics) -> None:
+    """Writes statistics as `read_statistics` and the ADM suite read them, atomically."""
+    arrays = {"mu": statistics.pool.mean, "sigma": statistics.pool.covariance}
+    if statistics.spatial is not None:
+        arrays |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
+    if statistics.pool.count is not None:
+        arrays["count"] = np.asarray(statistics.pool.count)
+    _write(pathlib.Path(path), arrays)
+
+
+def file_sha256(path: PathLike) -> str:
+    """Hex SHA-256 of a file, for `cached_arrays` and for reports."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached_arrays(
+    folder: PathLike,
+    content: Sequence[str],
+    compute: Callable[[], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Arrays of a file in `folder`, or computed and then kept there.
+
+    Args:
+      folder: of the cache; made if need be.
+      content: all that the arrays follow from, such as the SHA-256 of the reference and of the
+        weights, and the count; other content is another file.
+      compute: makes the arrays; their names do not matter, but "content" is taken.
+
+    Returns:
+      The arrays by name. A damaged file is computed anew, with a warning. Several processes may do
+      the same at once: a file appears complete or not at all.
+    """
+    text = json.dumps(list(content))
+    path = pathlib.Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    if path.is_file():
+        try:
+            with _reading(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                arrays = {name: _array(path, archive, name) for name in names}
+            if str(arrays.pop("content")) == text:
+                return arrays
+            raise ValueError(f"{path}: found other content than {text}")
+        except (KeyError, ValueError) as error:
+            logging.warning("The cache is computed anew: %s", error)
+    arrays = dict(compute())
+    _write(path, {"content": np.asarray(text), **arrays})
+    return arrays
+
+
+def _gaussian(
+    path: pathlib.Path,
+    archive: zipfile.ZipFile,
+    names: set[str],
+    mean_key: str,
+    covariance_key: str,
+    count: int | None,
+) -> GaussianStatistics:
+    dim = _KEYS[mean_key]
+    found = []
+    for key, shape in ((mean_key, (dim,)), (covariance_key, (dim, dim))):
+        if key not in names:
+            raise ValueError(
+                f"{path}: found {', '.join(sorted(names))}, but no {key}, expected both "
+                f"{mean_key} and {covariance_key}"
+            )
+        array = _array(path, archive, key)
+        if array.shape != shape or array.dtype.kind != "f":
+            raise ValueError(
+                f"{path}: {key}: found {array.dtype} {list(array.shape)}, expected floats "
+                f"{list(shape)}: statistics of Inception's features"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key}: found values that are not finite numbers")
+        found.append(array.astype(np.float64))
+    mean, covariance = found
+    skew = float(np.abs(covariance - covariance.T).max())
+    if skew > 1e-5 * np.abs(covariance).max():
+        raise ValueError(
+            f"{path}: {covariance_key}: found a matrix that differs from its transpose by up to "
+            f"{skew:.2g}, expected a covariance"
+        )
+    return GaussianStatistics(mean, covariance, count)
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
+    """The open .npz; whatever is wrong with it becomes a ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: found no such file, expected an .npz of images or statistics; those of the "
+            "ADM suite are listed in the evaluations folder of openai/guided-diffusion"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"{path}: found a file that is not a whole .npz ({error}); fetch it anew"
+        ) from error
+
+
+def _array(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as stream:
+        try:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
+
+
+def _header(path: pathlib.Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of the images' .npy stream, which then stands at the data."""
+    try:
+        if np.lib.format.read_magic(stream) == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream)
+        return np.lib.format.read_array_header_2_0(stream)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_IMAGES}: {error}") from error
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **dict(arrays))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+import io
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+
+from repulsor_jax.evaluation import reference
+from repulsor_jax.evaluation.frechet import GaussianStatistics
+from repulsor_jax.images import save_samples
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 8, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    """As an ADM file has them, but for diagonal covariances."""
+    rng = np.random.default_rng(1)
+    sizes = {"": 2048, "_s": 2023}
+    arrays = {f"mu{key}": rng.standard_normal(size) for key, size in sizes.items()}
+    return arrays | {f"sigma{key}": np.diag(rng.uniform(0, 1, n)) for key, n in sizes.items()}
+
+
+@pytest.fixture
+def adm(tmp_path, statistics):
+    path = tmp_path / "VIRTUAL_imagenet.npz"
+    np.savez(path, arr_0=IMAGES, arr_1=np.arange(11), **statistics)
+    return path
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_in_batches(tmp_path, save):
+    path = tmp_path / "samples.npz"
+    save(path, IMAGES, np.arange(11))
+    images = reference.open_images(path, size=(6, 8))
+    assert len(images) == 11
+    for batch_size in (1, 4, 11, 64):
+        batches = list(images.batches(batch_size))
+        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        np.testing.assert_array_equal(np.concatenate(batches), IMAGES)
+    assert reference.read_statistics(path) is None
+
+
+def test_our_own_samples_open(tmp_path):
+    save_samples(tmp_path / "ours.npz", IMAGES, np.arange(11))
+    found = np.concatenate(list(reference.open_images(tmp_path / "ours.npz").batches(3)))
+    np.testing.assert_array_equal(found, IMAGES)
+
+
+def test_one_batch_of_a_large_array_takes_little_memory(tmp_path):
+    # 64 GiB of images that are not there: the member says so, and is read no further.
+    path = tmp_path / "large.npz"
+    header = io.BytesIO()
+    shape = (2**34 // 12, 2, 2, 3)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + IMAGES.tobytes())
+    images = reference.open_images(path)
+    first = next(images.batches(4))
+    np.testing.assert_array_equal(first.ravel(), IMAGES.ravel()[: first.size])
+    with pytest.raises(ValueError, match=r"large.npz: arr_0 ends in image 132 of .*truncated"):
+        list(images.batches(100))
+
+
+def test_precomputed_statistics(adm, statistics):
+    found = reference.read_statistics(adm)
+    for gaussian, key in ((found.pool, ""), (found.spatial, "_s")):
+        np.testing.assert_array_equal(gaussian.mean, statistics[f"mu{key}"])
+        np.testing.assert_array_equal(gaussian.covariance, statistics[f"sigma{key}"])
+        assert gaussian.count is None
+
+
+def test_statistics_of_ours_read_back(tmp_path, statistics):
+    pool = GaussianStatistics(statistics["mu"], statistics["sigma"], 50_000)
+    spatial = GaussianStatistics(statistics["mu_s"], statistics["sigma_s"], 50_000)
+    for given in (pool, spatial), (pool, None):
+        path = tmp_path / "statistics.npz"
+        reference.write_statistics(path, reference.ReferenceStatistics(*given))
+        found = reference.read_statistics(path)
+        assert found.pool.count == 50_000
+        np.testing.assert_array_equal(found.pool.covariance, pool.covariance)
+        assert (found.spatial is None) == (given[1] is None)
+    assert [file.name for file in tmp_path.iterdir()] == ["statistics.npz"]
+    with pytest.raises(ValueError, match="found count, mu, sigma|found mu, sigma, count"):
+        reference.open_images(path)
+
+
+def save(path: pathlib.Path, **arrays) -> pathlib.Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_wrong_statistics(tmp_path, statistics):
+    path = tmp_path / "wrong.npz"
+    only = lambda *keys: {key: statistics[key] for key in keys}
+    cases = [
+        ({"mu": statistics["mu"]}, "found mu, but no sigma"),
+        (only("mu_s", "sigma_s"), "found mu_s, sigma_s, but no mu"),
+        (only("mu", "sigma", "sigma_s"), "but no mu_s"),
+        ({"x": np.zeros(3)}, r"found x, expected mu and sigma .*arr_0"),
+        (
+            {"mu": statistics["mu_s"], "sigma": statistics["sigma_s"]},
+            r"mu: found float64 \[2023\], expected floats \[2048\]",
+        ),
+        (only("mu") | {"sigma": np.eye(2048, k=1)}, "differs from its transpose by up to 1"),
+        (only("mu") | {"sigma": np.eye(2048) * np.nan}, "sigma: found values that are not finite"),
+        (only("mu") | {"sigma": np.eye(2048).astype(int)}, "sigma: found int64"),
+        ({"mu": np.array([None]), "sigma": np.eye(3)}, "mu: Object arrays cannot be loaded"),
+    ]
+    for arrays, message in cases:
+        with pytest.raises(ValueError, match=f"wrong.npz: .*{message}"):
+            reference.read_statistics(save(path, **arrays))
+
+
+def test_wrong_images(tmp_path, adm):
+    path = tmp_path / "wrong.npz"
+    cases = [
+        ({"arr_0": IMAGES.astype(np.float32)}, r"found arr_0 float32 \(11, 6, 8, 3\)"),
+        ({"arr_0": IMAGES[..., :1]}, r"\(11, 6, 8, 1\), expected uint8 \[N, H, W, 3\]"),
+        ({"arr_0": IMAGES[0]}, r"uint8 \(6, 8, 3\)"),
+        ({"arr_0": IMAGES[:0]}, r"uint8 \(0, 6, 8, 3\)"),
+        ({"arr_0": np.asfortranarray(IMAGES)}, "Fortran order"),
+        ({"arr_0": np.array([None])}, "found arr_0 object"),
+        ({"images": IMAGES}, "found images, expected images under arr_0"),
+    ]
+    for arrays, message in cases:
+        with pytest.raises(ValueError, match=f"wrong.npz: .*{message}"):
+            reference.open_images(save(path, **arrays))
+    with pytest.raises(ValueError, match="found images of 6 x 8, expected 256 x 256.*resolution"):
+        reference.open_images(adm, size=(256, 256))
+
+
+@pytest.mark.parametrize("read", [reference.open_images, reference.read_statistics])
+def test_wrong_files(tmp_path, adm, read):
+    with pytest.raises(FileNotFoundError, match=r"no.npz: found no such file.*guided-diffusion"):
+        read(tmp_path / "no.npz")
+    whole = adm.read_bytes()
+    for content in (b"", b"not a zip", whole[: len(whole) // 2]):
+        adm.write_bytes(content)
+        with pytest.raises(ValueError, match=r"VIRTUAL_imagenet.npz: found a file that is not a"):
+            read(adm)
+    with zipfile.ZipFile(adm, "w") as archive:
+        archive.writestr("arr_0.npy", b"not an array")
+    with pytest.raises(ValueError, match="VIRTUAL_imagenet.npz: arr_0: "):
+        reference.open_images(adm)
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    path = save(tmp_path / "damaged.npz", arr_0=IMAGES)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.npz: .*not a whole .npz"):
+        list(reference.open_images(path).batches(4))
+
+
+def test_cache(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"2048": np.arange(6.0).reshape(2, 3) + len(calls), "count": np.asarray(2)}
+
+    content = ["sha of images", "sha of weights"]
+    first = reference.cached_arrays(tmp_path / "cache", content, compute)
+    again = reference.cached_arrays(tmp_path / "cache", content, compute)
+    assert len(calls) == 1
+    assert first.keys() == again.keys() == {"2048", "count"}
+    np.testing.assert_array_equal(first["2048"], again["2048"])
+    reference.cached_arrays(tmp_path / "cache", content[::-1], compute)
+    assert len(calls) == 2
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-30])
+    third = reference.cached_arrays(tmp_path / "cache", content, compute)
+    assert len(calls) == 3
+    np.testing.assert_array_equal(third["2048"], np.arange(6.0).reshape(2, 3) + 3)
+    assert reference.cached_arrays(tmp_path / "cache", content, compute).keys() == third.keys()
+    assert len(calls) == 3
+    assert sorted((tmp_path / "cache").iterdir()) == files
+
+
+def test_a_failed_computation_leaves_nothing(tmp_path):
+    def compute():
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        reference.cached_arrays(tmp_path, ["x"], compute)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
+    assert reference.file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
