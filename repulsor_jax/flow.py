@@ -25,6 +25,7 @@ Array = jax.Array
 PREDICTIONS = ("velocity", "score", "noise")
 WEIGHTINGS = ("none", "velocity", "likelihood")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing")
 
 VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
 
@@ -276,6 +277,71 @@ def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tup
     if path.singular_at_data:
         return 0.0, 1.0 - (1e-3 if sampling else 1e-5)
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1.0 - 1e-3)
+
+
+def diffusion(path: Path, form: str, t: Array, norm: float | Array = 1.0) -> Array:
+    """The diffusion coefficient D(t) of the SDE dx = (velocity + D score) dt + sqrt(2 D) dW.
+
+    As t runs from noise to data, every D >= 0 gives x_t the same distribution as the
+    probability-flow ODE (D = 0); SiT (arXiv 2401.08740) writes w = 2 D. The forms are
+    those of SiT's code: "constant" is norm; "sbdm" norm g with g = alpha' sigma^2 / alpha -
+    sigma sigma' (the SDE of Song et al., arXiv 2011.13456), infinite at t = 0 except on "vp";
+    "sigma" norm sigma(t); "linear" norm (1 - t); "decreasing" (1 + norm cos(pi t))^2 / 4, with
+    norm inside as published; "increasing_decreasing" norm sin^2(pi t).
+
+    Args:
+      path: from `get_path`.
+      form: one of `DIFFUSION_FORMS`.
+      t: times of any shape.
+      norm: the factor.
+
+    Returns:
+      D(t), of the shape and type of t.
+
+    Raises:
+      ValueError: unknown form.
+    """
+    check_choice("diffusion form", form, DIFFUSION_FORMS)
+    if form == "constant":
+        return jnp.full_like(t, norm)
+    if form == "sbdm":
+        c = path.coefficients(t)
+        return norm * c.sigma * c.wronskian / c.alpha
+    if form == "sigma":
+        return norm * path.coefficients(t).sigma
+    if form == "linear":
+        return norm * (1.0 - t)
+    if form == "decreasing":
+        return jnp.square(1.0 + norm * jnp.cos(math.pi * t)) / 4.0
+    return norm * jnp.square(jnp.sin(math.pi * t))
+
+
+def sde_time_interval(
+    path: Path, prediction: str, form: str, last_step_size: float
+) -> tuple[float, float]:
+    """The times (t0, t1) to integrate an SDE in; a last step of another kind goes from t1 to 1.
+
+    SiT's rules: t1 is 1 - last_step_size, or 1 - eps when that size is 0, since the score is
+    infinite at t = 1. t0 is eps where velocity or "sbdm" diffusion is infinite at t = 0 ("linear"
+    and "gvp", for score and noise predictions or that form), else 0. eps is 1e-3, also where SiT's
+    default for a velocity prediction is 0, which would start "sbdm" from an infinite drift.
+
+    Args:
+      path: from `get_path`.
+      prediction: what the model outputs: "velocity", "score" or "noise".
+      form: of the diffusion, one of `DIFFUSION_FORMS`.
+      last_step_size: in [0, 1); 0 if there is no last step.
+
+    Raises:
+      ValueError: unknown prediction or form, or a size outside [0, 1).
+    """
+    check_choice("prediction", prediction, PREDICTIONS)
+    check_choice("diffusion form", form, DIFFUSION_FORMS)
+    if not 0 <= last_step_size < 1:
+        raise ValueError(f"last_step_size is {last_step_size}; expected 0 or more and less than 1")
+    infinite_at_noise = form == "sbdm" and not path.singular_at_data
+    t0 = 1e-3 if infinite_at_noise else time_interval(path, prediction, sampling=True)[0]
+    return t0, 1.0 - (last_step_size or 1e-3)
 
 
 def sample_timesteps(
