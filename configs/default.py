@@ -107,9 +107,22 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.every_steps = 100  # scalars are means over this many steps
 
     c.sampling = ml_collections.ConfigDict()
-    c.sampling.solver = "heun"  # "euler" or "heun"
+    # ODE: "euler", "midpoint", "heun", "rk4", and "dopri5", which chooses its own steps. SDE:
+    # "euler_maruyama", "stochastic_heun".
+    c.sampling.solver = "heun"  # 2 evaluations of the model a step; euler takes 1, rk4 4
     c.sampling.num_steps = 50
+    c.sampling.time_shift = 1.0  # above 1: smaller steps near noise (SD3 has 3); 1 is even steps
+    c.sampling.rtol = 1e-3  # dopri5: relative tolerance of a step
+    c.sampling.atol = 1e-6  # dopri5: absolute tolerance
+    c.sampling.max_steps = 1_000  # dopri5: a sample that needs more is given up, and black
+    # SDE: "constant", "sbdm", "sigma", "linear", "decreasing" or "increasing-decreasing".
+    c.sampling.diffusion_form = "sigma"  # how much noise is added along the way
+    c.sampling.diffusion_norm = 1.0  # SDE: its factor
+    c.sampling.last_step = "mean"  # SDE: without noise, "mean", "tweedie", "euler", or "none"
+    c.sampling.last_step_size = 0.04  # SDE: length of that step in time
     c.sampling.cfg_scale = 1.0  # classifier-free guidance; 1 is off and costs nothing
+    c.sampling.cfg_interval_low = 0.0  # guide between these times only; 0 is noise
+    c.sampling.cfg_interval_high = 1.0  # 1 is data
     c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
     c.sampling.labels = "balanced"  # "balanced" (index mod num_classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from repulsor_jax import flow, sde, solvers
+
 T = TypeVar("T")
 
 
@@ -159,7 +161,17 @@ class SamplingConfig:
 
     solver: str
     num_steps: int = _at_least(1)
+    time_shift: float = _above(0)
+    rtol: float = _above(0)
+    atol: float = _above(0)
+    max_steps: int = _at_least(1)
+    diffusion_form: str = _one_of(*flow.DIFFUSION_FORMS)
+    diffusion_norm: float = _at_least(0)
+    last_step: str = _one_of(*sde.LAST_STEPS)
+    last_step_size: float = dataclasses.field(metadata={"above": 0.0, "max": 0.5})
     cfg_scale: float = _at_least(0)
+    cfg_interval_low: float = _fraction()
+    cfg_interval_high: float = _fraction()
     cfg_channels: int = _at_least(0)
     labels: str = _one_of("balanced", "random")
     num_samples: int = _at_least(1)
@@ -295,6 +307,22 @@ def _check_consistency(c: Config) -> None:
         raise ConfigError(
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} leaves no step of "
             f"config.total_steps={c.total_steps} to the cosine schedule"
+        )
+    s = c.sampling
+    if s.cfg_interval_low > s.cfg_interval_high:
+        raise ConfigError(
+            f"config.sampling.cfg_interval_low={s.cfg_interval_low} is above "
+            f"config.sampling.cfg_interval_high={s.cfg_interval_high}"
+        )
+    if s.solver in solvers.ADAPTIVE and s.time_shift != 1:
+        raise ConfigError(
+            f"config.sampling.time_shift={s.time_shift} has no meaning for {s.solver!r}, which "
+            "chooses its steps; set it to 1"
+        )
+    if s.solver in sde.STEPS and s.last_step != "none" and s.num_steps < 2:
+        raise ConfigError(
+            f"config.sampling.num_steps={s.num_steps} must be at least 2 for {s.solver!r}: one of "
+            "them is config.sampling.last_step"
         )
     if c.sampling.cfg_channels > m.in_channels:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repulsor_jax import flow, sampling, sharding
+from repulsor_jax import flow, sampling, sde, sharding, solvers
 from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
 from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
@@ -46,15 +46,26 @@ def make_generator(experiment: Experiment) -> Generator:
         num_steps=c.num_steps,
         null_label=config.model.num_classes,
         channels=c.cfg_channels or None,
+        time_shift=c.time_shift,
+        tolerance=solvers.Tolerance(c.rtol, c.atol, c.max_steps),
+        diffusion=sde.Diffusion(c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size),
     )
+    guided = c.cfg_scale != 1.0
+    interval = np.array([c.cfg_interval_low, c.cfg_interval_high], np.float32)
+    has_interval = guided and interval.tolist() != [0.0, 1.0]
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
 
     def generate_batch(
-        params: Any, decoder_params: Any, indices: jax.Array, scale: jax.Array | None
+        params: Any,
+        decoder_params: Any,
+        indices: jax.Array,
+        scale: jax.Array | None,
+        interval: jax.Array | None,
     ) -> tuple:
         labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
         noise = sampling.initial_noise(c.seed, indices, shape)
-        latents = solve(params, noise, labels, scale)
+        keys = sampling.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
+        latents = solve(params, noise, labels, scale, interval, keys=keys)
         latents = denormalize(latents, latent_format.shift, latent_format.factor)
         images = decode(decoder_params, latents)
         return to_uint8(images), labels
@@ -62,15 +73,15 @@ def make_generator(experiment: Experiment) -> Generator:
     compiled = jax.jit(generate_batch, out_shardings=sharding.replicated(mesh))
 
     def generate(params: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-        scale = None
-        if c.cfg_scale != 1.0:
-            scale = jax.device_put(np.float32(c.cfg_scale), sharding.replicated(mesh))
+        everywhere = sharding.replicated(mesh)
+        scale = jax.device_put(np.float32(c.cfg_scale), everywhere) if guided else None
+        between = jax.device_put(interval, everywhere) if has_interval else None
         batches = []
         for start in range(0, count, c.batch_size):
             indices = np.arange(start, start + c.batch_size, dtype=np.int32)
             with sharding.use_mesh(mesh):
                 indices = jax.device_put(indices, sharding.batch_sharding(mesh))
-                batch = compiled(params, decoder_params, indices, scale)
+                batch = compiled(params, decoder_params, indices, scale, between)
                 batches.append(jax.device_get(batch))
         images, labels = zip(*batches, strict=True)
         return np.concatenate(images)[:count], np.concatenate(labels)[:count]

@@ -25,6 +25,8 @@ CONFIGS = pathlib.Path(default.__file__).parent
         ("regularizer.weight", -1.0, "config.regularizer.weight=-1.0 must be at least 0"),
         ("flow.weighting", "velocity", "config.flow.weighting='velocity' has no meaning"),
         ("sampling.cfg_channels", 3, "config.sampling.cfg_channels=3 exceeds"),
+        ("sampling.cfg_interval_low", 1.5, "cfg_interval_low=1.5 must be at most 1"),
+        ("sampling.last_step_size", 0.9, "last_step_size=0.9 must be at most 0.5"),
         ("batch_size", 0, "config.batch_size=0 must be at least 1"),
     ],
 )
@@ -127,3 +129,19 @@ def test_every_knob_of_the_default_has_a_comment():
             keys.add(section.name)
     assert keys - explained <= plain  # names that are the field's own need no words
     assert explained <= keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"cfg_interval_low": 0.6, "cfg_interval_high": 0.4},
+            "cfg_interval_low=0.6 is above config.sampling.cfg_interval_high=0.4",
+        ),
+        ({"solver": "dopri5", "time_shift": 3.0}, "time_shift=3.0 has no meaning for 'dopri5'"),
+        ({"solver": "euler_maruyama", "num_steps": 1}, "num_steps=1 must be at least 2"),
+    ],
+)
+def test_sampling_knobs_that_contradict_each_other(changes, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        tiny.config(**{f"sampling.{key}": value for key, value in changes.items()})

@@ -69,9 +69,19 @@ def generate(params, count, mesh=None, latent_format=tiny.FORMAT, **overrides):
     return make_generator(parts)(placed, count)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_same_samples_for_any_batch_size_mesh_and_count(params, guidance):
-    images, labels = generate(params, 20, sampling__cfg_scale=guidance)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg_scale": 2.5},
+        {"cfg_scale": 2.5, "cfg_interval_high": 0.5},
+        {"solver": "euler_maruyama"},
+    ],
+    ids=str,
+)
+def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
+    options = {f"sampling__{key}": value for key, value in options.items()}
+    images, labels = generate(params, 20, **options)
     assert images.shape == (20, *tiny.SHAPE)
     assert len({image.tobytes() for image in images}) == 20
     np.testing.assert_array_equal(labels, np.arange(20) % 3)
@@ -81,7 +91,7 @@ def test_same_samples_for_any_batch_size_mesh_and_count(params, guidance):
         (tiny.mesh(2, 2, 2), 8, 5),
     ):
         other, other_labels = generate(
-            params, count, mesh, sampling__cfg_scale=guidance, sampling__batch_size=batch_size
+            params, count, mesh, **options, sampling__batch_size=batch_size
         )
         # uint8: a reordered sum may tip a value over to its neighbour.
         assert np.abs(other.astype(int) - images[:count]).max() <= 1
@@ -96,5 +106,16 @@ def test_seed_guidance_and_labels_change_the_samples(params):
         {"sampling.cfg_scale": 3.0},
         {"sampling.labels": "random"},
         {"sampling.solver": "euler"},
+        {"sampling.solver": "dopri5"},
+        {"sampling.solver": "stochastic_heun"},
+        {"sampling.time_shift": 3.0},
     ):
         assert (generate(params, 6, **change)[0] != base).any(), change
+
+
+def test_memory_saving_decoders_change_nothing_here(params):
+    """The identity decodes each value by itself, so that slices and tiles are exact."""
+    images, _ = generate(params, 16, sampling__batch_size=16)
+    for change in ({"sampling.decode_slice": 4}, {"sampling.decode_tile": 3}):
+        other, _ = generate(params, 16, tiny.mesh(2), sampling__batch_size=16, **change)
+        assert np.abs(other.astype(int) - images).max() <= 1, change
