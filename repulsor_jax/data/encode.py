@@ -65,7 +65,7 @@ def encode_images(
     batch_size = batch_per_device * devices.size
     sharding = NamedSharding(devices, PartitionSpec("batch"))
     params = jax.device_put(autoencoder.params, NamedSharding(devices, PartitionSpec()))
-    encode = _compiled_encoder(autoencoder, writer.description)
+    encode = compiled_encoder(autoencoder, writer.description)
 
     def batch_rows() -> Iterator[range]:
         # No batch crosses a shard: a shard's bytes do not depend on which others were missing.
@@ -154,7 +154,7 @@ def convert_latents(
     )
 
 
-def _compiled_encoder(autoencoder: Autoencoder, about: Description) -> Callable[..., jax.Array]:
+def compiled_encoder(autoencoder: Autoencoder, about: Description) -> Callable[..., jax.Array]:
     """Returns a function of (params, uint8 `[B, H, W, C]`) to `[B, views, h, w, c]`."""
 
     @jax.jit
