@@ -110,7 +110,9 @@ def test_what_was_verified_is_not_read_again_until_it_changes(tmp_path, monkeypa
 
 
 def test_decode_records_checks_the_size():
-    with pytest.raises(ValueError, match="expected 12 bytes each"):
+    with pytest.raises(
+        ValueError, match="found records of \\[10, 12\\] bytes, expected 12 bytes each"
+    ):
         ld.decode_records([bytes(12), bytes(10)], (2, 2), "float16")
 
 
