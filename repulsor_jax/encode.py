@@ -44,6 +44,12 @@ def load_autoencoder(config: Config) -> Autoencoder:
       ConfigError: it is unknown, or its weights are not to be had.
     """
     data = config.data
+    if data.autoencoder == "none":
+        raise ConfigError(
+            "config.data.autoencoder='none' can neither encode nor decode: name one, or train "
+            "without pictures by config.sampling.grid_every_steps=0 and "
+            "config.evaluation.every_steps=0"
+        )
     try:
         return get_autoencoder(
             data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype

@@ -79,6 +79,9 @@ def main(argv: list[str]) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
     try:
         if _MODE.value == "train":

@@ -17,6 +17,7 @@ from PIL import Image
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
+from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import ConfigError
 from repulsor_jax.data.dataset_writer import open_writer
@@ -315,6 +316,50 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path, pictures):
     (pictures / "train" / "cat" / "new.png").write_bytes(picture(np.random.default_rng(9)))
     with pytest.raises(ValueError, match="begun with other settings.*source_signature"):
         encode_lib.encode(config(pictures), tmp_path / "run")
+
+
+def latents_on_disk(folder, scale=1.0):
+    """fast-DiT's layout is one of many; class/*.npy of [c, h, w] is the plainest."""
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((6, 4, 8, 8)).astype(np.float32)
+    for i, latent in enumerate(latents):
+        (folder / "all" / "ab"[i // 3]).mkdir(parents=True, exist_ok=True)
+        np.save(folder / "all" / "ab"[i // 3] / f"{i}.npy", latent * np.float32(scale))
+    return latents
+
+
+@pytest.mark.parametrize(
+    ("source", "scale", "autoencoder"),
+    [("npy", 1.0, "none"), ("npy", 1.0, "sd-vae-ft-ema"), ("npy:scaled", 0.18215, "sd-vae-ft-ema")],
+)
+def test_latents_of_others_are_converted(tmp_path, source, scale, autoencoder):
+    latents = latents_on_disk(tmp_path, scale)
+    chosen = config(
+        tmp_path,
+        **{
+            "data.source": source,
+            "data.train_split": "all",
+            "data.test_split": "",
+            "data.autoencoder": autoencoder,  # its weights are not needed
+            "data.images_per_shard": 4,
+            "data.encode_if_missing": False,
+            "data.dtype": "float32",
+            "model.in_channels": 4,
+            "sampling.grid_every_steps": 0,
+        },
+    )
+    encode_lib.encode(chosen, tmp_path / "run")
+    dataset = open_latent_dataset(tmp_path / "run" / "data" / "train")
+    assert dataset.scale == (1.0 if autoencoder == "none" else 0.18215)
+    assert [s.records for s in dataset.shards] == [4, 2]
+    found = read(dataset)
+    np.testing.assert_allclose(found["latents"], latents.transpose(0, 2, 3, 1), rtol=1e-6)
+    np.testing.assert_array_equal(found["labels"], [0, 0, 0, 1, 1, 1])
+    # Training reads them; only pictures ask for a decoder.
+    experiment = experiment_lib.prepare(chosen, tmp_path / "run", draws_pictures=False)
+    assert experiment.dataset == dataset
+    with pytest.raises(ConfigError, match=f"config.data.autoencoder='{autoencoder}'"):
+        experiment_lib.prepare(chosen, tmp_path / "run", draws_pictures=True)
 
 
 def folder_digest(folder):

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,7 @@ def read_in_order(
 def _start(source: Any, size: int, parent: int) -> None:
     global _work
     _work = source, size
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
