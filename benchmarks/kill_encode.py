@@ -9,11 +9,13 @@ job's time, the first being Python's imports, so that they meet listing, encodin
 Prints one table; the exit code is 1 if a file differs or a process outlives its parent.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,14 @@ _KILLS = flags.DEFINE_integer("kills", 20, "How often to kill.", lower_bound=1)
 _IMAGES_PER_SHARD = flags.DEFINE_integer("images_per_shard", 500, "Images in a file.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 
+PHASES = (
+    "before it wrote a file",
+    "among the files",
+    "while finishing",
+    "after the data set was complete",
+)
+_MARK = "REPULSOR_DRILL"
+
 
 def main(argv: list[str]) -> None:
     """Runs the drill."""
@@ -37,34 +47,42 @@ def main(argv: list[str]) -> None:
     draw = random.Random(_SEED.value)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
+        log = root / "log"
         started = time.perf_counter()
-        whole = start(root / "whole")
-        output = whole.communicate()[0]
-        if whole.returncode:
-            sys.exit(f"error: the undisturbed job failed:\n{output}")
+        if start(root / "whole", log).wait():
+            sys.exit(f"error: the undisturbed job failed:\n{log.read_text()}")
         seconds = time.perf_counter() - started
         expected = digests(root / "whole")
-        phases = dict.fromkeys(("before the first file", "among the files", "finishing"), 0)
-        survivors = completed = different = starts = 0
-        while sum(phases.values()) < _KILLS.value or not completed:
-            job = start(root / "killed")
+        phases = dict.fromkeys(PHASES, 0)
+        survivors = workers = completed = different = starts = kept = 0
+        while True:
+            before = records(root / "killed")
+            job = start(root / "killed", log)
             starts += 1
-            # The last start, after all kills, is left to complete.
+            # The last start, after all kills, is left to complete: it too is compared.
             last = sum(phases.values()) >= _KILLS.value
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(None if last else seconds * draw.uniform(0.5, 1.0))
-            except subprocess.TimeoutExpired:
-                phases[phase(root / "killed")] += 1
-                job.kill()
-                job.wait()
+            alive = len(marked(root / "killed")) - 1
+            job.kill()
+            if job.wait() == -signal.SIGKILL:
+                phases[phase(root / "killed", before)] += 1
+                workers += alive
                 survivors += wait_for_workers(root / "killed")
                 continue
+            if job.returncode:
+                sys.exit(f"error: a job that was started again failed:\n{log.read_text()}")
             completed += 1
+            kept += sum(name.endswith(".array_record") for name in before)
             different += digests(root / "killed") != expected
             shutil.rmtree(root / "killed")
+            if last:
+                break
     rows = {
         "an undisturbed job": f"{seconds:.1f} s, {len(expected)} files",
         **{f"kills {name}": count for name, count in phases.items()},
+        "worker processes alive at the kills": workers,
+        "files kept from before, at completion": kept,
         "starts": starts,
         "completed": completed,
         "of them with other bytes": different,
@@ -76,7 +94,7 @@ def main(argv: list[str]) -> None:
     sys.exit(1 if different or survivors else 0)
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
+def start(workdir: pathlib.Path, log: pathlib.Path) -> subprocess.Popen[bytes]:
     """Starts the job."""
     command = [
         sys.executable,
@@ -94,18 +112,23 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[str]:
         "--config.data.preview_images=0",
     ]
     # The mark finds the worker processes, which inherit it.
-    environment = os.environ | {"REPULSOR_DRILL": str(workdir)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment = os.environ | {_MARK: str(workdir)}
+    with log.open("wb") as file:  # a pipe that nobody reads would stop a long job
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def phase(workdir: pathlib.Path) -> str:
-    """Where the job is, as its files tell."""
-    work = workdir / "data" / ".train.incomplete"
-    if (work / METADATA).exists() or (workdir / "data" / "train").exists():
-        return "finishing"
-    return "among the files" if any(work.glob("*.array_record*")) else "before the first file"
+def records(workdir: pathlib.Path) -> set[str]:
+    """Names of the ArrayRecord files, finished and not, of an incomplete data set."""
+    return {path.name for path in (workdir / "data" / ".train.incomplete").glob("*.array_record*")}
+
+
+def phase(workdir: pathlib.Path, before: set[str]) -> str:
+    """Where the job was, as its files tell; `before` are those that it found."""
+    if (workdir / "data" / "train").exists():
+        return "after the data set was complete"
+    if (workdir / "data" / ".train.incomplete" / METADATA).exists():
+        return "while finishing"
+    return "among the files" if records(workdir) - before else "before it wrote a file"
 
 
 def digests(workdir: pathlib.Path) -> dict[str, str]:
@@ -117,22 +140,24 @@ def digests(workdir: pathlib.Path) -> dict[str, str]:
     }
 
 
+def marked(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The processes of the job: those that inherited its mark."""
+    mark = f"{_MARK}={workdir}".encode()
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it ended, or is somebody else's
+            if mark in path.read_bytes():
+                found.append(path)
+    return found
+
+
 def wait_for_workers(workdir: pathlib.Path) -> int:
     """Returns how many worker processes are left some seconds after a kill."""
-    mark = f"REPULSOR_DRILL={workdir}".encode()
-    left: list[pathlib.Path] = []
     for _ in range(20):
-        left = []
-        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if mark in path.read_bytes():
-                    left.append(path)
-            except OSError:
-                continue  # it ended, or is somebody else's
-        if not left:
-            break
+        if not marked(workdir):
+            return 0
         time.sleep(0.25)
-    return len(left)
+    return len(marked(workdir))
 
 
 if __name__ == "__main__":
