@@ -114,7 +114,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.time_shift = 1.0  # above 1: smaller steps near noise (SD3 has 3); 1 is even steps
     c.sampling.rtol = 1e-3  # dopri5: relative tolerance of a step
     c.sampling.atol = 1e-6  # dopri5: absolute tolerance
-    c.sampling.max_steps = 1_000  # dopri5: a sample that needs more is given up, and black
+    c.sampling.max_steps = 1_000  # dopri5: a sample that needs more is an error
     # SDE: "constant", "sbdm", "sigma", "linear", "decreasing" or "increasing-decreasing".
     c.sampling.diffusion_form = "sigma"  # how much noise is added along the way
     c.sampling.diffusion_norm = 1.0  # SDE: its factor
@@ -124,9 +124,15 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.cfg_interval_low = 0.0  # guide between these times only; 0 is noise
     c.sampling.cfg_interval_high = 1.0  # 1 is data
     c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
+    # Autoguidance (arXiv 2406.02507): samples are guided away from a weaker run, in place of the
+    # model without a class.
+    c.sampling.guiding_run = ""  # its working directory; "" is none
+    c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
     c.sampling.labels = "balanced"  # "balanced" (index mod num_classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
     c.sampling.batch_size = 64  # global
+    c.sampling.images_per_shard = 1_024  # kept at a time: what a stopped job loses at most
+    c.sampling.save_png = False  # --mode=sample: also a folder of PNG files
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole
     c.sampling.seed = 0  # sample i depends on (seed, i) alone
@@ -135,7 +141,22 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.grid_columns = 8
 
     c.evaluation = ml_collections.ConfigDict()
-    c.evaluation.every_steps = 0  # Fréchet distance in pixel space, and at the end; 0 is never
-    c.evaluation.num_samples = 2_000  # for small images only: the covariance is pixels x pixels
+    c.evaluation.num_samples = 50_000  # of --mode=evaluate
+    c.evaluation.every_steps = 0  # evaluate in training too, and at its end; 0 is never
+    c.evaluation.training_samples = 2_000  # then: quick, and comparable with as many others only
+    # The space of the distances. "inception": FID, sFID, IS, KID, precision, recall. "pixels" (for
+    # small images), "autoencoder": a Fréchet distance without Inception's weights: not FID.
+    c.evaluation.features = "inception"  # "inception", "pixels" or "autoencoder"
+    c.evaluation.inception_weights = ""  # a path; "" downloads them once (docs/evaluation.md)
+    # An .npz as the ADM suite has them, a folder or archive of images, "tfds:<name>", or "train" or
+    # "test", the latents of data.dir decoded.
+    c.evaluation.reference = "test"  # what samples are compared with
+    c.evaluation.reference_split = "."  # folder of it, or split
+    c.evaluation.reference_features = 10_000  # of its images, for precision, recall and KID
+    c.evaluation.batch_size = 64  # global; images of the reference or of an .npz at a time
+    c.evaluation.samples = ""  # an .npz of images to evaluate, in place of checkpoints
+    c.evaluation.cfg_scales = ()  # a sweep: every scale with every interval; () is sampling's own
+    c.evaluation.cfg_intervals = ()  # pairs (low, high) of times
+    c.evaluation.poll_seconds = 30  # --checkpoint_step=follow: how often to look
 
     return c

@@ -53,4 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.grid_columns = 10
 
     c.evaluation.every_steps = 500
+    c.evaluation.features = "pixels"  # 8x8 pixels are a feature space of their own
+    c.evaluation.num_samples = 2_000
+    c.evaluation.batch_size = 200
     return c

@@ -1,7 +1,7 @@
 """Checkpoints: the state, the position in the data and the configuration, saved together.
 
-Layout: `<directory>/<step>/{state,data,config}`. Saving is asynchronous and atomic: a checkpoint
-that was interrupted is never listed. Arrays come back exactly, on any mesh.
+Layout: `<directory>/<step>/{state,data,config,latents}`. Saving is asynchronous and atomic: a
+checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh.
 """
 
 import os
@@ -28,24 +28,34 @@ class Checkpointer:
         *,
         keep_last: int = 3,
         keep_every: int = 0,
+        read_only: bool = False,
     ) -> None:
         """Opens, and creates where absent, a directory of checkpoints.
 
         Args:
           directory: the folder.
+          read_only: neither create nor delete anything, as beside a run that is training.
+
+        Raises:
+          CheckpointError: the folder is not there, where it is not to be created.
           keep_last: how many of the newest checkpoints to keep.
           keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
         """
         self.directory = pathlib.Path(directory).absolute()
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not there: train first, or check --workdir")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep_last, keep_period=keep_every or None
+                max_to_keep=None if read_only else keep_last,
+                keep_period=keep_every or None,
+                create=not read_only,
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
+                "latents": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -60,12 +70,18 @@ class Checkpointer:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints that are there now, ascending."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
     def save(
         self,
         step: int,
         state: TrainState,
         data_state: Mapping[str, Any],
         config: Mapping[str, Any],
+        latents: Mapping[str, Any],
         *,
         overwrite: bool = False,
     ) -> None:
@@ -76,6 +92,7 @@ class Checkpointer:
           state: the training state.
           data_state: the data iterator's `get_state()`, the same on every process.
           config: the configuration, for the record.
+          latents: what sampling needs to know of the data, `experiment.latents_record`.
           overwrite: replace a checkpoint of this step: the state is the same, the position in the
             data has moved on.
         """
@@ -90,6 +107,7 @@ class Checkpointer:
                 state=ocp.args.PyTreeSave(state),
                 data=ocp.args.JsonSave(dict(data_state)),
                 config=ocp.args.JsonSave(dict(config)),
+                latents=ocp.args.JsonSave(dict(latents)),
             ),
         )
 
@@ -104,7 +122,7 @@ class Checkpointer:
         Raises:
           CheckpointError: no such checkpoint, or it holds another model, bank or optimizer.
         """
-        step = self._resolve(step)
+        step = self.resolve(step)
         self._check_shapes(step, abstract_state)
         restored = self._manager.restore(
             step,
@@ -123,7 +141,7 @@ class Checkpointer:
         Raises:
           CheckpointError: no such checkpoint, or it holds another model.
         """
-        step = self._resolve(step)
+        step = self.resolve(step)
         wanted = {"ema_params": abstract_params}
         self._check_shapes(step, wanted)
         restored = self._manager.restore(
@@ -131,7 +149,32 @@ class Checkpointer:
         )
         return restored["state"]["ema_params"], step
 
-    def _resolve(self, step: int | None) -> int:
+    def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Reads the run's configuration and what it says of its latents, and no array.
+
+        Returns:
+          The configuration, the `experiment.latents_record`, and the step.
+
+        Raises:
+          CheckpointError: no such checkpoint, or one without these records.
+        """
+        step = self.resolve(step)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    config=ocp.args.JsonRestore(), latents=ocp.args.JsonRestore()
+                ),
+            )
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.directory}/{step}: found no record of configuration and latents ({error}); "
+                "it was saved by an older version, or is damaged"
+            ) from error
+        return restored["config"], restored["latents"], step
+
+    def resolve(self, step: int | None) -> int:
+        """Returns the step, or the newest for None; raises CheckpointError if it is not there."""
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise CheckpointError(f"{self.directory} holds no checkpoint: train first")

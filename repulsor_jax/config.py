@@ -173,9 +173,13 @@ class SamplingConfig:
     cfg_interval_low: float = _fraction()
     cfg_interval_high: float = _fraction()
     cfg_channels: int = _at_least(0)
+    guiding_run: str
+    guiding_step: int = _at_least(-1)
     labels: str = _one_of("balanced", "random")
     num_samples: int = _at_least(1)
     batch_size: int = _at_least(1)
+    images_per_shard: int = _at_least(1)
+    save_png: bool
     decode_slice: int = _at_least(0)
     decode_tile: int = _at_least(0)
     seed: int = _at_least(0)
@@ -189,7 +193,18 @@ class EvaluationConfig:
     """See `configs/default.py`, section evaluation."""
 
     every_steps: int = _at_least(0)
+    training_samples: int = _at_least(2)
     num_samples: int = _at_least(2)
+    features: str = _one_of("inception", "pixels", "autoencoder")
+    inception_weights: str
+    reference: str
+    reference_split: str
+    reference_features: int = _at_least(2)
+    batch_size: int = _at_least(1)
+    samples: str
+    cfg_scales: tuple[float, ...]
+    cfg_intervals: tuple[tuple[float, float], ...]
+    poll_seconds: int = _at_least(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +236,7 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    parsed = _parse(Config, config, "config")
+    parsed = parse_section(Config, config, "config")
     _check_consistency(parsed)
     return parsed
 
@@ -262,12 +277,14 @@ def check_devices(config: Config, batch_shards: int, processes: int = 1) -> None
             f"config.mesh.data x config.mesh.fsdp = {batch_shards} must be a multiple of the "
             f"{processes} processes: each reads rows of its own; lower config.mesh.tensor"
         )
-    if config.sampling.batch_size % batch_shards:
-        raise ConfigError(
-            f"config.sampling.batch_size={config.sampling.batch_size} must be a multiple of "
-            f"mesh.data x mesh.fsdp = {batch_shards}; the nearest are "
-            f"{_multiples(config.sampling.batch_size, batch_shards)}"
-        )
+    for section in (config.sampling, config.evaluation):
+        if section.batch_size % batch_shards:
+            name = "sampling" if section is config.sampling else "evaluation"
+            raise ConfigError(
+                f"config.{name}.batch_size={section.batch_size} must be a multiple of "
+                f"mesh.data x mesh.fsdp = {batch_shards}; the nearest are "
+                f"{_multiples(section.batch_size, batch_shards)}"
+            )
 
 
 def _check_consistency(c: Config) -> None:
@@ -324,6 +341,26 @@ def _check_consistency(c: Config) -> None:
             f"config.sampling.num_steps={s.num_steps} must be at least 2 for {s.solver!r}: one of "
             "them is config.sampling.last_step"
         )
+    for low, high in c.evaluation.cfg_intervals:
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"config.evaluation.cfg_intervals: found ({low}, {high}), expected pairs (low, "
+                "high) of times with 0 <= low <= high <= 1; 0 is noise, 1 is data"
+            )
+    if any(scale < 0 for scale in c.evaluation.cfg_scales):
+        raise ConfigError(
+            f"config.evaluation.cfg_scales={c.evaluation.cfg_scales} must be at least 0"
+        )
+    if c.evaluation.cfg_intervals and not c.evaluation.cfg_scales and s.cfg_scale == 1:
+        raise ConfigError(
+            "config.evaluation.cfg_intervals has no meaning without guidance: set "
+            "config.evaluation.cfg_scales, or config.sampling.cfg_scale"
+        )
+    if s.guiding_run and {s.cfg_scale, *c.evaluation.cfg_scales} == {1.0}:
+        raise ConfigError(
+            f"config.sampling.guiding_run={s.guiding_run!r} has no effect at "
+            "config.sampling.cfg_scale=1: raise the scale, or leave it empty"
+        )
     if c.sampling.cfg_channels > m.in_channels:
         raise ConfigError(
             f"config.sampling.cfg_channels={c.sampling.cfg_channels} exceeds "
@@ -343,7 +380,12 @@ def _multiples(value: int, factor: int) -> str:
     return f"{low} and {low + factor}" if low else f"{factor}"
 
 
-def _parse(schema: type[T], values: Any, path: str) -> T:
+def parse_section(schema: type[T], values: Any, path: str) -> T:
+    """Checks keys, types and ranges of one section; `path` is what it is called in errors.
+
+    Raises:
+      ConfigError: names the key, what was found, what is expected.
+    """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a section of keys, found {values!r}")
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
@@ -359,13 +401,15 @@ def _parse(schema: type[T], values: Any, path: str) -> T:
         if name not in values:
             raise ConfigError(f"{key}: missing; configs/default.py has all keys: start from it")
         if dataclasses.is_dataclass(hints[name]):
-            parsed[name] = _parse(hints[name], values[name], key)
+            parsed[name] = parse_section(hints[name], values[name], key)
         else:
             parsed[name] = _check_value(key, values[name], hints[name], field.metadata)
     return schema(**parsed)
 
 
-def _check_value(key: str, value: Any, kind: type, bounds: types.MappingProxyType[str, Any]) -> Any:
+def _check_value(key: str, value: Any, kind: Any, bounds: types.MappingProxyType[str, Any]) -> Any:
+    if typing.get_origin(kind) is tuple:
+        return _check_tuple(key, value, kind, bounds)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
@@ -380,3 +424,14 @@ def _check_value(key: str, value: Any, kind: type, bounds: types.MappingProxyTyp
     if "above" in bounds and not value > bounds["above"]:
         raise ConfigError(f"{key}={value!r} must be greater than {bounds['above']}")
     return value
+
+
+def _check_tuple(key: str, value: Any, kind: Any, bounds: types.MappingProxyType[str, Any]) -> Any:
+    kinds = typing.get_args(kind)
+    if not isinstance(value, tuple | list):
+        raise ConfigError(f"{key}: expected a tuple, as (1.0, 1.5), found {value!r}")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise ConfigError(f"{key}: expected {len(kinds)} values, found {value!r}")
+    return tuple(_check_value(key, v, k, bounds) for v, k in zip(value, kinds, strict=True))

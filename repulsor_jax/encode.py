@@ -5,9 +5,11 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import loky
 import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -34,7 +36,7 @@ _PREVIEW_COLUMNS = 8
 
 def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Folder of the latent data sets `train` and `test`."""
-    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
 def load_autoencoder(config: Config) -> Autoencoder:
@@ -65,7 +67,8 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     job that was stopped goes on with the shards that are missing.
 
     Raises:
-      ConfigError: no source is configured, or autoencoder and source do not go together.
+      ConfigError: no source is configured, autoencoder and source do not go together, or a data
+        set that is complete is another than the configured one.
       ValueError, OSError: the source or an item of it cannot be used; names it.
     """
     data = config.data
@@ -74,33 +77,72 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
             "config.data.source is empty: name what to encode, as 'folder', 'archive' or "
             "'tfds:imagenet2012' (docs/data.md)"
         )
+    # Processes connect at the first wait for each other, which all must reach within seconds; any
+    # later one may take hours, as where one process has more to encode.
+    multihost_utils.sync_global_devices("connected")
     directory = data_directory(config, workdir)
-    splits = {"train": data.train_split, "test": data.test_split}
-    todo = {
-        folder: split
-        for folder, split in splits.items()
-        if split and not (directory / folder / METADATA).exists()
-    }
+    todo = {}
+    for folder, split in {"train": data.train_split, "test": data.test_split}.items():
+        if split and (directory / folder / METADATA).exists():
+            _check_is_the_configured(config, directory / folder, folder)
+        elif split:
+            todo[folder] = split
     cache = directory / ".archive"
+    # All that can be refused is refused before the first image is encoded.
+    sources = _open_sources(config, todo, cache)
+    if "train" in sources and "test" in sources:
+        _check_same_classes(sources["train"].class_names, sources["test"].class_names)
+    for folder, source in sources.items():
+        _check_classes(source.class_names, directory, folder)
     if data.source in LATENT_KINDS:
-        for folder, split in todo.items():
-            latents = open_latent_source(data.source, split, path=data.source_path)
-            _check_classes(latents.class_names, directory, folder)
-            _convert(config, directory / folder, latents, split)
+        for folder, source in sources.items():
+            _convert(config, directory / folder, source, todo[folder])
     elif todo:
-        # All that can be refused is refused before the first image is encoded.
-        sources = {
-            folder: open_source(data.source, split, path=data.source_path, cache_dir=cache)
-            for folder, split in todo.items()
-        }
-        if "train" in sources and "test" in sources:
-            _check_same_classes(sources["train"].class_names, sources["test"].class_names)
         autoencoder = load_autoencoder(config)
         for folder, source in sources.items():
-            _check_classes(source.class_names, directory, folder)
             _encode(config, directory / folder, source, todo[folder], autoencoder)
     if jax.process_index() == 0:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:
+    """Opens an image or latent source for each folder to be made."""
+    name, path = config.data.source, os.path.expanduser(config.data.source_path)
+    # An archive may have to be decompressed: the first process does it, for all.
+    if name == "archive" and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("decompressed")
+    sources = {
+        folder: open_latent_source(name, split, path=path)
+        if name in LATENT_KINDS
+        else open_source(name, split, path=path, cache_dir=cache)
+        for folder, split in splits.items()
+    }
+    if name == "archive" and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("decompressed")
+    return sources
+
+
+def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:
+    """Raises ConfigError where a complete data set, train or test, is not what is asked for."""
+    found = open_latent_dataset(directory)
+    made = {
+        "source": found.source,
+        f"{folder}_split": found.split,
+        "autoencoder": found.autoencoder,
+        "dtype": found.dtype,
+    }
+    if config.data.source not in LATENT_KINDS:  # those are as large and as mirrored as they are
+        made |= {"image_size": found.image_size, "flips": found.flipped}
+    differences = [
+        f"config.data.{key}={getattr(config.data, key)!r}, and there it is {value!r}"
+        for key, value in made.items()
+        if getattr(config.data, key) != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"{directory} holds another data set than the configured one: {'; '.join(differences)}."
+            " A data set is never overwritten: choose another config.data.dir, or delete this one"
+        )
 
 
 def _encode(
@@ -135,7 +177,8 @@ def _encode(
         },
     )
     started, missing = time.perf_counter(), writer.missing()
-    num_workers = (os.cpu_count() or 1) if data.encode_workers == -1 else data.encode_workers
+    # Cores that this process may use, which on a shared machine are not all that there are.
+    num_workers = loky.cpu_count() if data.encode_workers == -1 else data.encode_workers
     encode_images(
         writer,
         source,

@@ -2,8 +2,11 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
@@ -20,9 +23,17 @@ from repulsor_jax.train_step import LatentFormat
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What training and sampling have in common.
+    """What training, sampling and evaluation have in common.
 
-    The autoencoder is absent where the configuration asks for no pictures.
+    Attributes:
+      config: the checked configuration.
+      workdir: of the run.
+      mesh: of all devices.
+      model: the transformer.
+      autoencoder: None where the configuration asks for no pictures.
+      latent_format: how stored latents become the model's, and back.
+      latents_sha256: digest of the weights that made the latents; "" where they are not known.
+      class_names: label k is `class_names[k]`.
     """
 
     config: Config
@@ -30,30 +41,28 @@ class Experiment:
     mesh: Mesh
     model: DiT
     autoencoder: Autoencoder | None
-    dataset: LatentDataset
-    held_out: LatentDataset | None
     latent_format: LatentFormat
+    latents_sha256: str
+    class_names: tuple[str, ...]
 
 
-def prepare(config: Config, workdir: pathlib.Path, *, draws_pictures: bool) -> Experiment:
-    """Checks the configuration against the devices and the data, and builds the shared parts.
+def prepare(
+    config: Config, workdir: pathlib.Path, *, draws_pictures: bool
+) -> tuple[Experiment, LatentDataset]:
+    """Checks the configuration against the devices and the data, and builds what training needs.
 
     Args:
       config: the configuration.
       workdir: of the run.
       draws_pictures: whether latents will be decoded: whether the autoencoder must be there.
 
+    Returns:
+      The experiment, and the data set that it trains on.
+
     Raises:
       ConfigError, ValueError, FileNotFoundError: one message that names the key or the file.
     """
-    config_lib.check_choice("sampling.solver", config.sampling.solver, sampling.SOLVERS)
-    regularizers.check(config)
-    try:
-        mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    except ValueError as error:
-        raise ConfigError(f"config.{error}") from error
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    config_lib.check_devices(config, batch_shards, jax.process_count())
+    mesh = checked_mesh(config)
     data_dir = data_directory(config, workdir)
     if config.data.encode_if_missing:
         encode(config, workdir)
@@ -61,17 +70,18 @@ def prepare(config: Config, workdir: pathlib.Path, *, draws_pictures: bool) -> E
     check_dataset(config, dataset)
     has_held_out = (data_dir / "test").exists()
     held_out = latent_dataset.open_latent_dataset(data_dir / "test") if has_held_out else None
-    if held_out is None and config.evaluation.every_steps:
+    if held_out is None and config.evaluation.every_steps and config.evaluation.reference == "test":
         raise ConfigError(
-            f"config.evaluation needs held-out data, and {data_dir / 'test'} is absent: encode a "
-            "test split, or set config.evaluation.every_steps=0"
+            f"config.evaluation needs a reference, and {data_dir / 'test'} is absent: encode a "
+            "test split, name another config.evaluation.reference, or set "
+            "config.evaluation.every_steps=0"
         )
     if held_out is not None:
         check_dataset(config, held_out)
         _check_same_origin(dataset, held_out)
     autoencoder = load_autoencoder(config) if draws_pictures else None
     if autoencoder is not None:
-        _check_weights(autoencoder, dataset)
+        _check_weights(autoencoder, dataset.weights_sha256, f"{dataset.directory} was encoded")
     if config.data.verify:
         for each in (dataset, held_out):
             if each is not None:
@@ -82,16 +92,80 @@ def prepare(config: Config, workdir: pathlib.Path, *, draws_pictures: bool) -> E
                     progress=jax.process_index() == 0,
                 )
     shift, factor = latent_dataset.normalization(dataset, config.data.normalization)
+    experiment = Experiment(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        model=build_model(config.model),
+        autoencoder=autoencoder,
+        latent_format=LatentFormat(dataset.stochastic, shift, factor),
+        latents_sha256=dataset.weights_sha256,
+        class_names=dataset.class_names,
+    )
+    return experiment, dataset
+
+
+def latents_record(experiment: Experiment) -> dict[str, Any]:
+    """What sampling needs to know of the latents, as plain values: kept in checkpoints."""
+    return {
+        "autoencoder": experiment.config.data.autoencoder,
+        "weights_sha256": experiment.latents_sha256,
+        "shift": experiment.latent_format.shift.tolist(),
+        "factor": experiment.latent_format.factor.tolist(),
+        "class_names": list(experiment.class_names),
+    }
+
+
+def prepare_sampling(
+    config: Config, workdir: pathlib.Path, record: Mapping[str, Any]
+) -> Experiment:
+    """Builds what sampling needs, from the configuration and a checkpoint: no data set is read.
+
+    Args:
+      config: the configuration.
+      workdir: of the run.
+      record: `latents_record` of the run, from its checkpoint.
+
+    Raises:
+      ConfigError: one message that names the key.
+    """
+    mesh = checked_mesh(config)
+    if record["autoencoder"] != config.data.autoencoder:
+        raise ConfigError(
+            f"{workdir} was trained on latents of {record['autoencoder']!r}, but "
+            f"config.data.autoencoder={config.data.autoencoder!r}"
+        )
+    if len(record["shift"]) != config.model.in_channels:
+        raise ConfigError(
+            f"{workdir} was trained on latents of {len(record['shift'])} channels, but "
+            f"config.model.in_channels={config.model.in_channels}"
+        )
+    autoencoder = load_autoencoder(config)
+    _check_weights(autoencoder, record["weights_sha256"], f"{workdir} was trained on latents made")
+    shift, factor = (np.asarray(record[key], np.float32) for key in ("shift", "factor"))
     return Experiment(
         config=config,
         workdir=workdir,
         mesh=mesh,
         model=build_model(config.model),
         autoencoder=autoencoder,
-        dataset=dataset,
-        held_out=held_out,
-        latent_format=LatentFormat(dataset.stochastic, shift, factor),
+        latent_format=LatentFormat(False, shift, factor),
+        latents_sha256=record["weights_sha256"],
+        class_names=tuple(record["class_names"]),
     )
+
+
+def checked_mesh(config: Config) -> Mesh:
+    """Returns the mesh of all devices; raises ConfigError where it does not fit them."""
+    config_lib.check_choice("sampling.solver", config.sampling.solver, sampling.SOLVERS)
+    regularizers.check(config)
+    try:
+        mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from error
+    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    config_lib.check_devices(config, batch_shards, jax.process_count())
+    return mesh
 
 
 def draws_pictures(config: Config) -> bool:
@@ -137,11 +211,11 @@ def _check_same_origin(dataset: LatentDataset, held_out: LatentDataset) -> None:
         )
 
 
-def _check_weights(autoencoder: Autoencoder, dataset: LatentDataset) -> None:
-    found, expected = autoencoder.weights_sha256, dataset.weights_sha256
+def _check_weights(autoencoder: Autoencoder, expected: str, where: str) -> None:
+    found = autoencoder.weights_sha256
     if expected and found != expected:
         raise ConfigError(
-            f"{dataset.directory} was encoded with weights of {autoencoder.name!r} whose SHA-256 "
+            f"{where} with weights of {autoencoder.name!r} whose SHA-256 "
             f"is {expected[:12]}..., but those of config.data.autoencoder_weights have "
             f"{found[:12]}...: give the same weights, or encode again"
         )

@@ -3,30 +3,89 @@
 Inference knows nothing of training: it takes EMA parameters, and neither head nor bank.
 """
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax import flow, sampling, sde, sharding, solvers
 from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
+from repulsor_jax.config import Config, SamplingConfig
 from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.images import save_grid, to_uint8
+from repulsor_jax.models.dit import DiT
+from repulsor_jax.shards import one_late
 
 _MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
 
-Generator = Callable[[Any, int], tuple[np.ndarray, np.ndarray]]
+
+class SamplingError(RuntimeError):
+    """A sample that is not a finite number; the message names it and says what to do."""
 
 
-def make_generator(experiment: Experiment) -> Generator:
-    """Returns `generate(ema_params, count) -> (images uint8 [count, H, W, C], labels [count])`.
+class Guidance(NamedTuple):
+    """How strongly samples are guided, and when; a change of it compiles nothing."""
 
-    Image i depends on `(config.sampling.seed, i)` and the parameters alone. One program of
-    `config.sampling.batch_size` rows is compiled at the first call and serves every count.
+    scale: float
+    low: float = 0.0
+    high: float = 1.0
+
+
+class Samples(NamedTuple):
+    """One batch, on the devices, sharded on its rows.
+
+    Attributes:
+      images: uint8 `[B, H, W, C]`.
+      labels: int32 `[B]`.
+      finite: bool `[B]`; False where the latent was not finite, and the image means nothing.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    finite: jax.Array
+
+
+class Guide(NamedTuple):
+    """The weak model of autoguidance, with its EMA parameters."""
+
+    model: DiT
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Samples by number: image i depends on `(config.sampling.seed, i)` and the model alone.
+
+    Attributes:
+      batch_size: rows of one call, of one compiled program.
+      start: (EMA parameters, first number, guidance or None) -> `Samples` of `batch_size` numbers
+        from that one on. Returns as soon as the work is under way. Without guidance the model is
+        evaluated once a step.
+    """
+
+    batch_size: int
+    start: Callable[[Any, int, Guidance | None], Samples]
+
+
+def configured_guidance(config: SamplingConfig) -> Guidance | None:
+    """The guidance of `config.sampling`; None where it is off."""
+    if config.cfg_scale == 1.0:
+        return None
+    return Guidance(config.cfg_scale, config.cfg_interval_low, config.cfg_interval_high)
+
+
+def make_generator(experiment: Experiment, guide: Guide | None = None) -> Generator:
+    """Builds the generator; nothing is compiled before its first call.
+
+    Args:
+      experiment: with an autoencoder.
+      guide: the weak model of autoguidance; None guides by the model without a class.
     """
     config, mesh, model = experiment.config, experiment.mesh, experiment.model
     c, latent_format = config.sampling, experiment.latent_format
@@ -34,12 +93,59 @@ def make_generator(experiment: Experiment) -> Generator:
         raise ValueError("the experiment was prepared without an autoencoder to decode with")
     decode = _decoder(experiment.autoencoder, c.decode_slice, c.decode_tile)
     decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
+    solve = make_solver(config, model, guide.model if guide else None)
+    shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
+    rows = sharding.batch_sharding(mesh)
+    everywhere = sharding.replicated(mesh)
 
-    def predict(params: Any, x: jax.Array, t: jax.Array, labels: jax.Array) -> Any:
-        return model.apply({"params": params}, x, t, labels)
+    def generate(
+        params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any
+    ) -> Samples:
+        indices = jnp.arange(c.batch_size, dtype=jnp.int32) + first
+        indices = jax.lax.with_sharding_constraint(indices, rows)
+        labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
+        noise = sampling.initial_noise(c.seed, indices, shape)
+        keys = sampling.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
+        scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
+        latents = solve(
+            params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
+        )
+        finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
+        latents = denormalize(latents, latent_format.shift, latent_format.factor)
+        images = decode(decoder_params, latents)
+        return Samples(jnp.asarray(to_uint8(images)), labels, finite)
 
-    solve = sampling.make_sampler(
-        predict,
+    compiled = jax.jit(generate, out_shardings=rows)
+
+    def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
+        numbers = None
+        if guidance is not None:
+            numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
+        # A guide without guidance would be computed for nothing.
+        guiding_params = guide.params if guide and guidance else None
+        with sharding.use_mesh(mesh):
+            return compiled(
+                params,
+                guiding_params,
+                decoder_params,
+                jax.device_put(np.int32(first), everywhere),
+                numbers,
+            )
+
+    return Generator(c.batch_size, start)
+
+
+def make_solver(
+    config: Config, model: DiT, guiding_model: DiT | None = None
+) -> Callable[..., jax.Array]:
+    """Returns the configured sampler of latents; see `sampling.make_sampler` for its call."""
+    c = config.sampling
+
+    def predict_with(model: DiT) -> Callable[..., Any]:
+        return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
+
+    return sampling.make_sampler(
+        predict_with(model),
         flow.get_path(config.flow.path),
         prediction=config.flow.prediction,
         solver=c.solver,
@@ -49,44 +155,52 @@ def make_generator(experiment: Experiment) -> Generator:
         time_shift=c.time_shift,
         tolerance=solvers.Tolerance(c.rtol, c.atol, c.max_steps),
         diffusion=sde.Diffusion(c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size),
+        guiding_fn=predict_with(guiding_model) if guiding_model else None,
     )
-    guided = c.cfg_scale != 1.0
-    interval = np.array([c.cfg_interval_low, c.cfg_interval_high], np.float32)
-    has_interval = guided and interval.tolist() != [0.0, 1.0]
-    shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
 
-    def generate_batch(
-        params: Any,
-        decoder_params: Any,
-        indices: jax.Array,
-        scale: jax.Array | None,
-        interval: jax.Array | None,
-    ) -> tuple:
-        labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
-        noise = sampling.initial_noise(c.seed, indices, shape)
-        keys = sampling.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
-        latents = solve(params, noise, labels, scale, interval, keys=keys)
-        latents = denormalize(latents, latent_format.shift, latent_format.factor)
-        images = decode(decoder_params, latents)
-        return to_uint8(images), labels
 
-    compiled = jax.jit(generate_batch, out_shardings=sharding.replicated(mesh))
+def batches(
+    generator: Generator, params: Any, parts: Sequence[range], guidance: Guidance | None
+) -> Iterator[tuple[range, Samples]]:
+    """Starts the samples of each part, batch by batch, no batch crossing from one to the next.
 
-    def generate(params: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-        everywhere = sharding.replicated(mesh)
-        scale = jax.device_put(np.float32(c.cfg_scale), everywhere) if guided else None
-        between = jax.device_put(interval, everywhere) if has_interval else None
-        batches = []
-        for start in range(0, count, c.batch_size):
-            indices = np.arange(start, start + c.batch_size, dtype=np.int32)
-            with sharding.use_mesh(mesh):
-                indices = jax.device_put(indices, sharding.batch_sharding(mesh))
-                batch = compiled(params, decoder_params, indices, scale, between)
-                batches.append(jax.device_get(batch))
-        images, labels = zip(*batches, strict=True)
-        return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+    Yields:
+      The numbers of a batch, and its samples, of which the first `len(numbers)` rows count.
+    """
+    for part in parts:
+        for first in range(part.start, part.stop, generator.batch_size):
+            numbers = range(first, min(first + generator.batch_size, part.stop))
+            yield numbers, generator.start(params, first, guidance)
 
-    return generate
+
+def check_finite(finite: np.ndarray, first: int) -> None:
+    """Raises SamplingError where a sample is not finite, naming the first; `first` is row 0's."""
+    if not finite.all():
+        raise SamplingError(
+            f"sample {first + int(np.argmin(finite))} is not finite, nor are "
+            f"{int((~finite).sum()) - 1} others of {len(finite)}: the model's output is NaN or "
+            "infinite (evaluate an earlier checkpoint, or config.model.dtype='float32'), or "
+            "config.sampling.max_steps of dopri5 were not enough"
+        )
+
+
+def generate_images(
+    generator: Generator, params: Any, count: int, guidance: Guidance | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the first `count` samples: images uint8 `[count, H, W, C]` and labels `[count]`.
+
+    For as many as a grid holds; every process gets them all.
+
+    Raises:
+      SamplingError: a sample is not finite.
+    """
+    images, labels = [], []
+    for numbers, device_samples in one_late(batches(generator, params, [range(count)], guidance)):
+        samples = sharding.to_host(device_samples)
+        check_finite(samples.finite[: len(numbers)], numbers.start)
+        images.append(samples.images[: len(numbers)])
+        labels.append(samples.labels[: len(numbers)])
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def _decoder(
@@ -106,7 +220,7 @@ def write_grid(
 ) -> None:
     """Writes a PNG of the images; with balanced labels and a column per class, headed by them."""
     columns = experiment.config.sampling.grid_columns
-    names = experiment.dataset.class_names
+    names = experiment.class_names
     by_class = columns == len(names) and experiment.config.sampling.labels == "balanced"
     save_grid(
         images,

@@ -1,17 +1,20 @@
 """Writing what people look at: image grids, sample archives and loss curves, each atomically."""
 
-import contextlib
+import concurrent.futures
+import itertools
 import math
 import os
 import pathlib
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from repulsor_jax import atomic
 
 PathLike = str | os.PathLike[str]
 
@@ -82,7 +85,7 @@ def save_grid(
         for k, label in enumerate(column_labels):
             middle = k * (width + border) + border + width / 2
             draw.text((middle, header - 1), label, fill="black", font=font, anchor="md")
-    with _replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
@@ -93,56 +96,83 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
     return np.asarray(picture).reshape(height * factor, width * factor, channels)
 
 
-def save_samples(path: PathLike, images: np.ndarray, labels: np.ndarray) -> None:
+def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
     """Writes a compressed .npz as ADM's evaluator reads it: arr_0 images, arr_1 labels.
 
     Args:
       path: the archive; it appears complete or not at all.
-      images: uint8 `[N, H, W, C]`.
+      images: pieces uint8 `[n, H, W, C]`, N in all; only one of them is in memory at a time.
       labels: `[N]`.
 
     Raises:
-      ValueError: the images are not uint8 `[N, H, W, C]`, or there are not N labels.
+      ValueError: the images are not uint8 `[n, H, W, C]` of one size, or there are not N labels.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != (len(images),):
-        raise ValueError(
-            f"found images {images.dtype} {images.shape} and labels {labels.shape}, "
-            "expected uint8 [N, H, W, C] and [N]"
-        )
-    with _replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, images, labels)
+    labels = np.asarray(labels)
+    pieces = iter(images)
+    first = np.asarray(next(pieces))
+    shape = (len(labels), *first.shape[1:])
+    count = 0
+    with (
+        atomic.replacing(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for piece in itertools.chain([first], pieces):
+                if piece.dtype != np.uint8 or piece.ndim != 4 or piece.shape[1:] != shape[1:]:
+                    raise ValueError(
+                        f"found images {piece.dtype} {piece.shape}, expected uint8 "
+                        f"{['n', *shape[1:]]}"
+                    )
+                file.write(np.ascontiguousarray(piece).data)
+                count += len(piece)
+        with archive.open("arr_1.npy", "w") as file:
+            np.lib.format.write_array(file, labels, allow_pickle=False)
+        if labels.shape != (count,):
+            raise ValueError(f"found {count} images and labels {labels.shape}, expected as many")
 
 
-def save_loss_curve(
-    path: PathLike, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-) -> None:
-    """Writes a PNG with one panel per curve, one above the other, over training steps.
+def save_pngs(folder: PathLike, first: int, images: np.ndarray) -> None:
+    """Writes images as `<folder>/000000.png` and so on, six digits, numbered from `first`.
+
+    Args:
+      folder: made where absent.
+      first: number of the first image.
+      images: uint8 `[N, H, W, 1 or 3]`.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(k: int) -> None:
+        picture = Image.fromarray(images[k][..., 0] if images.shape[-1] == 1 else images[k])
+        picture.save(folder / f"{first + k:06d}.png", format="PNG")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compressing lets go of the interpreter
+        list(pool.map(write, range(len(images))))
+
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def save_curves(path: PathLike, panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> None:
+    """Writes a PNG with one panel for each quantity, one above the other, over a common axis.
 
     Args:
       path: the PNG; it appears complete or not at all.
-      curves: name -> (steps, values), of equal lengths; at least one.
+      panels: quantity -> name of a line -> (x values, y values); lines named "" have no legend.
+      x_label: of the common axis.
     """
-    figure = Figure(figsize=(7, 1 + 2 * len(curves)), layout="constrained")
+    figure = Figure(figsize=(7, 1 + 2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)  # draws without pyplot's global state or a display
-    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
-    for axes, (name, (steps, values)) in zip(panels, curves.items(), strict=True):
-        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 50 else "")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-    panels[-1].set_xlabel("training step")
-    with _replacing(path) as temporary:
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for panel, (quantity, lines) in zip(axes, panels.items(), strict=True):
+        for name, (x, y) in lines.items():
+            panel.plot(x, y, linewidth=1.2, marker="." if len(x) < 50 else "", label=name or None)
+        panel.set_ylabel(quantity)
+        panel.grid(alpha=0.3)
+        if any(lines):
+            panel.legend(fontsize="small")
+    axes[-1].set_xlabel(x_label)
+    with atomic.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-@contextlib.contextmanager
-def _replacing(path: PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling that takes the place of `path` when the block succeeds."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

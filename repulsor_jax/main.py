@@ -16,6 +16,8 @@ from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import data_directory, encode
+from repulsor_jax.evaluate import evaluate
+from repulsor_jax.generation import SamplingError
 from repulsor_jax.metrics import NonFiniteLossError
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
@@ -32,12 +34,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample"],
+    ["train", "encode", "sample", "evaluate"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
-    "latents, once. sample: a grid and an .npz from a checkpoint's EMA parameters.",
+    "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
+    "and other metrics of checkpoints, or of an .npz (config.evaluation.samples).",
 )
-_CHECKPOINT_STEP = flags.DEFINE_integer(
-    "checkpoint_step", None, "Which checkpoint to sample from; the newest by default."
+_CHECKPOINT_STEP = flags.DEFINE_string(
+    "checkpoint_step",
+    "",
+    "Which checkpoint to sample from or evaluate; the newest by default. evaluate also takes "
+    "several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -72,22 +78,23 @@ def main(argv: list[str]) -> None:
             if jax.process_index() == 0:
                 print(f"latents: {data_directory(config, workdir)}")
             return
-        experiment = experiment_lib.prepare(
-            config,
-            workdir,
-            draws_pictures=_MODE.value == "sample" or experiment_lib.draws_pictures(config),
+        if _MODE.value == "sample":
+            sample(config, workdir, _sample_step())
+            return
+        if _MODE.value == "evaluate":
+            evaluate(config, workdir, _CHECKPOINT_STEP.value)
+            return
+        experiment, dataset = experiment_lib.prepare(
+            config, workdir, draws_pictures=experiment_lib.draws_pictures(config)
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SamplingError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
     try:
-        if _MODE.value == "train":
-            train(experiment, _CONFIG.value.to_dict())
-        else:
-            sample(experiment, _CHECKPOINT_STEP.value)
+        train(experiment, dataset, _CONFIG.value.to_dict())
     except (
         NonFiniteLossError,
         CheckpointError,
@@ -98,6 +105,14 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _sample_step() -> int | None:
+    """The one step that --mode=sample takes; None is the newest."""
+    text = _CHECKPOINT_STEP.value
+    if text and not text.isdecimal():
+        raise config_lib.ConfigError(f"--checkpoint_step={text!r}: --mode=sample takes one step")
+    return int(text) if text else None
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,34 +1,103 @@
-"""The sample mode: a grid and an .npz from a checkpoint's EMA parameters."""
+"""The sample mode: as many images as a paper needs, from a checkpoint's EMA parameters."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 
-from repulsor_jax import images, sharding
-from repulsor_jax.checkpoint import Checkpointer
-from repulsor_jax.experiment import Experiment
-from repulsor_jax.generation import make_generator, write_grid
-from repulsor_jax.train_state import init_model_params
+from repulsor_jax import atomic, images, inference, sharding
+from repulsor_jax.config import Config
+from repulsor_jax.generation import (
+    batches,
+    check_finite,
+    configured_guidance,
+    make_generator,
+    write_grid,
+)
+from repulsor_jax.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 
 
-def sample(experiment: Experiment, step: int | None = None) -> None:
-    """Writes `<workdir>/samples/step_<step>.png` and `.npz` (the ADM suite's layout).
+def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pathlib.Path:
+    """Writes `<workdir>/samples/step_<step>-<digest>.npz`, as ADM's evaluator reads it.
+
+    Beside it: a grid (.png), the protocol (.json), from which the digest is made, and, where
+    configured, a folder of PNG files. A job that was stopped goes on with the images that are
+    missing, and ends with the same bytes.
 
     Args:
-      experiment: from `experiment.prepare`.
+      config: the configuration.
+      workdir: of a trained run.
       step: which checkpoint; the newest by default.
 
+    Returns:
+      The .npz.
+
     Raises:
-      CheckpointError: no such checkpoint, or it holds another model.
+      ConfigError, CheckpointError: one message that names the key or file.
+      SamplingError: a sample is not a finite number.
     """
-    config, workdir = experiment.config, experiment.workdir
-    boxed = jax.eval_shape(lambda key: init_model_params(experiment.model, key), jax.random.key(0))
-    abstract_params = sharding.abstract_arrays(
-        boxed, sharding.tree_shardings(boxed, experiment.mesh)
+    with inference.open_checkpoints(workdir) as checkpointer:
+        step = checkpointer.resolve(step)
+        experiment = inference.open_experiment(config, workdir, checkpointer, step)
+        guide = inference.load_guide(experiment)
+        params = inference.restore_params(experiment, checkpointer, step)
+    guidance = configured_guidance(config.sampling)
+    count, batch_size = config.sampling.num_samples, config.sampling.batch_size
+    protocol = inference.protocol(
+        experiment,
+        guidance,
+        step=step,
+        weights_sha256=inference.params_sha256(params),
+        num_samples=count,
+        guide=guide.description if guide else None,
     )
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        params, step = checkpointer.restore_ema(abstract_params, step)
-    pictures, labels = make_generator(experiment)(params, config.sampling.num_samples)
-    if jax.process_index() == 0:
-        path = workdir / "samples" / f"step_{step}.npz"
-        images.save_samples(path, pictures, labels)
-        write_grid(experiment, path.with_suffix(".png"), pictures, labels)
-        print(f"{len(pictures)} samples of step {step}: {path} and {path.with_suffix('.png')}")
+    path = workdir / "samples" / f"step_{step}-{digest(protocol)}.npz"
+    record = path.with_suffix(".json")
+    is_main = jax.process_index() == 0
+    shards = Shards(
+        path.with_name(f".{path.stem}.incomplete"),
+        count,
+        whole_batches(config.sampling.images_per_shard, batch_size),
+    )
+    if path.is_file() and record.is_file():
+        if is_main:
+            shards.remove()  # left where the job was killed at its very end
+            print(f"{path}: these {count:,} samples are there already")
+        return path
+
+    generator = make_generator(experiment, guide.guide if guide else None)
+
+    def produce(parts: Sequence[range]) -> Iterator[Arrays]:
+        for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
+            found = sharding.to_host(device_samples)
+            images, labels, finite = (array[: len(numbers)] for array in found)
+            check_finite(finite, numbers.start)
+            yield {"images": images, "labels": labels}
+
+    fill(shards, produce, title="sample")
+    if is_main:
+        labels = np.concatenate(list(shards.read("labels")))
+        if config.sampling.save_png:
+            for shard, piece in enumerate(shards.read("images")):
+                images.save_pngs(path.with_suffix(""), shards.rows(shard).start, piece)
+        images.save_samples(path, shards.read("images"), labels)
+        shown = min(count, config.sampling.grid_samples)
+        first = _first(shards.read("images"), shown)
+        write_grid(experiment, path.with_suffix(".png"), first, labels[:shown])
+        atomic.write_text(record, json.dumps(protocol, indent=2) + "\n")
+        shards.remove()
+        print(
+            f"{count:,} samples of step {step}: {path}\n"
+            f"the first {shown}: {path.with_suffix('.png')}; their protocol: {record}"
+        )
+    return path
+
+
+def _first(pieces: Iterator[np.ndarray], count: int) -> np.ndarray:
+    """The first `count` items of arrays in a row."""
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < count:
+        found.append(next(pieces))
+    return np.concatenate(found)[:count]

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -127,3 +128,17 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
     )
+
+
+def to_host(tree: Any) -> Any:
+    """Global arrays -> whole NumPy arrays, on every process; waits for what makes them."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agree(value: Any) -> Any:
+    """What the first process passes, as a NumPy array, on every process."""
+    if jax.process_count() == 1:
+        return np.asarray(value)
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))

@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,10 +11,18 @@ from tqdm import tqdm
 
 from repulsor_jax import images, regularizers, sharding
 from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import training_iterator
-from repulsor_jax.evaluation import pixels
-from repulsor_jax.experiment import Experiment
-from repulsor_jax.generation import make_generator, write_grid
+from repulsor_jax.evaluate import Evaluator, evaluate_params, make_yardstick
+from repulsor_jax.experiment import Experiment, latents_record
+from repulsor_jax.generation import (
+    SamplingError,
+    configured_guidance,
+    generate_images,
+    make_generator,
+    write_grid,
+)
+from repulsor_jax.inference import load_guide, params_sha256
 from repulsor_jax.metrics import (
     JSONL_NAME,
     MetricWriter,
@@ -30,12 +38,17 @@ from repulsor_jax.train_state import (
 )
 from repulsor_jax.train_step import compile_train_step, make_train_step
 
+_CURVES = ("flow_loss", "regularizer_loss", "fid", "frechet_pixels", "frechet_autoencoder")
 
-def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainState:
+
+def train(
+    experiment: Experiment, dataset: LatentDataset, config_record: Mapping[str, Any]
+) -> TrainState:
     """Trains to `config.total_steps`, going on from the newest checkpoint where there is one.
 
     Args:
       experiment: from `experiment.prepare`.
+      dataset: likewise; what is trained on.
       config_record: the configuration as plain values, kept with every checkpoint.
 
     Returns:
@@ -52,7 +65,7 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
     parts = (config, experiment.model, regularizers.build(config), build_optimizer(config))
     abstract_state, _ = abstract_train_state(*parts, mesh)
     data = training_iterator(
-        experiment.dataset,
+        dataset,
         global_batch_size=config.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -60,10 +73,8 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
     )
-    generate = make_generator(experiment) if experiment.autoencoder else None
-    held_out = None
-    if experiment.held_out and experiment.autoencoder and config.evaluation.every_steps:
-        held_out = pixels.held_out_statistics(experiment.held_out, experiment.autoencoder)
+    pictures = _Pictures(experiment, say) if experiment.autoencoder else None
+    latents = latents_record(experiment)
     say(parameter_overview.get_parameter_overview(abstract_state.params, include_stats=False))
 
     # Compile before the loop, so that what cannot run fails here.
@@ -71,8 +82,8 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
     step_fn = compile_train_step(
         make_train_step(*parts, experiment.latent_format),
         abstract_state,
-        experiment.dataset.shape,
-        experiment.dataset.dtype,
+        dataset.shape,
+        dataset.dtype,
         config.batch_size,
         mesh,
     )
@@ -111,33 +122,24 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
                         state, step_metrics = step_fn(state, batch)
                     recorder.push(step, step_metrics)  # reads the metrics of the step before
 
-                    if generate and _due(
+                    if pictures and _due(
                         config.sampling.grid_every_steps, step, config.total_steps
                     ):
                         with recorder.pause():
-                            samples = generate(state.ema_params, config.sampling.grid_samples)
-                            if is_main:
-                                grid = workdir / "samples" / f"train_{step:08d}.png"
-                                write_grid(experiment, grid, *samples)
-                                writer.image(step, "samples", grid)
-                    if (
-                        generate
-                        and held_out
-                        and _due(config.evaluation.every_steps, step, config.total_steps)
-                    ):
+                            pictures.grid(step, state.ema_params, writer)
+                    if pictures and _due(config.evaluation.every_steps, step, config.total_steps):
                         with recorder.pause():
-                            samples = generate(state.ema_params, config.evaluation.num_samples)
-                            distance = pixels.pixel_frechet_distance(samples[0], held_out)
-                            writer.scalars(step, {pixels.METRIC: distance})
-                            say(f"step {step}: {pixels.METRIC} {distance:.4f}")
+                            pictures.evaluate(step, state.ema_params, writer)
                     if _due(config.checkpoint.every_steps, step, config.total_steps):
                         recorder.flush()
                         with recorder.pause():
-                            checkpointer.save(step, state, data.get_state(), config_record)
+                            checkpointer.save(step, state, data.get_state(), config_record, latents)
             except NonFiniteLossError as error:
                 # The step refused the update, so the state is still good; the data has moved on.
                 step = int(jax.device_get(state.step))
-                checkpointer.save(step, state, data.get_state(), config_record, overwrite=True)
+                checkpointer.save(
+                    step, state, data.get_state(), config_record, latents, overwrite=True
+                )
                 raise NonFiniteLossError(
                     f"{error}. The last good state is saved as step {step} in "
                     f"{checkpointer.directory}; the same command goes on from it with the next "
@@ -151,6 +153,49 @@ def train(experiment: Experiment, config_record: Mapping[str, Any]) -> TrainStat
     return state
 
 
+class _Pictures:
+    """What training shows on its way: grids of samples, and evaluations by few of them."""
+
+    def __init__(self, experiment: Experiment, say: Callable[[str], None]) -> None:
+        self._experiment, self._say = experiment, say
+        self._guidance = configured_guidance(experiment.config.sampling)
+        guide = load_guide(experiment)
+        self._generator = make_generator(experiment, guide.guide if guide else None)
+        if experiment.config.evaluation.every_steps:
+            yardstick = make_yardstick(experiment)
+            self._evaluator = Evaluator(experiment, self._generator, guide, yardstick)
+
+    def grid(self, step: int, params: Any, writer: MetricWriter) -> None:
+        """Draws a grid of the first samples."""
+        count = self._experiment.config.sampling.grid_samples
+        try:
+            samples = generate_images(self._generator, params, count, self._guidance)
+        except SamplingError as error:  # no reason to stop training
+            self._say(f"step {step}: no grid: {error}")
+            return
+        if jax.process_index() == 0:
+            path = self._experiment.workdir / "samples" / f"train_{step:08d}.png"
+            write_grid(self._experiment, path, *samples)
+            writer.image(step, "samples", path)
+
+    def evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
+        """Evaluates with `config.evaluation.training_samples`, by the code of the evaluate mode."""
+        try:
+            record = evaluate_params(
+                self._evaluator,
+                params,
+                self._guidance,
+                step=step,
+                weights_sha256=params_sha256(params),
+                num_samples=self._experiment.config.evaluation.training_samples,
+            )
+        except SamplingError as error:
+            self._say(f"step {step}: not evaluated: {error}")
+            return
+        if record:
+            writer.scalars(step, record["metrics"])
+
+
 def _due(every_steps: int, step: int, total_steps: int) -> bool:
     """Whether something done every so many steps, and after the last one, is due; 0 is never."""
     return every_steps > 0 and (step % every_steps == 0 or step == total_steps)
@@ -158,12 +203,12 @@ def _due(every_steps: int, step: int, total_steps: int) -> bool:
 
 def _write_loss_curve(workdir: pathlib.Path) -> None:
     """Draws `<workdir>/loss_curve.png` from the metrics file."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for line in read_jsonl(workdir / JSONL_NAME):
-        for name in ("flow_loss", "regularizer_loss", pixels.METRIC):
+        for name in _CURVES:
             if name in line:
-                steps, values = curves.setdefault(name, ([], []))
+                steps, values = curves.setdefault(name, {}).setdefault("", ([], []))
                 steps.append(line["step"])
                 values.append(line[name])
     if curves:
-        images.save_loss_curve(workdir / "loss_curve.png", curves)
+        images.save_curves(workdir / "loss_curve.png", curves, "training step")

@@ -25,7 +25,7 @@ def saved(tmp_path_factory):
     state, _ = tiny.build(c, tiny.mesh(2, 4)).run(tiny.batches(2))
     folder = tmp_path_factory.mktemp("checkpoints")
     with Checkpointer(folder) as checkpointer:
-        checkpointer.save(2, state, {"next_index": 2}, {"seed": 0})
+        checkpointer.save(2, state, {"next_index": 2}, {"seed": 0}, {"shift": [0.5]})
     return c, folder, jax.device_get(tiny.raw(state))
 
 
@@ -89,5 +89,5 @@ def test_saving_a_step_twice_is_no_error(tmp_path):
     state = create_train_state(*parts(c), tiny.mesh())
     with Checkpointer(tmp_path) as checkpointer:
         for _ in range(2):
-            checkpointer.save(0, state, {"next_index": 0}, {})
+            checkpointer.save(0, state, {"next_index": 0}, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["0"]

@@ -5,6 +5,7 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
+from repulsor_jax.data.latent_dataset import open_latent_dataset
 from tests import tiny
 
 
@@ -21,8 +22,9 @@ def prepare(workdir, **overrides):
 
 
 def test_encodes_when_absent_and_leaves_alone_what_is_there(tmp_path):
-    fresh = prepare(tmp_path)
-    assert (fresh.dataset.num_images, fresh.held_out.num_images) == (1300, 497)
+    fresh, dataset = prepare(tmp_path)
+    assert dataset.num_images == 1300
+    assert open_latent_dataset(tmp_path / "data" / "test").num_images == 497
     before = (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns
     encode_lib.encode(fresh.config, tmp_path)
     assert (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns == before
@@ -31,7 +33,8 @@ def test_encodes_when_absent_and_leaves_alone_what_is_there(tmp_path):
 def test_encodes_the_rest_of_what_was_interrupted(tmp_path):
     prepare(tmp_path)
     shutil.rmtree(tmp_path / "data" / "test")
-    assert prepare(tmp_path, **{"evaluation.every_steps": 5}).held_out.num_images == 497
+    prepare(tmp_path, **{"evaluation.every_steps": 5})
+    assert open_latent_dataset(tmp_path / "data" / "test").num_images == 497
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_other_weights_than_those_that_encoded_are_refused(workdir, tmp_path, mo
         prepare(tmp_path)
     # Without pictures to draw, the weights are not asked for.
     c = config_lib.parse(tiny.digits_dict(**{"data.autoencoder_weights": "/nowhere"}))
-    assert experiment_lib.prepare(c, tmp_path, draws_pictures=False).autoencoder is None
+    assert experiment_lib.prepare(c, tmp_path, draws_pictures=False)[0].autoencoder is None
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -10,7 +10,7 @@ import pytest
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.experiment import Experiment
-from repulsor_jax.generation import make_generator
+from repulsor_jax.generation import configured_guidance, generate_images, make_generator
 from repulsor_jax.train_state import build_model, init_model_params
 from repulsor_jax.train_step import LatentFormat
 from tests import tiny
@@ -61,12 +61,13 @@ def generate(params, count, mesh=None, latent_format=tiny.FORMAT, **overrides):
         mesh=mesh,
         model=build_model(c.model),
         autoencoder=get_autoencoder("identity"),
-        dataset=None,
-        held_out=None,
         latent_format=latent_format,
+        latents_sha256="",
+        class_names=("a", "b", "c"),
     )
     placed = jax.device_put(params, sharding.replicated(mesh))
-    return make_generator(parts)(placed, count)
+    guidance = configured_guidance(c.sampling)
+    return generate_images(make_generator(parts), placed, count, guidance)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ TINY = [
     "--config.log.every_steps=2",
     "--config.sampling.num_steps=2",
     "--config.sampling.num_samples=30",
-    "--config.evaluation.num_samples=100",
+    "--config.evaluation.training_samples=100",
 ]
 
 

@@ -1,5 +1,6 @@
 """The loop as a whole. Invariant 4 lives here: resume is invisible."""
 
+import dataclasses
 import json
 import shutil
 
@@ -31,8 +32,8 @@ def data_dir(tmp_path_factory):
 def run(workdir, data_dir, **overrides):
     values = tiny.digits_dict(data_dir, **MESH, **overrides)
     workdir.mkdir(exist_ok=True)
-    experiment = experiment_lib.prepare(config_lib.parse(values), workdir, draws_pictures=True)
-    return train(experiment, values.to_dict())
+    parts = experiment_lib.prepare(config_lib.parse(values), workdir, draws_pictures=True)
+    return train(*parts, values.to_dict())
 
 
 def losses(workdir):
@@ -115,18 +116,18 @@ def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, mo
 def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypatch):
     drawn_from = []
 
-    def make_generator(experiment):
-        generate = generation.make_generator(experiment)
+    def make_generator(*arguments):
+        generator = generation.make_generator(*arguments)
 
-        def spy(params, count):
+        def spy(params, first, guidance):
             drawn_from.append(jax.device_get(params))
-            return generate(params, count)
+            return generator.start(params, first, guidance)
 
-        return spy
+        return dataclasses.replace(generator, start=spy)
 
     monkeypatch.setattr(train_lib, "make_generator", make_generator)
     state = run(tmp_path, data_dir, sampling__grid_every_steps=8, evaluation__every_steps=8)
-    assert len(drawn_from) == 4
+    assert len(drawn_from) == 2 * (2 + 2)  # twice, of 20 and of 32 samples, 16 at a time
     jax.tree.map(np.testing.assert_array_equal, drawn_from[-1], jax.device_get(state.ema_params))
     grids = sorted(p.name for p in (tmp_path / "samples").iterdir())
     assert grids == ["train_00000008.png", "train_00000012.png"]

@@ -89,6 +89,7 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "sampling.grid_every_steps": 0,
         "evaluation.every_steps": 0,
         "evaluation.num_samples": 32,
+        "evaluation.training_samples": 32,
     }
     return _updated(c, tiny, overrides)
 

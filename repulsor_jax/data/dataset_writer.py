@@ -98,6 +98,7 @@ class DatasetWriter:
         Raises:
           ValueError: a latent is not finite or overflows float16, a label is out of range, the
             shapes disagree, or the batches do not hold the images of this shard.
+          OSError: it cannot be written, as where the disk is full.
         """
         path = self.folder / self._name(shard)
         for stale in self.folder.glob(f"{path.name}.partial-*"):
@@ -154,7 +155,7 @@ class DatasetWriter:
         images = 0
         skipped: list[Skipped] = []
         total = square = np.zeros(())
-        with contextlib.closing(ArrayRecordWriter(str(path), "group_size:1,uncompressed")) as out:
+        with contextlib.closing(_Records(path)) as out:
             for batch in batches:
                 skipped += batch.skipped
                 if not len(batch.labels):
@@ -168,8 +169,7 @@ class DatasetWriter:
                 axes = tuple(range(latents.ndim - 1))
                 total = total + latents.sum(axes)
                 square = square + np.square(latents).sum(axes)
-                for record in records:
-                    out.write(record.tobytes())
+                out.write(records)
                 images += len(batch.labels)
         expected = len(self.rows(shard))
         if images + len(skipped) != expected:
@@ -339,6 +339,34 @@ class _Rest:
             self._left = (latents[count:], labels[count:]) if len(labels) > count else None
             yield Batch(latents[:count], labels[:count])
             count -= min(count, len(labels))
+
+
+class _Records:
+    """An ArrayRecord file; a full disk is an OSError, which the bare writer calls RuntimeError."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        with self._reported():
+            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+
+    def write(self, records: np.ndarray) -> None:
+        with self._reported():
+            for record in records:
+                self._writer.write(record.tobytes())
+
+    def close(self) -> None:
+        with self._reported():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(
+                f"{self._path}: cannot be written ({error}): when the disk has room for it, the "
+                "same command goes on from here"
+            ) from error
 
 
 def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:

@@ -148,18 +148,25 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
     if content.keys() != expected:
         raise ValueError(
             f"{path}: missing keys {sorted(expected - content.keys())}, unknown keys "
-            f"{sorted(content.keys() - expected)}: encode again with --mode=encode"
+            f"{sorted(content.keys() - expected)}: restore it from a copy, or delete the data set "
+            "and encode again"
         )
-    content["shards"] = [Shard(**shard) for shard in content["shards"]]
-    content["skipped"] = [Skipped(**skipped) for skipped in content["skipped"]]
+    try:
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        content["skipped"] = [Skipped(**skipped) for skipped in content["skipped"]]
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: damaged, its shards or skipped images lack a key or have an unknown one "
+            f"({error}): restore it from a copy, or delete the data set and encode again"
+        ) from error
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     dataset = LatentDataset(directory=directory, **fields)
     total = sum(shard.records for shard in dataset.shards)
     if dataset.dtype not in DTYPES or total != dataset.num_records:
         raise ValueError(
             f"{path}: found dtype {dataset.dtype!r} and shards of {total} records, expected one of "
-            f"{list(DTYPES)} and {dataset.num_records} records in all: "
-            "encode again with --mode=encode"
+            f"{list(DTYPES)} and {dataset.num_records} records in all: restore it from a copy, or "
+            "delete the data set and encode again"
         )
     for shard, shard_path in zip(dataset.shards, _shard_paths(dataset), strict=True):
         _check_shard(shard_path, shard, record_dtype(dataset.shape, dataset.dtype).itemsize)
@@ -323,7 +330,7 @@ def _check_shard(path: pathlib.Path, shard: Shard, record_bytes: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} not found, though dataset.json lists it: "
-            "restore the file, or encode again with --mode=encode"
+            "restore it from a copy, or delete the data set and encode again"
         )
     found = size = 0
     with contextlib.suppress(RuntimeError):  # what the reader raises on a damaged file
@@ -334,5 +341,5 @@ def _check_shard(path: pathlib.Path, shard: Shard, record_bytes: int) -> None:
     if (found, size) != (shard.records, record_bytes):
         raise ValueError(
             f"{path}: found {found} records of {size} bytes, expected {shard.records} of "
-            f"{record_bytes}: restore the file, or encode again with --mode=encode"
+            f"{record_bytes}: restore it from a copy, or delete the data set and encode again"
         )

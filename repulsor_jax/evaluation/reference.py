@@ -12,15 +12,15 @@ import hashlib
 import json
 import os
 import pathlib
-import secrets
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
 import numpy as np
 from absl import logging
 
+from repulsor_jax import atomic
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 
 PathLike = str | os.PathLike[str]
@@ -28,6 +28,7 @@ PathLike = str | os.PathLike[str]
 POOL_FEATURES, SPATIAL_FEATURES = 2048, 17 * 17 * 7
 _KEYS = {"mu": POOL_FEATURES, "mu_s": SPATIAL_FEATURES}
 _IMAGES = "arr_0"
+_SKIP = 2**24  # bytes read at a time on the way to an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yields uint8 `[B, H, W, 3]` in order; the last batch may be short.
+    def read(self, parts: Sequence[range]) -> Iterator[np.ndarray]:
+        """Yields uint8 `[len(part), H, W, 3]` for each of some ascending ranges of images.
 
         Raises:
           ValueError: the file is damaged; names it.
@@ -61,15 +62,24 @@ class ImageArray:
         image_bytes = int(np.prod(image_shape))
         with _reading(self.path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
             _header(self.path, stream)
-            for start in range(0, count, batch_size):
-                size = min(batch_size, count - start)
-                data = stream.read(size * image_bytes)
-                if len(data) != size * image_bytes:
+            at = 0
+            for part in parts:
+                if part:
+                    self._skip(stream, (part.start - at) * image_bytes)
+                    at = part.stop
+                data = stream.read(len(part) * image_bytes)
+                if len(data) != len(part) * image_bytes:
                     raise ValueError(
-                        f"{self.path}: {_IMAGES} ends in image {start + len(data) // image_bytes} "
+                        f"{self.path}: {_IMAGES} ends in image "
+                        f"{part.start + len(data) // image_bytes} "
                         f"of {count}: the file is truncated, fetch it anew"
                     )
-                yield np.frombuffer(data, np.uint8).reshape(size, *image_shape)
+                yield np.frombuffer(data, np.uint8).reshape(len(part), *image_shape)
+
+    @staticmethod
+    def _skip(stream: IO[bytes], size: int) -> None:
+        while size and (data := stream.read(min(size, _SKIP))):
+            size -= len(data)
 
 
 def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> ImageArray:
@@ -105,6 +115,12 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
             "take the reference of the resolution that is sampled, as every metric depends on it"
         )
     return ImageArray(path, shape)
+
+
+def holds_images(path: PathLike) -> bool:
+    """Whether an .npz holds images `arr_0`."""
+    with _reading(pathlib.Path(path)) as archive:
+        return f"{_IMAGES}.npy" in archive.namelist()
 
 
 def read_statistics(path: PathLike) -> ReferenceStatistics | None:
@@ -146,43 +162,49 @@ def write_statistics(path: PathLike, statistics: ReferenceStatistics) -> None:
 
 
 def file_sha256(path: PathLike) -> str:
-    """Hex SHA-256 of a file, for `cached_arrays` and for reports."""
+    """Hex SHA-256 of a file, for caches and reports."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached_arrays(
-    folder: PathLike,
-    content: Sequence[str],
-    compute: Callable[[], Mapping[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """Arrays of a file in `folder`, or computed and then kept there.
+def read_cache(folder: PathLike, content: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Arrays that `write_cache` kept, by name; None where there are none.
+
+    A damaged file counts as none, with a warning.
 
     Args:
-      folder: of the cache; made if need be.
+      folder: of the cache.
       content: all that the arrays follow from, such as the SHA-256 of the reference and of the
         weights, and the count; other content is another file.
-      compute: makes the arrays; their names do not matter, but "content" is taken.
-
-    Returns:
-      The arrays by name. A damaged file is computed anew, with a warning. Several processes may do
-      the same at once: a file appears complete or not at all.
     """
-    text = json.dumps(list(content))
-    path = pathlib.Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
-    if path.is_file():
-        try:
-            with _reading(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-                arrays = {name: _array(path, archive, name) for name in names}
-            if str(arrays.pop("content")) == text:
-                return arrays
-            raise ValueError(f"{path}: found other content than {text}")
-        except (KeyError, ValueError) as error:
-            logging.warning("The cache is computed anew: %s", error)
-    arrays = dict(compute())
+    text, path = _cache_file(folder, content)
+    if not path.is_file():
+        return None
+    try:
+        with _reading(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            arrays = {name: _array(path, archive, name) for name in names}
+        if str(arrays.pop("content")) == text:
+            return arrays
+        raise ValueError(f"{path}: found other content than {text}")
+    except (KeyError, ValueError) as error:
+        logging.warning("The cache is computed anew: %s", error)
+    return None
+
+
+def write_cache(folder: PathLike, content: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Keeps arrays, of any names but "content", for `read_cache`.
+
+    Several processes may do the same at once: a file appears complete or not at all.
+    """
+    text, path = _cache_file(folder, content)
     _write(path, {"content": np.asarray(text), **arrays})
-    return arrays
+
+
+def _cache_file(folder: PathLike, content: Sequence[str]) -> tuple[str, pathlib.Path]:
+    text = json.dumps(list(content))
+    name = f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    return text, pathlib.Path(folder) / name
 
 
 def _gaussian(
@@ -256,11 +278,5 @@ def _header(path: pathlib.Path, stream: IO[bytes]) -> tuple[tuple[int, ...], boo
 
 
 def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **dict(arrays))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **dict(arrays))

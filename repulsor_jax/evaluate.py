@@ -1,0 +1,469 @@
+"""The evaluate mode: numbers that a paper can quote, each with its protocol.
+
+Samples become features batch by batch on the devices; only features reach the disk, where a job
+that was stopped finds them again.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from repulsor_jax import inference, sharding
+from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.config import Config, ConfigError, EvaluationConfig
+from repulsor_jax.data.latent_dataset import open_latent_dataset
+from repulsor_jax.data.sources import open_source
+from repulsor_jax.encode import data_directory, load_autoencoder
+from repulsor_jax.evaluation import reference as reference_lib
+from repulsor_jax.evaluation import report
+from repulsor_jax.evaluation.features import (
+    FeatureSpace,
+    autoencoder_space,
+    inception_space,
+    pixel_space,
+)
+from repulsor_jax.evaluation.image_sets import (
+    ImageSet,
+    folder_or_archive,
+    latent_images,
+    npz_images,
+    source_images,
+)
+from repulsor_jax.evaluation.measure import (
+    Extract,
+    Reference,
+    image_features,
+    image_reference,
+    make_extractor,
+    metrics,
+    sample_features,
+)
+from repulsor_jax.experiment import Experiment, checked_mesh
+from repulsor_jax.generation import (
+    Generator,
+    Guidance,
+    configured_guidance,
+    generate_images,
+    make_generator,
+    write_grid,
+)
+from repulsor_jax.inference import LoadedGuide
+from repulsor_jax.shards import Shards, digest
+
+_SPLITS = ("train", "test")
+_ARCHIVE = ".archive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """A feature space with its reference: what all evaluations of a run share.
+
+    Attributes:
+      folder: where records, and the features of a job at work, are kept.
+      space: where images are compared.
+      extract: computes features.
+      reference: what samples are compared with; None on processes but the first.
+    """
+
+    folder: pathlib.Path
+    space: FeatureSpace
+    extract: Extract
+    reference: Reference | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What draws a run's samples, and what they are measured by."""
+
+    experiment: Experiment
+    generator: Generator
+    guide: LoadedGuide | None
+    yardstick: Yardstick
+
+
+def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> list[report.Record]:
+    """Evaluates checkpoints, or an .npz of samples, and prints a table of all that is known.
+
+    Writes to `<workdir>/evaluations`: for every evaluation a .json with its protocol and a grid;
+    `results.md`, the table; plots over steps and guidance; and TensorBoard events. What was
+    evaluated before is not evaluated again, and a job that was stopped goes on where it was.
+
+    Args:
+      config: the configuration.
+      workdir: of a run.
+      checkpoints: "" for the newest, steps as "10000,20000", "all", or "follow": each as it
+        appears, until that of `config.total_steps` is done.
+
+    Returns:
+      The records of this call, on the first process.
+
+    Raises:
+      ConfigError, CheckpointError, ValueError, OSError: one message that names the key or file.
+      SamplingError: a sample is not a finite number.
+    """
+    folder = workdir / "evaluations"
+    if config.evaluation.samples:
+        records = [_evaluate_npz(config, workdir)]
+    else:
+        records = _evaluate_checkpoints(config, workdir, folder, checkpoints)
+    if jax.process_index() == 0:
+        print(report.write_table(folder))
+        print(f"protocols, grids and this table: {folder}")
+    return [record for record in records if record]
+
+
+def _evaluate_checkpoints(
+    config: Config, workdir: pathlib.Path, folder: pathlib.Path, checkpoints: str
+) -> list[report.Record]:
+    is_main = jax.process_index() == 0
+    records: list[report.Record] = []
+    with inference.open_checkpoints(workdir) as checkpointer:
+        wanted = _wanted_steps(checkpointer, checkpoints, config)
+        first = next(wanted)
+        experiment = inference.open_experiment(config, workdir, checkpointer, first)
+        guide = inference.load_guide(experiment)
+        generator = make_generator(experiment, guide.guide if guide else None)
+        evaluator = Evaluator(experiment, generator, guide, make_yardstick(experiment))
+        guidances = sweep(config)
+        events = SummaryWriter(str(workdir / "tensorboard" / "evaluation")) if is_main else None
+        for step in itertools.chain([first], wanted):
+            try:
+                params = inference.restore_params(experiment, checkpointer, step)
+            except (CheckpointError, FileNotFoundError):
+                if step in checkpointer.steps():
+                    raise
+                tqdm.write(f"step {step} was removed before it could be evaluated")
+                continue
+            digest_of_params = inference.params_sha256(params)
+            of_step = [
+                evaluate_params(
+                    evaluator,
+                    params,
+                    guidance,
+                    step=step,
+                    weights_sha256=digest_of_params,
+                    num_samples=config.evaluation.num_samples,
+                    grid=True,
+                )
+                for guidance in guidances
+            ]
+            if not is_main:
+                continue
+            records += of_step
+            assert events is not None
+            for record in of_step:
+                _write_events(events, record, swept=len(of_step) > 1)
+            picture = report.plot_sweep(folder, of_step)
+            if picture:
+                tqdm.write(f"the metrics over the guidance scale: {picture}")
+        if events is not None:
+            events.close()
+            picture = report.plot_steps(folder, records)
+            if picture and len(guidances) == 1:
+                tqdm.write(f"the metrics over the steps: {picture}")
+    return records
+
+
+def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:
+    """Yields the steps to evaluate; every process yields the same."""
+    if checkpoints in ("", "all"):
+        steps = [checkpointer.resolve(None)] if not checkpoints else checkpointer.steps()
+        if not steps:
+            checkpointer.resolve(None)  # says that there are none
+        yield from steps
+    elif checkpoints == "follow":
+        done: set[int] = set()
+        while config.total_steps not in done:
+            new = [step for step in checkpointer.steps() if step not in done]
+            step = int(sharding.agree(new[0] if new else -1))
+            if step >= 0:
+                done.add(step)
+                yield step
+                continue
+            if jax.process_index() == 0 and not new:
+                newest = f"after step {max(done)}" if done else f"in {checkpointer.directory}"
+                print(f"waiting for a checkpoint {newest}", flush=True)
+            time.sleep(config.evaluation.poll_seconds)
+    else:
+        try:
+            steps = [int(part) for part in checkpoints.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"--checkpoint_step={checkpoints!r}: expected steps as 10000,20000, 'all' or "
+                "'follow'"
+            ) from error
+        for step in steps:
+            checkpointer.resolve(step)
+        yield from steps
+
+
+def sweep(config: Config) -> list[Guidance | None]:
+    """The guidances to evaluate: every scale with every interval, without guidance once.
+
+    In a sweep all are of one program, which at scale 1 evaluates the model once a step.
+    """
+    c, s = config.evaluation, config.sampling
+    if not c.cfg_scales and not c.cfg_intervals:
+        return [configured_guidance(s)]
+    scales = c.cfg_scales or (s.cfg_scale,)
+    intervals = c.cfg_intervals or ((s.cfg_interval_low, s.cfg_interval_high),)
+    guidances = [
+        Guidance(scale, *(interval if scale != 1.0 else (0.0, 1.0)))
+        for interval in intervals
+        for scale in scales
+    ]
+    return list(dict.fromkeys(guidances))
+
+
+def make_yardstick(experiment: Experiment) -> Yardstick:
+    """Opens the feature space and the reference; computes the reference's features once.
+
+    Raises:
+      ConfigError, ValueError, OSError: one message that names the key or file.
+    """
+    config, autoencoder = experiment.config, experiment.autoencoder
+    assert autoencoder is not None
+    m = config.model
+    latent = jax.ShapeDtypeStruct((1, m.latent_size, m.latent_size, m.in_channels), "float32")
+    image = jax.eval_shape(autoencoder.decode, autoencoder.params, latent)
+    return _make_yardstick(
+        config, experiment.workdir, experiment.mesh, autoencoder, tuple(image.shape[1:])
+    )
+
+
+def _make_yardstick(
+    config: Config,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    autoencoder: Autoencoder | None,
+    image_shape: tuple[int, ...],
+) -> Yardstick:
+    folder, is_main = workdir / "evaluations", jax.process_index() == 0
+    path = pathlib.Path(config.evaluation.reference).expanduser()
+    statistics, images = None, None
+    if path.suffix == ".npz":
+        if config.evaluation.features == "inception":
+            statistics = reference_lib.read_statistics(path)
+        if statistics is None or reference_lib.holds_images(path):
+            images = npz_images(path, size=(image_shape[0], image_shape[1]))
+    else:
+        images = _open_images(config, workdir, autoencoder, image_shape)
+    space = _open_space(config, autoencoder, image_shape)
+    extract = make_extractor(space, mesh)
+    found = None
+    if images is not None:
+        found = image_reference(
+            images,
+            keep=config.evaluation.reference_features,
+            batch_size=config.evaluation.batch_size,
+            space=space,
+            extract=extract,
+            mesh=mesh,
+            cache=folder / "references",
+        )
+        if is_main:
+            shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
+    if statistics is not None and is_main:
+        # Published statistics are of the whole data set; the images beside them are some of it.
+        description = {"name": path.name, "digest": reference_lib.file_sha256(path)[:16]}
+        found = Reference(
+            description | {"images": statistics.pool.count},
+            statistics.pool,
+            statistics.spatial,
+            found.features if found else None,
+        )
+    return Yardstick(folder, space, extract, found)
+
+
+def _open_space(
+    config: Config, autoencoder: Autoencoder | None, image_shape: tuple[int, ...]
+) -> FeatureSpace:
+    name = config.evaluation.features
+    try:
+        if name == "inception":
+            return inception_space(config.evaluation.inception_weights)
+        if name == "pixels":
+            height, width, channels = image_shape
+            return pixel_space(height * width * channels)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.features={name!r}: {error}") from error
+    if autoencoder is None:
+        autoencoder = load_autoencoder(config)
+    return autoencoder_space(autoencoder)
+
+
+def _open_images(
+    config: Config,
+    workdir: pathlib.Path,
+    autoencoder: Autoencoder | None,
+    image_shape: tuple[int, ...],
+) -> ImageSet:
+    """Opens the reference where it is not an .npz."""
+    c: EvaluationConfig = config.evaluation
+    if c.reference in _SPLITS:
+        directory = data_directory(config, workdir) / c.reference
+        if not directory.exists():
+            raise ConfigError(
+                f"config.evaluation.reference={c.reference!r}: {directory} is absent. Name an "
+                ".npz or a folder of images, or encode that split, or in training set "
+                "config.evaluation.every_steps=0"
+            )
+        dataset = open_latent_dataset(directory)
+        autoencoder = autoencoder or load_autoencoder(config)
+        if dataset.autoencoder != autoencoder.name:
+            raise ConfigError(
+                f"config.evaluation.reference={c.reference!r}: {directory} was encoded with "
+                f"{dataset.autoencoder!r}, but config.data.autoencoder={autoencoder.name!r}"
+            )
+        return latent_images(dataset, autoencoder)
+    height, width = image_shape[:2]
+    if height != width:
+        raise ConfigError(
+            f"config.evaluation.reference={c.reference!r}: its images are cropped to squares, but "
+            f"samples are {height} x {width}: give an .npz"
+        )
+    path = c.reference
+    kind = path
+    if not path.startswith("tfds:"):
+        located = pathlib.Path(path).expanduser()
+        if not located.exists():
+            raise ConfigError(
+                f"config.evaluation.reference={path!r}: found no such file or folder, expected an "
+                ".npz, a folder or archive of images, 'tfds:<name>', 'train' or 'test'"
+            )
+        kind = folder_or_archive(located)
+    try:
+        source = open_source(
+            kind,
+            c.reference_split,
+            path=config.data.source_path if kind == path else str(located),
+            cache_dir=workdir / "evaluations" / _ARCHIVE,
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.evaluation.reference={path!r}: {error}") from error
+    return source_images(source, f"{path} {c.reference_split}".removesuffix(" ."), height)
+
+
+def evaluate_params(
+    evaluator: Evaluator,
+    params: Any,
+    guidance: Guidance | None,
+    *,
+    step: int,
+    weights_sha256: str,
+    num_samples: int,
+    grid: bool = False,
+) -> report.Record:
+    """Evaluates EMA parameters with one guidance; every process of the job takes part.
+
+    Args:
+      evaluator: of the run.
+      params: EMA parameters.
+      guidance: of the samples; None is none.
+      step: that the parameters are of.
+      weights_sha256: of the parameters, `inference.params_sha256`.
+      num_samples: how many to draw.
+      grid: draw a grid of the first ones too.
+
+    Returns:
+      The record: `{"metrics", "warnings", "protocol", "reference", "features", "seconds"}`; empty
+      on processes but the first.
+
+    Raises:
+      SamplingError: a sample is not a finite number.
+    """
+    experiment, generator, guide = evaluator.experiment, evaluator.generator, evaluator.guide
+    yardstick = evaluator.yardstick
+    protocol = inference.protocol(
+        experiment,
+        guidance,
+        step=step,
+        weights_sha256=weights_sha256,
+        num_samples=num_samples,
+        guide=guide.description if guide else None,
+    )
+
+    def features(folder: pathlib.Path, title: str) -> Shards:
+        return sample_features(
+            generator, params, guidance, num_samples, yardstick.extract, folder, title
+        )
+
+    title = f"evaluate step {step}"
+    if guidance is not None:
+        title += f", cfg {guidance.scale:g}"
+    record, name, is_new = _measured(yardstick, protocol, f"step_{step}", title, features)
+    if is_new and grid:
+        shown = min(num_samples, experiment.config.sampling.grid_samples)
+        pictures = generate_images(generator, params, shown, guidance)
+        if jax.process_index() == 0:
+            write_grid(experiment, yardstick.folder / f"{name}.png", *pictures)
+    return record
+
+
+def _evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
+    images = npz_images(config.evaluation.samples)
+    mesh = checked_mesh(config)
+    yardstick = _make_yardstick(config, workdir, mesh, None, images.shape)
+    protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
+
+    def features(folder: pathlib.Path, title: str) -> Shards:
+        return image_features(images, config.evaluation.batch_size, yardstick.extract, mesh, folder)
+
+    stem = pathlib.Path(images.name).stem
+    return _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)[0]
+
+
+def _measured(
+    yardstick: Yardstick,
+    protocol: dict[str, Any],
+    stem: str,
+    title: str,
+    features: Callable[[pathlib.Path, str], Shards],
+) -> tuple[report.Record, str, bool]:
+    """Reads the record of this protocol, or measures and writes it; also its name, and if new."""
+    is_main = jax.process_index() == 0
+    identity: dict[str, Any] = {
+        "protocol": protocol,
+        "features": {"name": yardstick.space.name, "digest": yardstick.space.digest},
+    }
+    if yardstick.reference is not None:
+        identity["reference"] = yardstick.reference.description
+    name = f"{stem}-{digest(identity)}"
+    known = report.read(yardstick.folder, name) if is_main else None
+    if sharding.agree(int(known is not None)):
+        return known or {}, name, False
+    started = time.perf_counter()
+    shards = features(yardstick.folder / f".{name}.incomplete", title)
+    if not is_main:
+        return {}, name, True
+    assert yardstick.reference is not None
+    values, warnings = metrics(shards, yardstick.reference, yardstick.space)
+    seconds = time.perf_counter() - started
+    record = {"metrics": values, "warnings": warnings, **identity, "seconds": round(seconds, 3)}
+    report.write(yardstick.folder, name, record)
+    shards.remove()
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+    tqdm.write(f"{title}, {protocol['num_samples']:,} samples: {shown}")
+    for warning in warnings:
+        tqdm.write(f"warning: {warning}")
+    return record, name, True
+
+
+def _write_events(events: SummaryWriter, record: report.Record, *, swept: bool) -> None:
+    protocol = record["protocol"]
+    suffix = ""
+    if swept:
+        low, high = protocol.get("cfg_interval", (0, 1))
+        suffix = f"/cfg_{protocol['cfg_scale']:g}_t_{low:g}_{high:g}"
+    for name, value in record["metrics"].items():
+        events.add_scalar(f"evaluation/{name}{suffix}", value, protocol["step"])

@@ -1,0 +1,138 @@
+"""Sets of images to compute features of: an .npz, files of images, a TFDS data set, latents."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from repulsor_jax import sharding
+from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.data.latent_dataset import LatentDataset, decode_records
+from repulsor_jax.data.preprocess import BadImageError
+from repulsor_jax.data.sources import ImageSource
+from repulsor_jax.data.workers import read_in_order
+from repulsor_jax.evaluation import reference
+from repulsor_jax.images import to_uint8
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images by number, read on the host and, where they are latents, decoded on the devices.
+
+    Attributes:
+      name: for reports.
+      digest: of the content, or of what stands for it.
+      count: number of images.
+      shape: of one item as read.
+      dtype: of one item as read.
+      read: ascending ranges of numbers -> an array of items for each; a range may be empty.
+      params: first argument of `decode`.
+      decode: (params, items `[B, *shape]`) -> uint8 images `[B, H, W, C]`, under jit.
+    """
+
+    name: str
+    digest: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[Sequence[range]], Iterator[np.ndarray]]
+    params: Any = None
+    decode: Callable[[Any, Array], Array] = lambda params, images: images
+
+
+def npz_images(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> ImageSet:
+    """The images of an .npz in the ADM suite's layout; see `reference.open_images` for errors."""
+    images = reference.open_images(path, size=size)
+    return ImageSet(
+        name=images.path.name,
+        digest=reference.file_sha256(images.path)[:16],
+        count=len(images),
+        shape=images.shape[1:],
+        dtype=np.uint8,
+        read=images.read,
+    )
+
+
+def source_images(source: ImageSource, name: str, size: int) -> ImageSet:
+    """The images of a folder, archive or TFDS data set, centre-cropped and resized as ADM does.
+
+    A bad image is a ValueError that names it.
+    """
+
+    def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
+        workers = os.cpu_count() or 1
+        for images, _ in read_in_order(source, parts, size, num_workers=workers, ahead=2 * workers):
+            good = [image for image in images if not isinstance(image, BadImageError)]
+            if len(good) < len(images):
+                bad = next(image for image in images if isinstance(image, BadImageError))
+                raise ValueError(f"{bad}. Mend it, or remove it from {name}")
+            yield np.stack(good) if good else np.empty((0, size, size, 3), np.uint8)
+
+    return ImageSet(
+        name=name,
+        digest=source.signature()[:16],
+        count=len(source),
+        shape=(size, size, 3),
+        dtype=np.uint8,
+        read=read,
+    )
+
+
+def latent_images(dataset: LatentDataset, autoencoder: Autoencoder) -> ImageSet:
+    """The images of a latent data set as its autoencoder gives them back, not mirrored."""
+    records = dataset.open()
+
+    def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
+        for rows in parts:
+            found = records.__getitems__([row * dataset.views for row in rows]) if rows else []
+            latents = decode_records(found, dataset.shape, dataset.dtype)["latents"]
+            yield latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # posterior's mean
+
+    digest = hashlib.sha256("".join(shard.sha256 for shard in dataset.shards).encode())
+    return ImageSet(
+        name=f"{dataset.directory.name} (decoded)",
+        digest=digest.hexdigest()[:16],
+        count=dataset.num_images,
+        shape=dataset.latent_shape,
+        dtype=np.float32,
+        read=read,
+        params=autoencoder.params,
+        decode=lambda params, latents: jnp.asarray(to_uint8(autoencoder.decode(params, latents))),
+    )
+
+
+def device_batches(
+    images: ImageSet, parts: Sequence[range], batch_size: int, mesh: Mesh
+) -> Iterator[tuple[range, Array]]:
+    """Reads the items of each part in batches, every process its rows, and puts them on the mesh.
+
+    Yields:
+      The numbers of a batch, and the items `[batch_size, *shape]` sharded on their rows, of which
+      the first `len(numbers)` count.
+    """
+    numbers = [
+        range(first, min(first + batch_size, part.stop))
+        for part in parts
+        for first in range(part.start, part.stop, batch_size)
+    ]
+    own = batch_size // jax.process_count()
+    offset = own * jax.process_index()
+    mine = [rows[offset : offset + own] for rows in numbers]
+    for rows, items in zip(numbers, images.read(mine), strict=True):
+        padded = np.zeros((own, *images.shape), images.dtype)
+        padded[: len(items)] = items
+        yield rows, sharding.to_global(padded, mesh)
+
+
+def folder_or_archive(path: pathlib.Path) -> str:
+    """The kind of image source that a path is, as `data.sources.open_source` calls it."""
+    return "folder" if path.is_dir() else "archive"

@@ -1,0 +1,239 @@
+"""From images to numbers: the feature pass, the reference, and every metric that they allow."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from repulsor_jax import sharding
+from repulsor_jax.evaluation import reference as reference_lib
+from repulsor_jax.evaluation.features import FeatureSpace
+from repulsor_jax.evaluation.frechet import (
+    GaussianStatistics,
+    MomentAccumulator,
+    frechet_distance,
+    statistics_from_moments,
+    too_few_samples,
+)
+from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
+from repulsor_jax.evaluation.inception_score import SPLITS, adm_inception_score, inception_score
+from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
+from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from repulsor_jax.generation import Generator, Guidance, batches, check_finite
+from repulsor_jax.shards import Arrays, Shards, fill, one_late, whole_batches
+
+Array = jax.Array
+Extract = Callable[[Array], dict[str, Array]]
+
+_PER_SHARD = 1024  # images whose features are one file: what a stopped job loses at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+      description: for reports: name, digest, number of images.
+      pool: Gaussian of the features of the Fréchet distance.
+      spatial: of Inception's spatial features, for sFID; None where they are not known.
+      features: `[M, D]` of some of the images, for KID, precision and recall; None likewise.
+    """
+
+    description: dict[str, Any]
+    pool: GaussianStatistics
+    spatial: GaussianStatistics | None = None
+    features: np.ndarray | None = None
+
+
+def make_extractor(space: FeatureSpace, mesh: Mesh) -> Extract:
+    """Returns images `[B, H, W, C]` -> features on every device; compiled once for each size."""
+    everywhere = sharding.replicated(mesh)
+    params = jax.device_put(space.params, everywhere)
+    apply = jax.jit(space.apply, out_shardings=everywhere)
+
+    def extract(images: Array) -> dict[str, Array]:
+        with sharding.use_mesh(mesh):
+            return apply(params, images)
+
+    return extract
+
+
+def sample_features(
+    generator: Generator,
+    params: Any,
+    guidance: Guidance | None,
+    count: int,
+    extract: Extract,
+    folder: pathlib.Path,
+    title: str,
+) -> Shards:
+    """Features of the first `count` samples, which are themselves not kept.
+
+    A job that was stopped goes on with the shards that are missing in `folder`.
+
+    Raises:
+      SamplingError: a sample is not a finite number.
+    """
+
+    def produce(parts: Sequence[range]) -> Iterator[Arrays]:
+        started = (
+            (numbers, (extract(samples.images), samples.finite))
+            for numbers, samples in batches(generator, params, parts, guidance)
+        )
+        for numbers, device_arrays in one_late(started):
+            features, finite = sharding.to_host(device_arrays)
+            check_finite(finite[: len(numbers)], numbers.start)
+            yield {name: array[: len(numbers)] for name, array in features.items()}
+
+    shards = Shards(folder, count, whole_batches(_PER_SHARD, generator.batch_size))
+    fill(shards, produce, title=title)
+    return shards
+
+
+def image_features(
+    images: ImageSet, batch_size: int, extract: Extract, mesh: Mesh, folder: pathlib.Path
+) -> Shards:
+    """Features of a set of images; restartable as `sample_features` is."""
+    params = jax.device_put(images.params, sharding.replicated(mesh))
+    decode = jax.jit(images.decode, out_shardings=sharding.batch_sharding(mesh))
+
+    def produce(parts: Sequence[range]) -> Iterator[Arrays]:
+        started = (
+            (numbers, extract(decode(params, items)))
+            for numbers, items in device_batches(images, parts, batch_size, mesh)
+        )
+        for numbers, device_arrays in one_late(started):
+            features = sharding.to_host(device_arrays)
+            yield {name: array[: len(numbers)] for name, array in features.items()}
+
+    shards = Shards(folder, images.count, whole_batches(_PER_SHARD, batch_size))
+    fill(shards, produce, title=f"features of {images.name}")
+    return shards
+
+
+def image_reference(
+    images: ImageSet,
+    *,
+    keep: int,
+    batch_size: int,
+    space: FeatureSpace,
+    extract: Extract,
+    mesh: Mesh,
+    cache: pathlib.Path,
+) -> Reference | None:
+    """Statistics and features of a set of images, computed once and kept in `cache`.
+
+    Args:
+      images: the reference.
+      keep: how many images' features to keep, evenly spaced; the statistics are of all.
+      batch_size: images at a time.
+      space: where they are compared.
+      extract: of that space.
+      mesh: the devices.
+      cache: a folder.
+
+    Returns:
+      The reference; None on processes but the first.
+    """
+    is_main = jax.process_index() == 0
+    content = [images.digest, str(images.count), str(images.shape), space.name, space.digest]
+    content.append(str(min(keep, images.count)))
+    found = reference_lib.read_cache(cache, content) if is_main else None
+    if not sharding.agree(int(found is not None)):
+        folder = cache / f".{images.digest}-{space.name}.incomplete"
+        shards = image_features(images, batch_size, extract, mesh, folder)
+        if is_main:
+            found = _reference_arrays(shards, keep)
+            reference_lib.write_cache(cache, content, found)
+            shards.remove()
+    if found is None:
+        return None
+    spatial = None
+    if "spatial_mean" in found:
+        spatial = GaussianStatistics(found["spatial_mean"], found["spatial_cov"], images.count)
+    return Reference(
+        {"name": images.name, "digest": images.digest, "images": images.count},
+        GaussianStatistics(found["pool_mean"], found["pool_cov"], images.count),
+        spatial,
+        found["features"],
+    )
+
+
+def _reference_arrays(shards: Shards, keep: int) -> Arrays:
+    chosen = np.linspace(0, shards.count - 1, min(keep, shards.count)).round().astype(int)
+    names = shards.names()
+    found: Arrays = {}
+    for name in ("pool", "spatial"):
+        if name not in names:
+            continue
+        moments, kept, at = MomentAccumulator(), [], 0
+        for part in shards.read(name):
+            moments.add(part)
+            kept.append(part[chosen[(chosen >= at) & (chosen < at + len(part))] - at])
+            at += len(part)
+        statistics = statistics_from_moments(moments.moments())
+        found |= {f"{name}_mean": statistics.mean, f"{name}_cov": statistics.covariance}
+        if name == "pool":
+            found["features"] = np.concatenate(kept)
+    return found
+
+
+def metrics(
+    shards: Shards, reference: Reference, space: FeatureSpace
+) -> tuple[dict[str, float], list[str]]:
+    """Every metric that the features and the reference allow.
+
+    Returns:
+      Metrics by name, and warnings: what was left out or is not to be trusted, and why.
+
+    Raises:
+      ValueError: features that are not finite, or of another dimension than the reference's.
+    """
+    names = shards.names()
+    values: dict[str, float] = {}
+    warnings: list[str] = []
+    for name, label, gaussian in (
+        ("pool", space.metric, reference.pool),
+        ("spatial", "sfid", reference.spatial),
+    ):
+        if name not in names:
+            continue
+        if gaussian is None:
+            warnings.append("the reference has no spatial statistics: no sFID")
+            continue
+        moments = MomentAccumulator()
+        for part in shards.read(name):
+            moments.add(part)
+        statistics = statistics_from_moments(moments.moments())
+        for who, each in (("samples", statistics), ("reference", gaussian)):
+            warning = too_few_samples(each)
+            if warning:
+                warnings.append(f"{label}, {who}: {warning}")
+        values[label] = frechet_distance(statistics, gaussian)
+    if space.name != "inception":
+        return values, warnings
+
+    logits = np.concatenate(list(shards.read("logits")))
+    adm = adm_inception_score(logits)
+    values |= {"inception_score": adm.mean, "inception_score_std": adm.std}
+    if shards.count >= SPLITS:
+        values["inception_score_shuffled"] = inception_score(logits).mean
+    del logits
+    if reference.features is None:
+        warnings.append("the reference holds statistics alone: no KID, precision, recall")
+        return values, warnings
+    pool = np.concatenate(list(shards.read("pool")))
+    fewest = min(len(pool), len(reference.features))
+    if fewest >= SUBSET_SIZE:
+        kid = kernel_distance(pool, reference.features)
+        values |= {"kid": kid.mean, "kid_std": kid.std}
+    else:
+        warnings.append(f"found {fewest} images, KID needs {SUBSET_SIZE} on both sides: left out")
+    if fewest > NEIGHBOURS:
+        shares = precision_recall(samples=pool, reference=reference.features)
+        values |= {"precision": shares.precision, "recall": shares.recall}
+    return values, warnings

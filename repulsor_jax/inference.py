@@ -1,0 +1,180 @@
+"""A trained run as sampling and evaluation need it: its checkpoints, EMA parameters and protocol.
+
+Everything comes from the run's directory; its data set need not be there.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from repulsor_jax import __version__, sde, sharding, solvers
+from repulsor_jax import config as config_lib
+from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
+from repulsor_jax.generation import Guidance, Guide
+from repulsor_jax.models.dit import DiT
+from repulsor_jax.train_state import build_model, init_model_params
+from repulsor_jax.weights import tensors_sha256
+
+_SHOWN_DIGITS = 16  # of a SHA-256, in reports
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedGuide:
+    """The weak model of autoguidance, and what to say of it in a report."""
+
+    guide: Guide
+    description: dict[str, Any]
+
+
+def open_checkpoints(workdir: pathlib.Path) -> Checkpointer:
+    """Opens a run's checkpoints to read, also while it is training; see `Checkpointer`."""
+    return Checkpointer(workdir / "checkpoints", read_only=True)
+
+
+def open_experiment(
+    config: Config, workdir: pathlib.Path, checkpointer: Checkpointer, step: int | None
+) -> Experiment:
+    """Builds what sampling needs from a checkpoint's records.
+
+    Raises:
+      ConfigError: the configuration is not one for this run, or this machine.
+      CheckpointError: no such checkpoint.
+    """
+    _, record, _ = checkpointer.records(step)
+    return prepare_sampling(config, workdir, record)
+
+
+def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
+    """EMA parameters of a checkpoint, on the experiment's mesh.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it holds another model.
+    """
+    return _restore(experiment.model, experiment, checkpointer, step)[0]
+
+
+def _restore(
+    model: DiT, experiment: Experiment, checkpointer: Checkpointer, step: int | None
+) -> tuple[Any, int]:
+    boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
+    shardings = sharding.tree_shardings(boxed, experiment.mesh)
+    return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)
+
+
+def params_sha256(params: Any) -> str:
+    """Digest of parameters, the same on every mesh: of names, shapes and float32 values.
+
+    16 hexadecimal digits of `weights.tensors_sha256`.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.to_host(leaf)
+        for path, leaf in leaves
+    }
+    return tensors_sha256(named)[:_SHOWN_DIGITS]
+
+
+def load_guide(experiment: Experiment) -> LoadedGuide | None:
+    """The weak model of autoguidance that `config.sampling.guiding_run` names; None without one.
+
+    Its size is that of its own configuration, which its checkpoint holds.
+
+    Raises:
+      ConfigError: its latents, classes, path or prediction are not those of the model it guides.
+      CheckpointError: no such checkpoint.
+    """
+    config = experiment.config
+    if not config.sampling.guiding_run:
+        return None
+    workdir = pathlib.Path(config.sampling.guiding_run).expanduser().absolute()
+    step = None if config.sampling.guiding_step == -1 else config.sampling.guiding_step
+    with open_checkpoints(workdir) as checkpointer:
+        saved, record, step = checkpointer.records(step)
+        model_config = config_lib.parse_section(
+            config_lib.ModelConfig, saved["model"], f"{workdir}: config.model"
+        )
+        own = latents_record(experiment)
+        comparisons: dict[str, tuple[Any, Any]] = {
+            f"config.flow.{key}": (saved["flow"][key], getattr(config.flow, key))
+            for key in ("path", "prediction")
+        }
+        for key in ("latent_size", "in_channels", "num_classes"):
+            comparisons[f"config.model.{key}"] = (
+                getattr(model_config, key),
+                getattr(config.model, key),
+            )
+        for key in ("shift", "factor"):
+            comparisons[f"the latents' {key}"] = (record[key], own[key])
+        for what, (found, expected) in comparisons.items():
+            if found != expected:
+                raise ConfigError(
+                    f"config.sampling.guiding_run={str(workdir)!r}: {what} is {found!r}, and "
+                    f"{expected!r} in the model that it would guide: they must be the same"
+                )
+        model = build_model(model_config)
+        params, step = _restore(model, experiment, checkpointer, step)
+    description = {"run": str(workdir), "step": step, "weights_sha256": params_sha256(params)}
+    return LoadedGuide(Guide(model, params), description)
+
+
+def protocol(
+    experiment: Experiment,
+    guidance: Guidance | None,
+    *,
+    step: int,
+    weights_sha256: str,
+    num_samples: int,
+    guide: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything that the samples follow from, as plain values: no number travels without it."""
+    config = experiment.config
+    c = config.sampling
+    found: dict[str, Any] = {
+        "step": step,
+        "weights_sha256": weights_sha256,
+        "ema_decay": config.optimizer.ema_decay,
+        "num_samples": num_samples,
+        "labels": c.labels,
+        "seed": c.seed,
+        "solver": c.solver,
+    }
+    if c.solver in solvers.ADAPTIVE:
+        found |= {"rtol": c.rtol, "atol": c.atol, "max_steps": c.max_steps}
+    else:
+        found |= {"num_steps": c.num_steps, "time_shift": c.time_shift}
+    if c.solver in sde.STEPS:
+        found |= {
+            key: getattr(c, key)
+            for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+        }
+    found["cfg_scale"] = guidance.scale if guidance else 1.0
+    if guidance and guidance.scale != 1.0:
+        found |= {
+            "cfg_interval": [guidance.low, guidance.high],
+            "cfg_channels": c.cfg_channels,
+            "guide": dict(guide) if guide else "no class",
+        }
+    autoencoder = experiment.autoencoder
+    assert autoencoder is not None
+    found |= {
+        "path": config.flow.path,
+        "prediction": config.flow.prediction,
+        "dtype": config.model.dtype,
+        "autoencoder": autoencoder.name,
+        "autoencoder_sha256": autoencoder.weights_sha256[:_SHOWN_DIGITS],
+        "autoencoder_dtype": config.data.autoencoder_dtype,
+        "decode_tile": c.decode_tile,
+        "latent_shift": np.asarray(experiment.latent_format.shift).tolist(),
+        "latent_factor": np.asarray(experiment.latent_format.factor).tolist(),
+        "batch_size": c.batch_size,
+        "version": __version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+    return found
