@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import struct
 
 import numpy as np
@@ -164,6 +165,28 @@ def test_skipped_images_are_listed(tmp_path):
     none.write(0, [dw.Batch(latents[:0], labels[:0], bad)])
     with pytest.raises(ValueError, match=r"none of the 2 images could be read; the first: b\.jpg"):
         none.finish()
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path):
+    latents, labels, _ = make_batches(shape=(32, 32, 8))
+    writer = dw.open_writer(tmp_path / "d", describe(), num_images=23, images_per_shard=23)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond this: what the system says then is not "no space", but goes one way.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written: .*data-00000-of-00001.*goes on"):
+            writer.write(0, shard_batches(writer, 0, latents, labels))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in writer.folder.iterdir()] == ["job.json"]
+    assert writer.missing() == [0]
+
+    def failing():
+        yield dw.Batch(latents[:2], labels[:2])
+        raise RuntimeError("the device ran out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):  # not a matter of the disk
+        writer.write(0, failing())
 
 
 def test_a_complete_data_set_is_never_touched(tmp_path):

@@ -50,6 +50,13 @@ def test_open_names_what_is_wrong(tmp_path):
         with pytest.raises(ValueError, match=message):
             ld.open_latent_dataset(tmp_path / "d")
         (tmp_path / "d" / "dataset.json").write_text(text)
+    for wrong in (
+        text.replace('"sha256"', '"sha2&6"', 1),
+        text.replace('"skipped": []', '"skipped": 3'),
+    ):
+        (tmp_path / "d" / "dataset.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"dataset\.json: damaged"):
+            ld.open_latent_dataset(tmp_path / "d")
     (tmp_path / "d" / "dataset.json").write_text(text[:50])
     with pytest.raises(ValueError, match=r"dataset\.json"):
         ld.open_latent_dataset(tmp_path / "d")

@@ -345,7 +345,6 @@ class _Records:
     """An ArrayRecord file; a full disk is an OSError, which the bare writer calls RuntimeError."""
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
         with self._reported():
             self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
@@ -363,9 +362,9 @@ class _Records:
         try:
             yield
         except RuntimeError as error:
-            raise OSError(
-                f"{self._path}: cannot be written ({error}): when the disk has room for it, the "
-                "same command goes on from here"
+            raise OSError(  # the path is in its message
+                f"latents cannot be written: {error}. Once there is room, the same command goes on "
+                "from here"
             ) from error
 
 
