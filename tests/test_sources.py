@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from repulsor_jax.data.preprocess import prepare_image
+from repulsor_jax.data.preprocess import BadImageError, prepare_image, read_images
 from repulsor_jax.data.sources import open_source
 
 
@@ -52,6 +52,13 @@ class TinyUnlabelled(TinyImages):
 class TinyArrays(TinyImages):
     def image(self, i):
         return np.full((5, 4, 3), i, np.uint8)
+
+
+class TinyManual(TinyImages):
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "Register,\nand fetch it."
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(len(str(dl_manager.manual_dir)))}
 
 
 def test_digits_are_scikit_learns():
@@ -135,3 +142,25 @@ def test_tfds_without_labels(tmp_path):
 def test_tfds_that_needs_tensorflow_to_prepare(tmp_path):
     with pytest.raises(ValueError, match=r"No module named 'tensorflow'.*tfds build tiny_arrays"):
         open_source("tfds:tiny_arrays", "train", path=str(tmp_path))
+
+
+def test_tfds_that_must_be_fetched_by_hand(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"tiny_manual.*Register, and fetch it.*source=\"archive\""
+    ):
+        open_source("tfds:tiny_manual", "train", path=str(tmp_path))
+
+
+def test_a_damaged_record_of_tfds_is_a_bad_image(tmp_path):
+    open_source("tfds:tiny_images", "train", path=str(tmp_path))
+    shard = next(tmp_path.glob("tiny_images/*/*train.array_record*"))
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"PNG") + 20] ^= 1
+    shard.write_bytes(data)
+    source = open_source("tfds:tiny_images", "train", path=str(tmp_path))
+    images, _ = read_images(source, range(6), 0)
+    bad = [i for i, image in enumerate(images) if isinstance(image, BadImageError)]
+    assert len(bad) == 1
+    assert str(images[bad[0]]).startswith(
+        f"tfds:tiny_images train[{bad[0]}]: cannot be read: damaged: "
+    )

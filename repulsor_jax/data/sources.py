@@ -1,6 +1,7 @@
 """Image sources: random access to labelled images, looked up by name."""
 
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -112,8 +113,12 @@ class _Tfds:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Item:
-        example = self.examples[index]
-        return Item(example["image"], int(example["label"]), f"{self.name} {self.split}[{index}]")
+        name = f"{self.name} {self.split}[{index}]"
+        try:
+            example = self.examples[index]
+        except RuntimeError as error:  # how ArrayRecord says that a checksum is wrong
+            raise OSError(errno.EIO, f"damaged: {error}", name) from error
+        return Item(example["image"], int(example["label"]), name)
 
     def signature(self) -> str:
         """The version stands for labels and sizes: tfds data sets of one version are the same."""
@@ -168,6 +173,12 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
             f"tfds:{name}: preparing it failed: {str(error).splitlines()[-1]}. Where "
             f"TensorFlow is installed, run `tfds build {name} --file_format=array_record` once "
             "and give the resulting data_dir here: reading it does without TensorFlow"
+        ) from error
+    except AssertionError as error:  # what tfds says of a data set that it cannot download
+        raise ValueError(
+            f"tfds:{name}: is not prepared in {builder.data_dir}, and preparing it failed: "
+            f"{' '.join(str(error).split())} Or encode the archive as it was fetched, by "
+            'config.data.source="archive" (docs/data.md)'
         ) from error
     try:
         # The worker processes decode, like the images of any other source.
