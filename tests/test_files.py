@@ -8,6 +8,7 @@ import logging
 import lzma
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 import zipfile
@@ -422,6 +423,18 @@ def test_compressed_tar_is_decompressed_once(tmp_path):
     os.utime(path, (1, 1))
     assert open_source("archive", "train", path=str(path), cache_dir=cache)[0].image == b"new"
     assert len(list(cache.iterdir())) == 2
+
+
+def test_no_room_to_decompress(tmp_path):
+    data = gzip.compress(tar_bytes({"a/1.jpg": bytes(300_000)}))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow beyond
+    try:
+        with pytest.raises(ValueError, match=r"x\.tar\.gz: .*decompressing it to .*cache failed"):
+            open_archive(tmp_path, data, name="x.tar.gz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_archive_signature(tmp_path):

@@ -451,6 +451,9 @@ def _decompress(
                 copy.write(chunk)
                 bar.update(file.tell() - bar.n)
         temporary.rename(target)
+    except OSError as error:  # a full disk is not named in it
+        problem = f"decompressing it to {target.parent} failed: {error.strerror}"
+        raise OSError(error.errno, problem) from error
     finally:
         temporary.unlink(missing_ok=True)
     return str(target)
