@@ -125,7 +125,7 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:
     """Raises ConfigError where a complete data set, train or test, is not what is asked for."""
     found = open_latent_dataset(directory)
-    made = {
+    made: dict[str, Any] = {
         "source": found.source,
         f"{folder}_split": found.split,
         "autoencoder": found.autoencoder,

@@ -6,8 +6,10 @@ import io
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
+import tarfile
 import time
 
 import jax.numpy as jnp
@@ -140,7 +142,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     images = [np.zeros((6, 4, 3), np.uint8)] * 8
     images[5] = np.zeros((8, 6, 3), np.uint8)
     autoencoder, _ = moments()
-    with pytest.raises(ValueError, match=r"image 5: found \(8, 6, 3\).*config\.data\.image_size"):
+    with pytest.raises(ValueError, match=r"image-5: found \(8, 6, 3\).*config\.data\.image_size"):
         run(Images(images), autoencoder, tmp_path / "d")
     dataset = run(Images(images), autoencoder, tmp_path / "sized", image_size=4)
     assert dataset.latent_shape == (2, 2, 3)
@@ -255,6 +257,19 @@ def test_the_mode_encodes_a_folder_and_shows_what_it_did(tmp_path, pictures, cap
     assert tiny.files(data / "train") == before
 
 
+def test_a_bad_image_whose_name_is_not_utf8_is_skipped(tmp_path, pictures, monkeypatch):
+    os.rename(pictures / "train/cat/001.png", os.fsencode(pictures / "train/cat") + b"/\xff.png")
+    (pictures / "train/cat" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", console)
+    encode_lib.encode(config(pictures, **{"data.on_bad_image": "skip"}), tmp_path / "run")
+    monkeypatch.undo()
+    console.flush()
+    assert b"\\udcff.png: the file is empty" in console.buffer.getvalue()
+    skipped = open_latent_dataset(tmp_path / "run" / "data" / "train").skipped
+    assert [os.fsencode(s.name)[-8:] for s in skipped] == [b"cat/\xff.png"[-8:]]
+
+
 def test_the_preview_is_of_the_right_images_when_some_were_skipped(tmp_path, pictures, capsys):
     (pictures / "train" / "cat" / "003.png").write_bytes(b"")
     chosen = config(pictures, **{"data.on_bad_image": "skip", "data.preview_images": 100})
@@ -309,6 +324,52 @@ def test_bad_input_is_named(tmp_path, pictures, damage, overrides, message):
     assert not (tmp_path / "run" / "data" / "train").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.flips": True}, r"config\.data\.flips=True, and there it is False"),
+        ({"data.image_size": 4}, r"config\.data\.image_size=4, and there it is 8"),
+        (
+            {"data.train_split": "test"},
+            r"config\.data\.train_split='test', and there it is 'train'",
+        ),
+        ({"data.dtype": "float32"}, r"config\.data\.dtype='float32', and there it is 'float16'"),
+        ({"data.source": "npy"}, r"config\.data\.source='npy', and there it is 'folder'"),
+    ],
+    ids=str,
+)
+def test_a_complete_data_set_is_not_taken_for_another(tmp_path, pictures, overrides, message):
+    encode_lib.encode(config(pictures), tmp_path)
+    with pytest.raises(ConfigError, match=rf"train holds another data set.*{message}"):
+        encode_lib.encode(config(pictures, **overrides), tmp_path)
+
+
+def test_paths_may_begin_with_a_tilde(tmp_path, pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chosen = config("~/pictures", **{"data.dir": "~/latents"})
+    encode_lib.encode(chosen, tmp_path / "run")
+    assert open_latent_dataset(tmp_path / "latents" / "train").num_images == 22
+
+
+def test_a_worker_for_each_core_that_it_may_use(tmp_path, pictures, monkeypatch):
+    found = []
+    encode = encode_lib.encode_images
+    monkeypatch.setattr(
+        encode_lib,
+        "encode_images",
+        lambda *args, **options: (
+            found.append(options["num_workers"]) or encode(*args, **options | {"num_workers": 0})
+        ),
+    )
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        encode_lib.encode(config(pictures, **{"data.encode_workers": -1}), tmp_path)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert found == [1, 1]
+
+
 def test_a_source_that_changed_is_not_gone_on_with(tmp_path, pictures):
     (pictures / "train" / "dog" / "010.png").write_bytes(b"")
     with pytest.raises(BadImageError):
@@ -356,10 +417,75 @@ def test_latents_of_others_are_converted(tmp_path, source, scale, autoencoder):
     np.testing.assert_allclose(found["latents"], latents.transpose(0, 2, 3, 1), rtol=1e-6)
     np.testing.assert_array_equal(found["labels"], [0, 0, 0, 1, 1, 1])
     # Training reads them; only pictures ask for a decoder.
-    experiment = experiment_lib.prepare(chosen, tmp_path / "run", draws_pictures=False)
-    assert experiment.dataset == dataset
+    _, found = experiment_lib.prepare(chosen, tmp_path / "run", draws_pictures=False)
+    assert found == dataset
     with pytest.raises(ConfigError, match=f"config.data.autoencoder='{autoencoder}'"):
         experiment_lib.prepare(chosen, tmp_path / "run", draws_pictures=True)
+
+
+def test_latents_of_others_are_refused_before_any_is_converted(tmp_path):
+    latents_on_disk(tmp_path)
+    chosen = config(
+        tmp_path,
+        **{"data.source": "npy", "data.train_split": "all", "data.test_split": "validation"},
+    )
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        encode_lib.encode(chosen, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+_SLOW_PROCESS = """
+import pathlib, sys, time, traceback, os
+import jax
+
+rank, address, workdir, source = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(address, 2, rank)
+from repulsor_jax import encode
+from tests.test_encode import config
+
+prompt = encode.encode_images
+
+def slow(*args, **options):
+    prompt(*args, **options)
+    time.sleep(40 * rank)
+
+encode.encode_images = slow
+chosen = config(source, **{"data.source": "archive", "data.test_split": "",
+                           "data.preview_images": 0, "data.encode_workers": 0})
+try:
+    encode.encode(chosen, pathlib.Path(workdir))
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)  # an orderly end would wait for the other process
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_finish_far_apart(tmp_path, pictures):
+    """Half a minute is what JAX grants two processes on CPUs to connect."""
+    archive = tmp_path / "pictures.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(pictures, "pictures")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SLOW_PROCESS, str(rank), address, tmp_path / "two", archive],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
+    chosen = config(archive, **{"data.source": "archive", "data.test_split": ""})
+    encode_lib.encode(chosen, tmp_path / "one")
+    found = folder_digest(tmp_path / "two" / "data" / "train")
+    assert found == folder_digest(tmp_path / "one" / "data" / "train")
 
 
 def folder_digest(folder):

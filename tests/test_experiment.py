@@ -84,7 +84,7 @@ def test_data_sets_of_different_origin_are_refused(workdir, tmp_path):
         assert before in text
         path.write_text(text.replace(before, after))
         with pytest.raises(config_lib.ConfigError, match=f"train and .*test .*{message}"):
-            prepare(tmp_path)
+            prepare(tmp_path, **{"data.encode_if_missing": False})
     path.write_text(text)
     prepare(tmp_path)
 

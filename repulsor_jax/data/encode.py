@@ -92,7 +92,7 @@ def encode_images(
                 # One compiled shape: what is not there is black, and its latents are dropped.
                 batch = np.zeros((batch_size, *shape), np.uint8)
                 for k in kept:
-                    batch[k] = _of_shape(images[k], shape, rows[k])
+                    batch[k] = _of_shape(images[k], shape, source, rows[k])
                 latents = encode(params, jax.device_put(batch, sharding))
             running.append((latents, kept, labels, skipped))
             if len(running) > 1:
@@ -235,16 +235,19 @@ def _fetch(
 
 
 def _skip(index: int, error: BadImageError) -> Skipped:
-    tqdm.write(f"skipped {error}")
+    # A name may hold bytes that are not UTF-8, which a console may refuse.
+    tqdm.write(f"skipped {error}".encode(errors="backslashreplace").decode())
     name, _, reason = str(error).partition(": ")
     return Skipped(index, name, reason)
 
 
-def _of_shape(image: np.ndarray | BadImageError, shape: tuple[int, ...], row: int) -> np.ndarray:
+def _of_shape(
+    image: np.ndarray | BadImageError, shape: tuple[int, ...], source: ImageSource, row: int
+) -> np.ndarray:
     assert isinstance(image, np.ndarray)
     if image.shape != shape:
         raise ValueError(
-            f"image {row}: found {image.shape}, expected the size of the first image, {shape}: "
-            "set config.data.image_size, to which all are cropped and resized"
+            f"{source[row].name}: found {image.shape}, expected the size of the first image, "
+            f"{shape}: set config.data.image_size, to which all are cropped and resized"
         )
     return image
