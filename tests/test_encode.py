@@ -434,24 +434,29 @@ def test_latents_of_others_are_refused_before_any_is_converted(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-_SLOW_PROCESS = """
-import pathlib, sys, time, traceback, os
+_PROCESS = """
+import os, pathlib, sys, time, traceback
 import jax
 
-rank, address, workdir, source = int(sys.argv[1]), *sys.argv[2:]
+rank, address, workdir, kind, source, delay = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(address, 2, rank)
 from repulsor_jax import encode
+from repulsor_jax.data import files
 from tests.test_encode import config
 
-prompt = encode.encode_images
+prompt, decompress = encode.encode_images, files._read_chunk
 
-def slow(*args, **options):
+def late(*args, **options):
     prompt(*args, **options)
-    time.sleep(40 * rank)
+    time.sleep(int(delay) * rank)
 
-encode.encode_images = slow
-chosen = config(source, **{"data.source": "archive", "data.test_split": "",
-                           "data.preview_images": 0, "data.encode_workers": 0})
+def told(*args):
+    print("decompresses", flush=True)
+    time.sleep(1)
+    return decompress(*args)
+
+encode.encode_images, files._read_chunk = late, told
+chosen = config(source, **{"data.source": kind, "data.test_split": "", "data.preview_images": 0})
 try:
     encode.encode(chosen, pathlib.Path(workdir))
 except BaseException:
@@ -461,17 +466,21 @@ except BaseException:
 
 
 @pytest.mark.slow
-def test_processes_that_finish_far_apart(tmp_path, pictures):
-    """Half a minute is what JAX grants two processes on CPUs to connect."""
-    archive = tmp_path / "pictures.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(pictures, "pictures")
+@pytest.mark.parametrize(("kind", "delay"), [("folder", 40), ("archive", 0)])
+def test_two_processes(tmp_path, pictures, kind, delay):
+    """They may finish far apart, where JAX grants half a minute; and decompress an archive once."""
+    source = pictures
+    if kind == "archive":
+        source = tmp_path / "pictures.tar.gz"
+        with tarfile.open(source, "w:gz") as tar:
+            tar.add(pictures, "pictures")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    arguments = [address, tmp_path / "two", kind, source, str(delay)]
     pair = [
         subprocess.Popen(
-            [sys.executable, "-c", _SLOW_PROCESS, str(rank), address, tmp_path / "two", archive],
+            [sys.executable, "-c", _PROCESS, str(rank), *arguments],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
@@ -482,7 +491,8 @@ def test_processes_that_finish_far_apart(tmp_path, pictures):
     ]
     outputs = [process.communicate(timeout=200)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
-    chosen = config(archive, **{"data.source": "archive", "data.test_split": ""})
+    assert ["decompresses" in output for output in outputs] == [kind == "archive", False]
+    chosen = config(source, **{"data.source": kind, "data.test_split": ""})
     encode_lib.encode(chosen, tmp_path / "one")
     found = folder_digest(tmp_path / "two" / "data" / "train")
     assert found == folder_digest(tmp_path / "one" / "data" / "train")
