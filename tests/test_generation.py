@@ -2,7 +2,6 @@
 
 import pathlib
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,17 +10,14 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.generation import configured_guidance, generate_images, make_generator
-from repulsor_jax.train_state import build_model, init_model_params
+from repulsor_jax.train_state import build_model
 from repulsor_jax.train_step import LatentFormat
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def params():
-    model = build_model(tiny.config().model)
-    shapes = jax.eval_shape(lambda key: nn.unbox(init_model_params(model, key)), jax.random.key(0))
-    rng = np.random.default_rng(0)  # not zero as initialised, so that a sample is not its noise
-    return jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+    return tiny.random_params(tiny.config())
 
 
 def test_a_sample_is_its_noise_carried_along_the_guided_velocity(params):

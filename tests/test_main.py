@@ -1,10 +1,12 @@
 """The program as a user types it, in processes of their own."""
 
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -57,7 +59,8 @@ def test_encode_train_resume_and_sample(tmp_path):
     # Sampling needs neither the head nor the bank of the run.
     sampled = program(workdir, *longer, "--mode=sample", "--config.regularizer.name=none")
     assert sampled.returncode == 0, sampled.stderr
-    archive = np.load(tmp_path / "samples" / "step_8.npz")
+    (path,) = (tmp_path / "samples").glob("step_8-*.npz")
+    archive = np.load(path)
     assert archive["arr_0"].shape == (30, 8, 8, 1)
     assert archive["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(archive["arr_1"], np.arange(30) % 10)
@@ -66,6 +69,50 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert wrong.returncode == 1
     assert "does not fit this configuration" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+    # Killed in the middle, and started again: the same bytes, the same number.
+    many = ["--config.sampling.num_samples=4000", "--config.evaluation.num_samples=4000"]
+    many += ["--config.sampling.images_per_shard=200", "--checkpoint_step=8"]
+    for mode, work, result in (
+        ("sample", "samples/.*.incomplete", "samples/step_8-*.npz"),
+        ("evaluate", "evaluations/.*.incomplete", "evaluations/step_8-*.json"),
+    ):
+        arguments = (*longer, *many, f"--mode={mode}")
+        before = set(tmp_path.glob(result))
+        kill_at_work(tmp_path, work, *arguments)
+        assert set(tmp_path.glob(result)) == before
+        resumed = program(workdir, *arguments)
+        assert resumed.returncode == 0, resumed.stderr
+        (found,) = set(tmp_path.glob(result)) - before
+        assert not list(tmp_path.glob(work))
+        content = found.read_bytes()
+        found.unlink()
+        found.with_suffix(".json").unlink(missing_ok=True)
+        whole = program(workdir, *arguments)
+        assert whole.returncode == 0, whole.stderr
+        if mode == "sample":
+            assert found.read_bytes() == content
+        else:
+            assert json.loads(found.read_text())["metrics"] == json.loads(content)["metrics"]
+
+
+def kill_at_work(tmp_path, pattern, *arguments):
+    """Starts the program and kills it when a first shard is there."""
+    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
+    job = subprocess.Popen(
+        [*command, f"--workdir={tmp_path}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f"{pattern}/*.npz")):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
 
 
 @pytest.mark.slow
@@ -89,7 +136,7 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """Two processes of 4 devices against one of 8: the same losses, through the same program."""
-    arguments = [*TINY, "--config.log.every_steps=1", "--config.evaluation.every_steps=0"]
+    arguments = [*TINY, "--config.log.every_steps=1"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -126,9 +173,10 @@ def test_two_processes_train_as_one_does(tmp_path):
         check=False,
     )
     assert one.returncode == 0, one.stderr
-    losses = [
-        [line["loss"] for line in read_jsonl(tmp_path / run / "metrics.jsonl")]
-        for run in ("one", "two")
-    ]
-    assert len(losses[0]) == 6
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for name, count in (("loss", 6), ("frechet_pixels", 1)):
+        one, two = (
+            [line[name] for line in read_jsonl(tmp_path / run / "metrics.jsonl") if name in line]
+            for run in ("one", "two")
+        )
+        assert len(one) == count
+        np.testing.assert_allclose(one, two, rtol=1e-5)

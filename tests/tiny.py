@@ -3,13 +3,16 @@
 import pathlib
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from configs import default, digits
 from repulsor_jax import config as config_lib
 from repulsor_jax import regularizers, sharding
+from repulsor_jax.checkpoint import Checkpointer
 from repulsor_jax.data.latent_dataset import Description
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import (
@@ -18,6 +21,7 @@ from repulsor_jax.train_state import (
     build_model,
     build_optimizer,
     create_train_state,
+    init_model_params,
 )
 from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
 
@@ -92,6 +96,33 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "evaluation.training_samples": 32,
     }
     return _updated(c, tiny, overrides)
+
+
+def random_params(c: config_lib.Config, seed: int = 0) -> Any:
+    """Parameters of the model, not those of its initialisation, whose output is zero."""
+    model = build_model(c.model)
+    shapes = jax.eval_shape(lambda key: nn.unbox(init_model_params(model, key)), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+
+
+def save_run(workdir: pathlib.Path, values: Any, steps: dict[int, Any], **record: Any) -> None:
+    """A run's checkpoints as training leaves them, with given EMA parameters for each step."""
+    c = config_lib.parse(values)
+    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    state = create_train_state(*parts, mesh())
+    channels = c.model.in_channels
+    latents = {
+        "autoencoder": "identity",
+        "weights_sha256": "",
+        "shift": [0.0] * channels,
+        "factor": [1.0] * channels,
+        "class_names": ["a", "b", "c"],
+    }
+    with Checkpointer(workdir / "checkpoints", keep_last=9) as checkpointer:
+        for step, params in steps.items():
+            saved = state.replace(step=jnp.int32(step), ema_params=jax.device_put(params))
+            checkpointer.save(step, saved, {}, values.to_dict(), latents | record)
 
 
 class Step(NamedTuple):

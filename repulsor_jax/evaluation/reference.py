@@ -47,13 +47,13 @@ class ImageArray:
     """The images of an .npz, which are read in batches and never all at once."""
 
     path: pathlib.Path
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, parts: Sequence[range]) -> Iterator[np.ndarray]:
-        """Yields uint8 `[len(part), H, W, 3]` for each of some ascending ranges of images.
+        """Yields uint8 `[len(part), H, W, C]` for each of some ascending ranges of images.
 
         Raises:
           ValueError: the file is damaged; names it.
@@ -91,8 +91,8 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not an .npz, no `arr_0`, not uint8 RGB images, or images of another size; names
-        the file.
+      ValueError: not an .npz, no `arr_0`, not uint8 RGB or grey images, or images of another size;
+        names the file.
     """
     path = pathlib.Path(path)
     with _reading(path) as archive:
@@ -104,10 +104,10 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
             )
         with archive.open(f"{_IMAGES}.npy") as stream:
             shape, fortran, dtype = _header(path, stream)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0] or fortran:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0] or fortran:
         order = ", Fortran order" if fortran else ""
         raise ValueError(
-            f"{path}: found {_IMAGES} {dtype} {shape}{order}, expected uint8 [N, H, W, 3]"
+            f"{path}: found {_IMAGES} {dtype} {shape}{order}, expected uint8 [N, H, W, 3 or 1]"
         )
     if size is not None and shape[1:3] != tuple(size):
         raise ValueError(

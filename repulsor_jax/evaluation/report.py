@@ -92,7 +92,7 @@ def _guidance(record: Record) -> str:
 
 
 _PROTOCOL = {
-    "step": lambda r: str(r["protocol"].get("step", "")),
+    "of step": lambda r: str(r["protocol"].get("step", r["protocol"].get("samples"))),
     "EMA": lambda r: f"{r['protocol']['ema_decay']:g}" if "ema_decay" in r["protocol"] else "",
     "sampler": _solver,
     "guidance": _guidance,
