@@ -7,44 +7,24 @@ that was stopped finds them again.
 import dataclasses
 import itertools
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import inference, sharding
-from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
-from repulsor_jax.config import Config, ConfigError, EvaluationConfig
-from repulsor_jax.data.latent_dataset import open_latent_dataset
-from repulsor_jax.data.sources import open_source
-from repulsor_jax.encode import data_directory, load_autoencoder
-from repulsor_jax.evaluation import reference as reference_lib
+from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
-from repulsor_jax.evaluation.features import (
-    FeatureSpace,
-    autoencoder_space,
-    inception_space,
-    pixel_space,
-)
 from repulsor_jax.evaluation.image_sets import (
-    ImageSet,
-    folder_or_archive,
-    latent_images,
     npz_images,
-    source_images,
 )
 from repulsor_jax.evaluation.measure import (
-    Extract,
-    Reference,
     image_features,
-    image_reference,
-    make_extractor,
     metrics,
     sample_features,
 )
@@ -59,26 +39,10 @@ from repulsor_jax.generation import (
 )
 from repulsor_jax.inference import LoadedGuide
 from repulsor_jax.shards import Shards, digest
+from repulsor_jax.yardstick import Yardstick, make_yardstick, open_yardstick
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"
-
-
-@dataclasses.dataclass(frozen=True)
-class Yardstick:
-    """A feature space with its reference: what all evaluations of a run share.
-
-    Attributes:
-      folder: where records, and the features of a job at work, are kept.
-      space: where images are compared.
-      extract: computes features.
-      reference: what samples are compared with; None on processes but the first.
-    """
-
-    folder: pathlib.Path
-    space: FeatureSpace
-    extract: Extract
-    reference: Reference | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +141,10 @@ def _evaluate_checkpoints(
 def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:
     """Yields the steps to evaluate; every process yields the same."""
     if checkpoints in ("", "all"):
-        steps = [checkpointer.resolve(None)] if not checkpoints else checkpointer.steps()
-        if not steps:
-            checkpointer.resolve(None)  # says that there are none
-        yield from steps
+        newest = checkpointer.resolve(None)  # or says that there is none
+        steps = checkpointer.steps() if checkpoints else [newest]
+        count = int(sharding.agree(len(steps)))
+        yield from sharding.agree(np.resize(steps, count)).tolist()
     elif checkpoints == "follow":
         done: set[int] = set()
         while config.total_steps not in done:
@@ -190,9 +154,8 @@ def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) 
                 done.add(step)
                 yield step
                 continue
-            if jax.process_index() == 0 and not new:
-                newest = f"after step {max(done)}" if done else f"in {checkpointer.directory}"
-                print(f"waiting for a checkpoint {newest}", flush=True)
+            if jax.process_index() == 0:
+                print(f"waiting for a checkpoint in {checkpointer.directory}", flush=True)
             time.sleep(config.evaluation.poll_seconds)
     else:
         try:
@@ -223,135 +186,6 @@ def sweep(config: Config) -> list[Guidance | None]:
         for scale in scales
     ]
     return list(dict.fromkeys(guidances))
-
-
-def make_yardstick(experiment: Experiment) -> Yardstick:
-    """Opens the feature space and the reference; computes the reference's features once.
-
-    Raises:
-      ConfigError, ValueError, OSError: one message that names the key or file.
-    """
-    config, autoencoder = experiment.config, experiment.autoencoder
-    assert autoencoder is not None
-    m = config.model
-    latent = jax.ShapeDtypeStruct((1, m.latent_size, m.latent_size, m.in_channels), "float32")
-    image = jax.eval_shape(autoencoder.decode, autoencoder.params, latent)
-    return _make_yardstick(
-        config, experiment.workdir, experiment.mesh, autoencoder, tuple(image.shape[1:])
-    )
-
-
-def _make_yardstick(
-    config: Config,
-    workdir: pathlib.Path,
-    mesh: Mesh,
-    autoencoder: Autoencoder | None,
-    image_shape: tuple[int, ...],
-) -> Yardstick:
-    folder, is_main = workdir / "evaluations", jax.process_index() == 0
-    path = pathlib.Path(config.evaluation.reference).expanduser()
-    statistics, images = None, None
-    if path.suffix == ".npz":
-        if config.evaluation.features == "inception":
-            statistics = reference_lib.read_statistics(path)
-        if statistics is None or reference_lib.holds_images(path):
-            images = npz_images(path, size=(image_shape[0], image_shape[1]))
-    else:
-        images = _open_images(config, workdir, autoencoder, image_shape)
-    space = _open_space(config, autoencoder, image_shape)
-    extract = make_extractor(space, mesh)
-    found = None
-    if images is not None:
-        found = image_reference(
-            images,
-            keep=config.evaluation.reference_features,
-            batch_size=config.evaluation.batch_size,
-            space=space,
-            extract=extract,
-            mesh=mesh,
-            cache=folder / "references",
-        )
-        if is_main:
-            shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
-    if statistics is not None and is_main:
-        # Published statistics are of the whole data set; the images beside them are some of it.
-        description = {"name": path.name, "digest": reference_lib.file_sha256(path)[:16]}
-        found = Reference(
-            description | {"images": statistics.pool.count},
-            statistics.pool,
-            statistics.spatial,
-            found.features if found else None,
-        )
-    return Yardstick(folder, space, extract, found)
-
-
-def _open_space(
-    config: Config, autoencoder: Autoencoder | None, image_shape: tuple[int, ...]
-) -> FeatureSpace:
-    name = config.evaluation.features
-    try:
-        if name == "inception":
-            return inception_space(config.evaluation.inception_weights)
-        if name == "pixels":
-            height, width, channels = image_shape
-            return pixel_space(height * width * channels)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.features={name!r}: {error}") from error
-    if autoencoder is None:
-        autoencoder = load_autoencoder(config)
-    return autoencoder_space(autoencoder)
-
-
-def _open_images(
-    config: Config,
-    workdir: pathlib.Path,
-    autoencoder: Autoencoder | None,
-    image_shape: tuple[int, ...],
-) -> ImageSet:
-    """Opens the reference where it is not an .npz."""
-    c: EvaluationConfig = config.evaluation
-    if c.reference in _SPLITS:
-        directory = data_directory(config, workdir) / c.reference
-        if not directory.exists():
-            raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: {directory} is absent. Name an "
-                ".npz or a folder of images, or encode that split, or in training set "
-                "config.evaluation.every_steps=0"
-            )
-        dataset = open_latent_dataset(directory)
-        autoencoder = autoencoder or load_autoencoder(config)
-        if dataset.autoencoder != autoencoder.name:
-            raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: {directory} was encoded with "
-                f"{dataset.autoencoder!r}, but config.data.autoencoder={autoencoder.name!r}"
-            )
-        return latent_images(dataset, autoencoder)
-    height, width = image_shape[:2]
-    if height != width:
-        raise ConfigError(
-            f"config.evaluation.reference={c.reference!r}: its images are cropped to squares, but "
-            f"samples are {height} x {width}: give an .npz"
-        )
-    path = c.reference
-    kind = path
-    if not path.startswith("tfds:"):
-        located = pathlib.Path(path).expanduser()
-        if not located.exists():
-            raise ConfigError(
-                f"config.evaluation.reference={path!r}: found no such file or folder, expected an "
-                ".npz, a folder or archive of images, 'tfds:<name>', 'train' or 'test'"
-            )
-        kind = folder_or_archive(located)
-    try:
-        source = open_source(
-            kind,
-            c.reference_split,
-            path=config.data.source_path if kind == path else str(located),
-            cache_dir=workdir / "evaluations" / _ARCHIVE,
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"config.evaluation.reference={path!r}: {error}") from error
-    return source_images(source, f"{path} {c.reference_split}".removesuffix(" ."), height)
 
 
 def evaluate_params(
@@ -413,7 +247,7 @@ def evaluate_params(
 def _evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
     images = npz_images(config.evaluation.samples)
     mesh = checked_mesh(config)
-    yardstick = _make_yardstick(config, workdir, mesh, None, images.shape)
+    yardstick = open_yardstick(config, workdir, mesh, None, images.shape)
     protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
 
     def features(folder: pathlib.Path, title: str) -> Shards:

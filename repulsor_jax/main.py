@@ -3,8 +3,10 @@
 python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
+import os
 import pathlib
 import sys
+from typing import NoReturn
 
 import jax
 import ml_collections
@@ -19,6 +21,7 @@ from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.generation import SamplingError
 from repulsor_jax.metrics import NonFiniteLossError
+from repulsor_jax.monitor import make_monitor
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 
@@ -84,27 +87,38 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "evaluate":
             evaluate(config, workdir, _CHECKPOINT_STEP.value)
             return
-        experiment, dataset = experiment_lib.prepare(
-            config, workdir, draws_pictures=experiment_lib.draws_pictures(config)
-        )
+        pictures = experiment_lib.draws_pictures(config)
+        experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
+        monitor = make_monitor(experiment) if pictures else None
     except (ValueError, OSError, SamplingError) as error:
-        sys.exit(f"error: {error}")
+        _stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        _stop("interrupted; the same command goes on from here", 130)
 
     try:
-        train(experiment, dataset, _CONFIG.value.to_dict())
+        train(experiment, dataset, monitor, _CONFIG.value.to_dict())
     except (
         NonFiniteLossError,
         CheckpointError,
         DamagedDataError,
         config_lib.ConfigError,
     ) as error:
-        sys.exit(f"error: {error}")
+        _stop(f"error: {error}", 1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _stop("interrupted; the same command goes on from the newest checkpoint", 130)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    """Ends this process with one line on standard error.
+
+    One of several processes ends at once: leaving in order would first wait for the others, which
+    wait for this one.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _sample_step() -> int | None:

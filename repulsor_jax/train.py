@@ -2,7 +2,7 @@
 
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,16 +13,7 @@ from repulsor_jax import images, regularizers, sharding
 from repulsor_jax.checkpoint import Checkpointer
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import training_iterator
-from repulsor_jax.evaluate import Evaluator, evaluate_params, make_yardstick
 from repulsor_jax.experiment import Experiment, latents_record
-from repulsor_jax.generation import (
-    SamplingError,
-    configured_guidance,
-    generate_images,
-    make_generator,
-    write_grid,
-)
-from repulsor_jax.inference import load_guide, params_sha256
 from repulsor_jax.metrics import (
     JSONL_NAME,
     MetricWriter,
@@ -30,6 +21,7 @@ from repulsor_jax.metrics import (
     StepRecorder,
     read_jsonl,
 )
+from repulsor_jax.monitor import Monitor
 from repulsor_jax.train_state import (
     TrainState,
     abstract_train_state,
@@ -42,13 +34,17 @@ _CURVES = ("flow_loss", "regularizer_loss", "fid", "frechet_pixels", "frechet_au
 
 
 def train(
-    experiment: Experiment, dataset: LatentDataset, config_record: Mapping[str, Any]
+    experiment: Experiment,
+    dataset: LatentDataset,
+    monitor: Monitor | None,
+    config_record: Mapping[str, Any],
 ) -> TrainState:
     """Trains to `config.total_steps`, going on from the newest checkpoint where there is one.
 
     Args:
       experiment: from `experiment.prepare`.
       dataset: likewise; what is trained on.
+      monitor: draws grids and evaluates on the way; None draws nothing.
       config_record: the configuration as plain values, kept with every checkpoint.
 
     Returns:
@@ -73,7 +69,6 @@ def train(
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
     )
-    pictures = _Pictures(experiment, say) if experiment.autoencoder else None
     latents = latents_record(experiment)
     say(parameter_overview.get_parameter_overview(abstract_state.params, include_stats=False))
 
@@ -122,14 +117,12 @@ def train(
                         state, step_metrics = step_fn(state, batch)
                     recorder.push(step, step_metrics)  # reads the metrics of the step before
 
-                    if pictures and _due(
-                        config.sampling.grid_every_steps, step, config.total_steps
-                    ):
+                    if monitor and _due(config.sampling.grid_every_steps, step, config.total_steps):
                         with recorder.pause():
-                            pictures.grid(step, state.ema_params, writer)
-                    if pictures and _due(config.evaluation.every_steps, step, config.total_steps):
+                            monitor.write_grid(step, state.ema_params, writer)
+                    if monitor and _due(config.evaluation.every_steps, step, config.total_steps):
                         with recorder.pause():
-                            pictures.evaluate(step, state.ema_params, writer)
+                            monitor.evaluate(step, state.ema_params, writer)
                     if _due(config.checkpoint.every_steps, step, config.total_steps):
                         recorder.flush()
                         with recorder.pause():
@@ -151,49 +144,6 @@ def train(
     if is_main:
         _write_loss_curve(workdir)
     return state
-
-
-class _Pictures:
-    """What training shows on its way: grids of samples, and evaluations by few of them."""
-
-    def __init__(self, experiment: Experiment, say: Callable[[str], None]) -> None:
-        self._experiment, self._say = experiment, say
-        self._guidance = configured_guidance(experiment.config.sampling)
-        guide = load_guide(experiment)
-        self._generator = make_generator(experiment, guide.guide if guide else None)
-        if experiment.config.evaluation.every_steps:
-            yardstick = make_yardstick(experiment)
-            self._evaluator = Evaluator(experiment, self._generator, guide, yardstick)
-
-    def grid(self, step: int, params: Any, writer: MetricWriter) -> None:
-        """Draws a grid of the first samples."""
-        count = self._experiment.config.sampling.grid_samples
-        try:
-            samples = generate_images(self._generator, params, count, self._guidance)
-        except SamplingError as error:  # no reason to stop training
-            self._say(f"step {step}: no grid: {error}")
-            return
-        if jax.process_index() == 0:
-            path = self._experiment.workdir / "samples" / f"train_{step:08d}.png"
-            write_grid(self._experiment, path, *samples)
-            writer.image(step, "samples", path)
-
-    def evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
-        """Evaluates with `config.evaluation.training_samples`, by the code of the evaluate mode."""
-        try:
-            record = evaluate_params(
-                self._evaluator,
-                params,
-                self._guidance,
-                step=step,
-                weights_sha256=params_sha256(params),
-                num_samples=self._experiment.config.evaluation.training_samples,
-            )
-        except SamplingError as error:
-            self._say(f"step {step}: not evaluated: {error}")
-            return
-        if record:
-            writer.scalars(step, record["metrics"])
 
 
 def _due(every_steps: int, step: int, total_steps: int) -> bool:

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,20 @@ def test_saving_a_step_twice_is_no_error(tmp_path):
         for _ in range(2):
             checkpointer.save(0, state, {"next_index": 0}, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["0"]
+
+
+def test_records_are_read_without_arrays_and_missed_by_name(saved, tmp_path):
+    _, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "2" / "state")
+    with Checkpointer(tmp_path / "copy", read_only=True) as checkpointer:
+        assert checkpointer.records() == ({"seed": 0}, {"shift": [0.5]}, 2)
+    shutil.rmtree(tmp_path / "copy" / "2" / "latents")
+    with (
+        Checkpointer(tmp_path / "copy", read_only=True) as checkpointer,
+        pytest.raises(CheckpointError, match=r"copy/2: found no record of .* latents"),
+    ):
+        checkpointer.records(2)
+    with pytest.raises(CheckpointError, match="nowhere is not there: train first"):
+        Checkpointer(tmp_path / "nowhere", read_only=True)
+    assert not (tmp_path / "nowhere").exists()

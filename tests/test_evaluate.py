@@ -19,13 +19,14 @@ from repulsor_jax import flow, generation, sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.dataset_writer import write_latent_dataset
-from repulsor_jax.evaluate import Evaluator, Yardstick, evaluate, evaluate_params
+from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
 from repulsor_jax.evaluation.features import pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.measure import Reference, make_extractor
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.images import save_samples
 from repulsor_jax.train_step import LatentFormat
+from repulsor_jax.yardstick import Yardstick
 from tests import tiny
 from tests.closed_form import Mixture, exact
 

@@ -11,7 +11,7 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax import generation
+from repulsor_jax import generation, monitor
 from repulsor_jax import train as train_lib
 from repulsor_jax.data import pipeline
 from repulsor_jax.metrics import NonFiniteLossError, read_jsonl
@@ -32,8 +32,10 @@ def data_dir(tmp_path_factory):
 def run(workdir, data_dir, **overrides):
     values = tiny.digits_dict(data_dir, **MESH, **overrides)
     workdir.mkdir(exist_ok=True)
-    parts = experiment_lib.prepare(config_lib.parse(values), workdir, draws_pictures=True)
-    return train(*parts, values.to_dict())
+    experiment, dataset = experiment_lib.prepare(
+        config_lib.parse(values), workdir, draws_pictures=True
+    )
+    return train(experiment, dataset, monitor.make_monitor(experiment), values.to_dict())
 
 
 def losses(workdir):
@@ -125,7 +127,7 @@ def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypa
 
         return dataclasses.replace(generator, start=spy)
 
-    monkeypatch.setattr(train_lib, "make_generator", make_generator)
+    monkeypatch.setattr(monitor, "make_generator", make_generator)
     state = run(tmp_path, data_dir, sampling__grid_every_steps=8, evaluation__every_steps=8)
     assert len(drawn_from) == 2 * (2 + 2)  # twice, of 20 and of 32 samples, 16 at a time
     jax.tree.map(np.testing.assert_array_equal, drawn_from[-1], jax.device_get(state.ema_params))
@@ -156,3 +158,18 @@ class _Poisoned:
 
     def __getattr__(self, name):
         return getattr(self._iterator, name)
+
+
+def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, data_dir, capsys):
+    state = run(
+        tmp_path,
+        data_dir,
+        sampling__solver="dopri5",
+        sampling__max_steps=1,
+        sampling__grid_every_steps=12,
+        evaluation__every_steps=12,
+    )
+    assert int(state.step) == 12
+    said = capsys.readouterr().out
+    assert "step 12: no grid: sample 0 is not finite" in said
+    assert "step 12: not evaluated: sample 0 is not finite" in said
