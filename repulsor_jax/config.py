@@ -277,14 +277,12 @@ def check_devices(config: Config, batch_shards: int, processes: int = 1) -> None
             f"config.mesh.data x config.mesh.fsdp = {batch_shards} must be a multiple of the "
             f"{processes} processes: each reads rows of its own; lower config.mesh.tensor"
         )
-    for section in (config.sampling, config.evaluation):
-        if section.batch_size % batch_shards:
-            name = "sampling" if section is config.sampling else "evaluation"
-            raise ConfigError(
-                f"config.{name}.batch_size={section.batch_size} must be a multiple of "
-                f"mesh.data x mesh.fsdp = {batch_shards}; the nearest are "
-                f"{_multiples(section.batch_size, batch_shards)}"
-            )
+    if config.sampling.batch_size % batch_shards:
+        raise ConfigError(
+            f"config.sampling.batch_size={config.sampling.batch_size} must be a multiple of "
+            f"mesh.data x mesh.fsdp = {batch_shards}; the nearest are "
+            f"{_multiples(config.sampling.batch_size, batch_shards)}"
+        )
 
 
 def _check_consistency(c: Config) -> None:

@@ -20,14 +20,8 @@ from repulsor_jax import inference, sharding
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
-from repulsor_jax.evaluation.image_sets import (
-    npz_images,
-)
-from repulsor_jax.evaluation.measure import (
-    image_features,
-    metrics,
-    sample_features,
-)
+from repulsor_jax.evaluation.image_sets import npz_images
+from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.generation import (
     Generator,
@@ -40,9 +34,6 @@ from repulsor_jax.generation import (
 from repulsor_jax.inference import LoadedGuide
 from repulsor_jax.shards import Shards, digest
 from repulsor_jax.yardstick import Yardstick, make_yardstick, open_yardstick
-
-_SPLITS = ("train", "test")
-_ARCHIVE = ".archive"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +123,8 @@ def _evaluate_checkpoints(
                 tqdm.write(f"the metrics over the guidance scale: {picture}")
         if events is not None:
             events.close()
-            picture = report.plot_steps(folder, records)
-            if picture and len(guidances) == 1:
+            picture = report.plot_steps(folder, records) if len(guidances) == 1 else None
+            if picture:
                 tqdm.write(f"the metrics over the steps: {picture}")
     return records
 
@@ -235,12 +226,13 @@ def evaluate_params(
     title = f"evaluate step {step}"
     if guidance is not None:
         title += f", cfg {guidance.scale:g}"
-    record, name, is_new = _measured(yardstick, protocol, f"step_{step}", title, features)
-    if is_new and grid:
+    record, name = _measured(yardstick, protocol, f"step_{step}", title, features)
+    picture = yardstick.folder / f"{name}.png"
+    if grid and not sharding.agree(int(picture.is_file())):
         shown = min(num_samples, experiment.config.sampling.grid_samples)
         pictures = generate_images(generator, params, shown, guidance)
         if jax.process_index() == 0:
-            write_grid(experiment, yardstick.folder / f"{name}.png", *pictures)
+            write_grid(experiment, picture, *pictures)
     return record
 
 
@@ -263,8 +255,8 @@ def _measured(
     stem: str,
     title: str,
     features: Callable[[pathlib.Path, str], Shards],
-) -> tuple[report.Record, str, bool]:
-    """Reads the record of this protocol, or measures and writes it; also its name, and if new."""
+) -> tuple[report.Record, str]:
+    """Reads the record of this protocol, or measures and writes it; also returns its name."""
     is_main = jax.process_index() == 0
     identity: dict[str, Any] = {
         "protocol": protocol,
@@ -275,11 +267,11 @@ def _measured(
     name = f"{stem}-{digest(identity)}"
     known = report.read(yardstick.folder, name) if is_main else None
     if sharding.agree(int(known is not None)):
-        return known or {}, name, False
+        return known or {}, name
     started = time.perf_counter()
     shards = features(yardstick.folder / f".{name}.incomplete", title)
     if not is_main:
-        return {}, name, True
+        return {}, name
     assert yardstick.reference is not None
     values, warnings = metrics(shards, yardstick.reference, yardstick.space)
     seconds = time.perf_counter() - started
@@ -290,7 +282,7 @@ def _measured(
     tqdm.write(f"{title}, {protocol['num_samples']:,} samples: {shown}")
     for warning in warnings:
         tqdm.write(f"warning: {warning}")
-    return record, name, True
+    return record, name
 
 
 def _write_events(events: SummaryWriter, record: report.Record, *, swept: bool) -> None:

@@ -163,8 +163,7 @@ def checked_mesh(config: Config) -> Mesh:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
-    batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    config_lib.check_devices(config, batch_shards, jax.process_count())
+    config_lib.check_devices(config, sharding.batch_shards(mesh), jax.process_count())
     return mesh
 
 

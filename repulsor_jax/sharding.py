@@ -78,6 +78,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Number of pieces that the mesh cuts a batch into."""
+    return _axes_size(BATCH_AXES, mesh)
+
+
 def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of (boxed) abstract arrays by their logical axis names.
 

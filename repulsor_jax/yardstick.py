@@ -111,7 +111,11 @@ def open_yardstick(
         # Published statistics are of the whole data set; the images beside them are some of it.
         description = {"name": path.name, "digest": reference_lib.file_sha256(path)[:16]}
         found = Reference(
-            description | {"images": statistics.pool.count},
+            description
+            | {
+                "images": statistics.pool.count,
+                "features": found.description["features"] if found else 0,
+            },
             statistics.pool,
             statistics.spatial,
             found.features if found else None,

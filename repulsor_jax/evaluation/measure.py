@@ -37,7 +37,7 @@ class Reference:
     """What samples are compared with.
 
     Attributes:
-      description: for reports: name, digest, number of images.
+      description: for reports: name, digest, number of images, and of `features`.
       pool: Gaussian of the features of the Fréchet distance.
       spatial: of Inception's spatial features, for sFID; None where they are not known.
       features: `[M, D]` of some of the images, for KID, precision and recall; None likewise.
@@ -97,7 +97,11 @@ def sample_features(
 def image_features(
     images: ImageSet, batch_size: int, extract: Extract, mesh: Mesh, folder: pathlib.Path
 ) -> Shards:
-    """Features of a set of images; restartable as `sample_features` is."""
+    """Features of a set of images; restartable as `sample_features` is.
+
+    The batch size is rounded up to a multiple of what the mesh cuts a batch into.
+    """
+    batch_size = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
     params = jax.device_put(images.params, sharding.replicated(mesh))
     decode = jax.jit(images.decode, out_shardings=sharding.batch_sharding(mesh))
 
@@ -156,7 +160,12 @@ def image_reference(
     if "spatial_mean" in found:
         spatial = GaussianStatistics(found["spatial_mean"], found["spatial_cov"], images.count)
     return Reference(
-        {"name": images.name, "digest": images.digest, "images": images.count},
+        {
+            "name": images.name,
+            "digest": images.digest,
+            "images": images.count,
+            "features": len(found["features"]),
+        },
         GaussianStatistics(found["pool_mean"], found["pool_cov"], images.count),
         spatial,
         found["features"],
