@@ -14,6 +14,7 @@ without them every step pays again for the page faults of its temporaries (--all
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
 import statistics
@@ -26,51 +27,58 @@ REUSE_MEMORY = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0xffffffffff:glibc.malloc.arena_max=1"
 )
 
-Timed = Callable[[], float]  # runs once, returns seconds
+Timed = Callable[..., float]  # runs once, what its arguments say; returns seconds
+Build = Callable[[argparse.Namespace], tuple[Timed, dict[str, Any]]]  # and facts to print
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--platform", default="cpu", choices=["cpu", "cuda", "tpu"])
-    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
-    parser.add_argument("--patch_size", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=8)
+    add_options(parser, rounds=7)
     parser.add_argument("--bank_rows", type=int, default=65_536)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of a variant in a round")
-    parser.add_argument("--peers", action="store_true", help="also diffusers' DiT in PyTorch")
-    parser.add_argument("--allocator", default="reuse", choices=["reuse", "default"])
     args = parser.parse_args()
 
-    if args.allocator == "reuse":
-        os.environ["GLIBC_TUNABLES"] = REUSE_MEMORY  # read when a worker starts
-    variants = ["none", "repulsor", "jax matmul"]
+    builders: dict[str, Build] = {
+        name: functools.partial(build_jax, name) for name in ("none", "repulsor")
+    }
     if args.peers:
-        variants += ["torch eager", "torch compiled", "torch matmul"]
-    workers = {name: Worker(name, args) for name in variants}
+        builders["torch eager"] = functools.partial(build_torch, False)
+        builders["torch compiled"] = functools.partial(build_torch, True)
+    workers = start_workers(builders | matmul_builders(args), args)
     info = {name: worker.info for name, worker in workers.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for worker in workers.values():
+        worker.run(), worker.run()
     for _ in range(args.rounds):
         for name, worker in workers.items():
             times[name].append(worker.run())
     print_tables(args, info, times)
 
 
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds what every comparison of one model on one machine has."""
+    parser.add_argument("--platform", default="cpu", choices=["cpu", "cuda", "tpu"])
+    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
+    parser.add_argument("--patch_size", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--peers", action="store_true", help="also diffusers' DiT in PyTorch")
+    parser.add_argument("--allocator", default="reuse", choices=["reuse", "default"])
+
+
 def print_tables(
     args: argparse.Namespace, info: dict[str, dict], times: dict[str, list[float]]
 ) -> None:
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    rates = {n: info[n]["flops"] / seconds[n] for n in times if "matmul" in n}
-    peak = max(rates.values())
-    flops = model_flops(args)
+    peak = matmul_peak(info, times)
+    flops = 3 * forward_flops(args)
     print(
-        f"\nDiT-{args.size}/{args.patch_size}, 32x32x4, batch {args.batch_size}, {args.dtype}, "
-        f"{args.platform}, {os.cpu_count()} cores, {args.allocator} allocator; "
-        f"median of {args.rounds} rounds; matrix-product peak {peak / 1e9:.0f} GFLOP/s\n"
+        f"\n{setting(args)}; median of {args.rounds} rounds; "
+        f"matrix-product peak {peak / 1e9:.0f} GFLOP/s\n"
     )
     print("| step | s/step (min to max) | images/s | relative to torch eager | share of peak |")
     print("|---|---|---|---|---|")
@@ -96,8 +104,23 @@ def print_tables(
     )
 
 
-def model_flops(args: argparse.Namespace) -> float:
-    """FLOPs of one training step of the transformer: 3 x forward, 2 per multiply-add."""
+def setting(args: argparse.Namespace) -> str:
+    """What all variants have in common, in words."""
+    return (
+        f"DiT-{args.size}/{args.patch_size}, 32x32x4, batch {args.batch_size}, {args.dtype}, "
+        f"{args.platform}, {os.cpu_count()} cores, {args.allocator} allocator"
+    )
+
+
+def matmul_peak(info: dict[str, dict], times: dict[str, list[float]]) -> float:
+    """FLOP/s of the faster library's large matrix product, by its median time."""
+    return max(
+        info[name]["flops"] / statistics.median(times[name]) for name in times if "matmul" in name
+    )
+
+
+def forward_flops(args: argparse.Namespace) -> float:
+    """FLOPs of one forward pass of the transformer on a batch, 2 per multiply-add."""
     from repulsor_jax.models.dit import DIT_SIZES
 
     size = DIT_SIZES[args.size]
@@ -106,40 +129,57 @@ def model_flops(args: argparse.Namespace) -> float:
     patch = 4 * args.patch_size**2
     block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
     ends = 2 * tokens * patch * width + 2 * width**2 + 256 * width + width**2
-    return 3 * 2 * args.batch_size * (depth * block + ends)
+    return 2 * args.batch_size * (depth * block + ends)
 
 
 class Worker:
     """A process that builds one variant, then times it when asked."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, build: Build, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(name, args, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(build, args, theirs), daemon=True)
         self._process.start()
         self.info = self._pipe.recv()  # one builds after the other, so that none is starved
 
-    def run(self) -> float:
-        """Seconds per step."""
-        self._pipe.send("run")
+    def run(self, *case: Any) -> float:
+        """Seconds that the variant gives for the case."""
+        self._pipe.send(case)
         return self._pipe.recv()
 
 
-def _serve(name: str, args: argparse.Namespace, pipe: Connection) -> None:
-    builders = {
-        "none": lambda: build_jax("none", args),
-        "repulsor": lambda: build_jax("repulsor", args),
-        "jax matmul": lambda: build_jax_matmul(args),
-        "torch eager": lambda: build_torch(False, args),
-        "torch compiled": lambda: build_torch(True, args),
-        "torch matmul": lambda: build_torch_matmul(args),
-    }
-    timed, info = builders[name]()
-    timed(), timed()
+def start_workers(builders: dict[str, Build], args: argparse.Namespace) -> dict[str, Worker]:
+    """Starts a worker for each variant, with the allocator settings that were asked for."""
+    if args.allocator == "reuse":
+        os.environ["GLIBC_TUNABLES"] = REUSE_MEMORY  # read when a worker starts
+    return {name: Worker(build, args) for name, build in builders.items()}
+
+
+def matmul_builders(args: argparse.Namespace) -> dict[str, Build]:
+    """The large matrix products whose rate `matmul_peak` takes."""
+    builders: dict[str, Build] = {"jax matmul": build_jax_matmul}
+    return builders | ({"torch matmul": build_torch_matmul} if args.peers else {})
+
+
+def _serve(build: Build, args: argparse.Namespace, pipe: Connection) -> None:
+    timed, info = build(args)
     pipe.send(info)
     with contextlib.suppress(EOFError):  # the parent is done
-        while pipe.recv():
-            pipe.send(timed())
+        while True:
+            pipe.send(timed(*pipe.recv()))
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Returns the default configuration with the model that the arguments name."""
+    from configs import default
+    from repulsor_jax.models.dit import DIT_SIZES
+
+    c = default.get_config()
+    c.model.update(DIT_SIZES[args.size])
+    c.model.patch_size = args.patch_size
+    c.model.scan_blocks = args.platform != "cpu"
+    c.model.dtype = args.dtype
+    return c
 
 
 def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
@@ -147,10 +187,8 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
     import jax
     import numpy as np
 
-    from configs import default
     from repulsor_jax import config as config_lib
     from repulsor_jax import regularizers, sharding
-    from repulsor_jax.models.dit import DIT_SIZES
     from repulsor_jax.train_state import (
         abstract_train_state,
         build_model,
@@ -159,11 +197,7 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
     )
     from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
 
-    c = default.get_config()
-    c.model.update(DIT_SIZES[args.size])
-    c.model.patch_size = args.patch_size
-    c.model.scan_blocks = args.platform != "cpu"
-    c.model.dtype = args.dtype
+    c = model_config(args)
     c.batch_size = args.batch_size
     c.regularizer.name = regularizer
     c.regularizer.bank_rows = args.bank_rows
@@ -229,14 +263,14 @@ def build_jax_matmul(args: argparse.Namespace, size: int = 2048) -> tuple[Timed,
     return timed, {"flops": 5 * 2 * size**3}
 
 
-def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+def torch_dit(args: argparse.Namespace) -> Any:
+    """Returns diffusers' DiT of the size that the arguments name, on their device."""
     import torch
     from diffusers import DiTTransformer2DModel
 
     from repulsor_jax.models.dit import DIT_SIZES
 
     size = DIT_SIZES[args.size]
-    device = torch.device(args.platform)
     torch.manual_seed(0)
     network: Any = DiTTransformer2DModel(
         num_attention_heads=size["num_heads"],
@@ -248,7 +282,14 @@ def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict
         patch_size=args.patch_size,
         num_embeds_ada_norm=1000,
     )
-    model = network.to(device)
+    return network.to(args.platform)
+
+
+def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+    import torch
+
+    device = torch.device(args.platform)
+    model = torch_dit(args)
     parameters = list(model.parameters())
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
