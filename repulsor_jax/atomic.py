@@ -1,6 +1,7 @@
 """Files and folders that appear complete or not at all."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import secrets
@@ -26,6 +27,16 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(path: PathLike) -> None:
+    """Removes what `replacing` left beside `path` when it was killed.
+
+    Only for a path that nothing else is writing at this moment.
+    """
+    path = pathlib.Path(path)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        stale.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from repulsor_jax import atomic
+
 JSONL_NAME = "metrics.jsonl"
 
 
@@ -35,9 +37,7 @@ class MetricWriter:
         workdir = pathlib.Path(workdir)
         path = workdir / JSONL_NAME
         kept = [line for line in read_jsonl(path) if line["step"] <= first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a")
         self._events = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None

@@ -82,6 +82,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         if config.sampling.save_png:
             for shard, piece in enumerate(shards.read("images")):
                 images.save_pngs(path.with_suffix(""), shards.rows(shard).start, piece)
+        atomic.remove_stale(path)
         images.save_samples(path, shards.read("images"), labels)
         shown = min(count, config.sampling.grid_samples)
         first = _first(shards.read("images"), shown)

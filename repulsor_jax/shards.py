@@ -67,6 +67,7 @@ class Shards:
                     f"{self._path(shard)}: {name}: found {len(array)} items, expected "
                     f"{len(self.rows(shard))}"
                 )
+        atomic.remove_stale(self._path(shard))
         with atomic.replacing(self._path(shard)) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **dict(arrays))
 

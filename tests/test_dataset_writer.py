@@ -110,7 +110,7 @@ def test_goes_on_with_what_is_missing_and_ends_with_the_same_bytes(tmp_path):
     # Killed after the shard's file and before its summary: it is written again.
     name = "data-00003-of-00005.array_record"
     (first.folder / f"{name}.json").unlink()
-    (first.folder / f"{name}.partial-0000").write_bytes(b"left by a kill")
+    (first.folder / f".{name}.0000").write_bytes(b"left by a kill")
 
     again = dw.open_writer(tmp_path / "d", describe(), **options)
     assert again.missing(0, 2) == [0, 2, 4]

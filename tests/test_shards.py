@@ -55,6 +55,8 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(tmp_path, whole, sto
     shards = Shards(tmp_path / "stopped", 23, 6)
     with pytest.raises(KeyboardInterrupt):
         run(shards, [], stop_at=stop_at)
+    (shards.folder).mkdir(exist_ok=True)
+    (shards.folder / ".00000018-00000023.npz.0123abcd").write_bytes(b"left by a kill")
     made = []
     run(shards, made)
     assert made == list(range(stop_at // 6 * 6, 23))  # whole shards are not made again

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from repulsor_jax import atomic
 from repulsor_jax.data.latent_dataset import (
     DTYPES,
     FORMAT_VERSION,
@@ -101,17 +101,11 @@ class DatasetWriter:
           OSError: it cannot be written, as where the disk is full.
         """
         path = self.folder / self._name(shard)
-        for stale in self.folder.glob(f"{path.name}.partial-*"):
-            stale.unlink(missing_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        try:
+        atomic.remove_stale(path)
+        with atomic.replacing(path) as partial:
             summary = self._write_records(partial, shard, batches)
             summary["sha256"] = sha256(partial)
-            _sync(partial)
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _write_text(self._summary_path(shard), json.dumps(summary))
+        atomic.write_text(self._summary_path(shard), json.dumps(summary))
 
     def finish(self) -> LatentDataset:
         """Completes the data set, or raises ValueError where a shard is missing or all are empty.
@@ -131,7 +125,7 @@ class DatasetWriter:
             dataset = self._combine(summaries)
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
             del content["directory"]
-            _write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
+            atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
         # From here on, a job that is run again comes straight back here.
         listed = {s["name"] for s in json.loads((self.folder / METADATA).read_text())["shards"]}
         for path in self.folder.iterdir():
@@ -280,7 +274,7 @@ def open_writer(
                 "with the settings of then, or delete that folder to start over"
             )
     elif not (writer.folder / METADATA).exists():
-        _write_text(path, json.dumps(job, indent=2) + "\n")
+        atomic.write_text(path, json.dumps(job, indent=2) + "\n")
     return writer
 
 
@@ -413,22 +407,3 @@ def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: in
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Makes the operating system write a file through to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
