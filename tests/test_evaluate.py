@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import threading
 import time
 
@@ -29,6 +30,7 @@ from repulsor_jax.train_step import LatentFormat
 from repulsor_jax.yardstick import Yardstick
 from tests import tiny
 from tests.closed_form import Mixture, exact
+from tests.test_sources import TinyImages
 
 # ---- A model that is exact: class k has the mean MEANS[k] in every value, and the deviation STD.
 
@@ -381,14 +383,14 @@ def test_an_npz_needs_no_run(workdir, tmp_path_factory):
     assert "theirs" in (here / "evaluations" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz", "train"])
+@pytest.mark.parametrize("kind", ["archive", "npz", "train"])
 def test_references_of_every_kind_are_the_same_images(workdir, tmp_path_factory, kind):
     here = tmp_path_factory.mktemp("reference")
-    if kind == "folder":
+    if kind == "archive":
         for k, picture in enumerate(PICTURES):
             (here / f"{k % 3}").mkdir(exist_ok=True)
             Image.fromarray(picture).save(here / f"{k % 3}" / f"{k:03d}.png")
-        reference = str(here)
+        reference = shutil.make_archive(str(here / "pictures"), "xztar", here)
     elif kind == "npz":
         reference = str(here / "real.npz")
         save_samples(reference, [PICTURES], np.zeros(90))
@@ -402,6 +404,17 @@ def test_references_of_every_kind_are_the_same_images(workdir, tmp_path_factory,
     (record,) = call(workdir, evaluation__reference=reference)
     expected = frechet(samples_of(workdir, [5], 60)[0][0], PICTURES)
     np.testing.assert_allclose(record["metrics"]["frechet_pixels"], expected, rtol=1e-6)
+
+
+def test_a_tfds_reference(workdir, tmp_path_factory):
+    (record,) = call(
+        workdir,
+        evaluation__reference=f"tfds:{TinyImages.name}",
+        evaluation__reference_split="train",
+        data__source_path=str(tmp_path_factory.mktemp("tfds")),
+    )
+    assert record["reference"]["name"] == "tfds:tiny_images train"
+    assert record["reference"]["images"] == 6
 
 
 def test_too_few_samples_are_warned_of_with_their_count(workdir, capsys):
