@@ -35,11 +35,11 @@ class Checkpointer:
         Args:
           directory: the folder.
           read_only: neither create nor delete anything, as beside a run that is training.
+          keep_last: how many of the newest checkpoints to keep.
+          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
 
         Raises:
           CheckpointError: the folder is not there, where it is not to be created.
-          keep_last: how many of the newest checkpoints to keep.
-          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
         """
         self.directory = pathlib.Path(directory).absolute()
         if read_only and not self.directory.is_dir():

@@ -6,6 +6,7 @@ that was stopped finds them again.
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> li
       config: the configuration.
       workdir: of a run.
       checkpoints: "" for the newest, steps as "10000,20000", "all", or "follow": each as it
-        appears, until that of `config.total_steps` is done.
+        appears, until that of the run's `total_steps` is done.
 
     Returns:
       The records of this call, on the first process.
@@ -95,7 +96,8 @@ def _evaluate_checkpoints(
             try:
                 params = inference.restore_params(experiment, checkpointer, step)
             except (CheckpointError, FileNotFoundError):
-                if step in checkpointer.steps():
+                # One of several processes cannot go its own way.
+                if jax.process_count() > 1 or step in checkpointer.steps():
                     raise
                 tqdm.write(f"step {step} was removed before it could be evaluated")
                 continue
@@ -118,6 +120,7 @@ def _evaluate_checkpoints(
             assert events is not None
             for record in of_step:
                 _write_events(events, record, swept=len(of_step) > 1)
+            report.write_table(folder)
             picture = report.plot_sweep(folder, of_step)
             if picture:
                 tqdm.write(f"the metrics over the guidance scale: {picture}")
@@ -138,10 +141,12 @@ def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) 
         yield from sharding.agree(np.resize(steps, count)).tolist()
     elif checkpoints == "follow":
         done: set[int] = set()
-        while config.total_steps not in done:
+        total_steps = config.total_steps
+        while total_steps not in done:
             new = [step for step in checkpointer.steps() if step not in done]
             step = int(sharding.agree(new[0] if new else -1))
             if step >= 0:
+                total_steps = checkpointer.records(step)[0]["total_steps"]  # the run's own
                 done.add(step)
                 yield step
                 continue
@@ -291,5 +296,7 @@ def _write_events(events: SummaryWriter, record: report.Record, *, swept: bool) 
     if swept:
         low, high = protocol.get("cfg_interval", (0, 1))
         suffix = f"/cfg_{protocol['cfg_scale']:g}_t_{low:g}_{high:g}"
+    text = json.dumps(record, indent=2)
+    events.add_text(f"evaluation/protocol{suffix}", f"```\n{text}\n```", protocol["step"])
     for name, value in record["metrics"].items():
         events.add_scalar(f"evaluation/{name}{suffix}", value, protocol["step"])

@@ -221,7 +221,9 @@ def write_grid(
     """Writes a PNG of the images; with balanced labels and a column per class, headed by them."""
     columns = experiment.config.sampling.grid_columns
     names = experiment.class_names
-    by_class = columns == len(names) and experiment.config.sampling.labels == "balanced"
+    by_class = (
+        columns == len(names) <= len(labels) and experiment.config.sampling.labels == "balanced"
+    )
     save_grid(
         images,
         path,

@@ -13,7 +13,7 @@ import numpy as np
 
 from repulsor_jax import __version__, sde, sharding, solvers
 from repulsor_jax import config as config_lib
-from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.generation import Guidance, Guide
@@ -22,6 +22,21 @@ from repulsor_jax.train_state import build_model, init_model_params
 from repulsor_jax.weights import tensors_sha256
 
 _SHOWN_DIGITS = 16  # of a SHA-256, in reports
+# What a model's output depends on beside its parameters: the same as in training.
+_SAME = {
+    "model": (
+        "latent_size",
+        "in_channels",
+        "patch_size",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "num_classes",
+        "learn_sigma",
+        "qk_norm",
+    ),
+    "flow": ("path", "prediction"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +61,21 @@ def open_experiment(
       ConfigError: the configuration is not one for this run, or this machine.
       CheckpointError: no such checkpoint.
     """
-    _, record, _ = checkpointer.records(step)
-    return prepare_sampling(config, workdir, record)
+    saved, record, step = checkpointer.records(step)
+    # The average is the run's, whatever the configuration says.
+    ema_decay = saved["optimizer"]["ema_decay"]
+    optimizer = dataclasses.replace(config.optimizer, ema_decay=ema_decay)
+    experiment = prepare_sampling(dataclasses.replace(config, optimizer=optimizer), workdir, record)
+    for section, keys in _SAME.items():
+        for key in keys:
+            found, expected = getattr(getattr(config, section), key), saved[section][key]
+            if found != expected:
+                raise CheckpointError(
+                    f"{checkpointer.directory}/{step} does not fit this configuration: "
+                    f"config.{section}.{key} is {found!r}, but the run has {expected!r}; use the "
+                    "run's own config"
+                )
+    return experiment
 
 
 def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:

@@ -63,7 +63,7 @@ class Monitor:
                 weights_sha256=params_sha256(params),
                 num_samples=config.evaluation.training_samples,
             )
-        except SamplingError as error:
+        except (SamplingError, ValueError, OSError) as error:  # no reason to lose the run
             _say(f"step {step}: not evaluated: {error}")
             return
         if record:

@@ -2,13 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from repulsor_jax import atomic, images, inference, sharding
 from repulsor_jax.config import Config
+from repulsor_jax.evaluation.reference import open_images
 from repulsor_jax.generation import (
     batches,
     check_finite,
@@ -61,9 +62,13 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         count,
         whole_batches(config.sampling.images_per_shard, batch_size),
     )
-    if path.is_file() and record.is_file():
+    if sharding.agree(int(path.is_file() and record.is_file())):
         if is_main:
             shards.remove()  # left where the job was killed at its very end
+            if config.sampling.save_png and not path.with_suffix("").is_dir():
+                rows = [shards.rows(shard) for shard in range(len(shards))]
+                finished = open_images(path).read(rows)
+                _save_pngs(path, zip(rows, finished, strict=True))
             print(f"{path}: these {count:,} samples are there already")
         return path
 
@@ -72,16 +77,15 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
     def produce(parts: Sequence[range]) -> Iterator[Arrays]:
         for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
             found = sharding.to_host(device_samples)
-            images, labels, finite = (array[: len(numbers)] for array in found)
-            check_finite(finite, numbers.start)
-            yield {"images": images, "labels": labels}
+            kept = found._replace(**{k: v[: len(numbers)] for k, v in found._asdict().items()})
+            check_finite(kept.finite, numbers.start)
+            yield {"images": kept.images, "labels": kept.labels}
 
     fill(shards, produce, title="sample")
     if is_main:
         labels = np.concatenate(list(shards.read("labels")))
         if config.sampling.save_png:
-            for shard, piece in enumerate(shards.read("images")):
-                images.save_pngs(path.with_suffix(""), shards.rows(shard).start, piece)
+            _save_pngs(path, ((shards.rows(k), x) for k, x in enumerate(shards.read("images"))))
         atomic.remove_stale(path)
         images.save_samples(path, shards.read("images"), labels)
         shown = min(count, config.sampling.grid_samples)
@@ -94,6 +98,12 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
             f"the first {shown}: {path.with_suffix('.png')}; their protocol: {record}"
         )
     return path
+
+
+def _save_pngs(path: pathlib.Path, pieces: Iterable[tuple[range, np.ndarray]]) -> None:
+    """Writes the folder of PNG files beside the .npz."""
+    for rows, piece in pieces:
+        images.save_pngs(path.with_suffix(""), rows.start, piece)
 
 
 def _first(pieces: Iterator[np.ndarray], count: int) -> np.ndarray:

@@ -28,6 +28,16 @@ from repulsor_jax import atomic, sharding
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
+# What zipfile raises on a damaged file; the last two of flags and methods that it does not know.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -82,7 +92,7 @@ class Shards:
             try:
                 with np.load(path, allow_pickle=False) as archive:
                     array = archive[name]
-            except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+            except (*_DAMAGED, ValueError, KeyError) as error:
                 raise ValueError(
                     f"{path}: damaged ({error}): delete it, and the same command makes it anew"
                 ) from error
@@ -183,5 +193,5 @@ def _is_whole(path: pathlib.Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+    except _DAMAGED:
         return False

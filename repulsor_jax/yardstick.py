@@ -92,6 +92,8 @@ def open_yardstick(
             images = npz_images(path, size=(image_shape[0], image_shape[1]))
     else:
         images = _open_images(config, workdir, autoencoder, image_shape)
+    if images is not None and config.evaluation.features != "inception":
+        _check_channels(config, images, image_shape)
     space = _open_space(config, autoencoder, image_shape)
     extract = make_extractor(space, mesh)
     found = None
@@ -121,6 +123,17 @@ def open_yardstick(
             found.features if found else None,
         )
     return Yardstick(folder, space, extract, found)
+
+
+def _check_channels(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:
+    items = jax.ShapeDtypeStruct((1, *images.shape), images.dtype)
+    found = jax.eval_shape(images.decode, images.params, items).shape[1:]
+    if tuple(found) != tuple(image_shape):
+        raise ConfigError(
+            f"config.evaluation.reference={config.evaluation.reference!r}: found images of "
+            f"{list(found)}, but samples are {list(image_shape)}, and "
+            f"config.evaluation.features={config.evaluation.features!r} compares like with like"
+        )
 
 
 def _open_space(
@@ -162,6 +175,11 @@ def _open_images(
             raise ConfigError(
                 f"config.evaluation.reference={c.reference!r}: {directory} was encoded with "
                 f"{dataset.autoencoder!r}, but config.data.autoencoder={autoencoder.name!r}"
+            )
+        if dataset.weights_sha256 and dataset.weights_sha256 != autoencoder.weights_sha256:
+            raise ConfigError(
+                f"config.evaluation.reference={c.reference!r}: {directory} was encoded with other "
+                f"weights of {autoencoder.name!r}: give those by config.data.autoencoder_weights"
             )
         return latent_images(dataset, autoencoder)
     height, width = image_shape[:2]

@@ -21,9 +21,10 @@ from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.dataset_writer import write_latent_dataset
 from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
-from repulsor_jax.evaluation.features import pixel_space
+from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
-from repulsor_jax.evaluation.measure import Reference, make_extractor
+from repulsor_jax.evaluation.image_sets import npz_images
+from repulsor_jax.evaluation.measure import Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.images import save_samples
 from repulsor_jax.train_step import LatentFormat
@@ -284,7 +285,11 @@ def events(workdir):
         while data:  # length, its check, the event, its check
             size = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            found += [
+                (event.step, value.tag, value.simple_value)
+                for value in event.summary.value
+                if value.HasField("simple_value")
+            ]
             data = data[16 + size :]
     return found
 
@@ -415,6 +420,60 @@ def test_a_tfds_reference(workdir, tmp_path_factory):
     )
     assert record["reference"]["name"] == "tfds:tiny_images train"
     assert record["reference"]["images"] == 6
+
+
+def test_a_killed_reference_is_not_continued_with_other_features(tmp_path, monkeypatch):
+    """Half of the features of one weight, then all of another: none of the first is used."""
+    monkeypatch.setattr("repulsor_jax.evaluation.measure._PER_SHARD", 8)
+    path = tmp_path / "real.npz"
+    save_samples(path, [PICTURES], np.zeros(90))
+    mesh = tiny.mesh(8)
+
+    def space(weight):
+        apply = lambda params, images: {"pool": params * images.reshape(len(images), -1)}
+        return FeatureSpace("pixels", str(weight), jnp.float32(weight), apply)
+
+    def reference(space, extract):
+        return image_reference(
+            npz_images(path),
+            keep=90,
+            batch_size=8,
+            space=space,
+            extract=extract,
+            mesh=mesh,
+            cache=tmp_path / "cache",
+        )
+
+    calls = []
+
+    def killed(images):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return make_extractor(space(1), mesh)(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        reference(space(1), killed)
+    found = reference(space(2), make_extractor(space(2), mesh))
+    np.testing.assert_allclose(found.features, 2.0 * PICTURES.reshape(90, -1))
+
+
+def test_a_sweep_of_intervals_alone_is_drawn(workdir):
+    records = call(
+        workdir,
+        sampling__cfg_scale=2.0,
+        evaluation__cfg_intervals=((0.0, 1.0), (0.3, 1.0), (0.3, 0.8)),
+    )
+    assert [record["protocol"]["cfg_interval"][0] for record in records] == [0.0, 0.3, 0.3]
+    assert (workdir / "evaluations" / "sweep_step_5.png").is_file()
+
+
+def test_a_reference_of_other_channels_is_refused(workdir):
+    path = workdir / "grey.npz"
+    save_samples(path, [PICTURES[..., :1]], np.zeros(90))
+    message = r"config.evaluation.reference=.*grey.npz.*\[4, 4, 1\], but samples are \[4, 4, 3\]"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        call(workdir, evaluation__reference=str(path))
 
 
 def test_too_few_samples_are_warned_of_with_their_count(workdir, capsys):

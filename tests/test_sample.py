@@ -1,6 +1,7 @@
 """The sample mode: what it writes, and that a job which was stopped ends with the same bytes."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -75,8 +76,22 @@ def test_writes_images_labels_grid_pngs_and_protocol(workdir):
     assert Image.open(path.with_suffix(".png")).size == (2 * 49 + 1, 3 * 49 + 1)
 
     before = path.stat().st_mtime_ns
+    shutil.rmtree(path.with_suffix(""))
     assert draw(workdir, sampling__save_png=True) == path
     assert path.stat().st_mtime_ns == before  # it is there, and not made again
+    assert len(list(path.with_suffix("").iterdir())) == 40  # what was missing beside it is
+
+
+def test_the_average_is_the_runs_and_a_grid_may_be_short(workdir):
+    """One sample, in a grid that would have a column for each class."""
+    path = draw(
+        workdir,
+        sampling__num_samples=1,
+        sampling__grid_columns=3,
+        optimizer__ema_decay=0.5,
+    )
+    assert json.loads(path.with_suffix(".json").read_text())["ema_decay"] == 0.9
+    assert path.with_suffix(".png").is_file()
 
 
 def test_other_samples_go_elsewhere(workdir):
@@ -151,7 +166,13 @@ def test_a_sample_that_is_not_finite_is_an_error_that_names_it(workdir):
     ("overrides", "step", "message"),
     [
         ({}, 4, r"holds no step 4; it holds \[3, 5\]"),
-        ({"model__hidden_size": 64}, None, "does not fit this configuration.*has shape"),
+        (
+            {"model__hidden_size": 64},
+            None,
+            "does not fit this configuration: config.model.hidden_size is 64",
+        ),
+        ({"model__num_heads": 4}, None, "config.model.num_heads is 4, but the run has 2"),
+        ({"flow__prediction": "noise"}, None, "config.flow.prediction is 'noise', but the run"),
         ({"model__in_channels": 4}, None, "latents of 3 channels, but config.model.in_channels=4"),
         ({"data__autoencoder": "taesd"}, None, "'identity', but config.data.autoencoder='taesd'"),
         ({"mesh__data": 3}, None, "config.mesh.data=3"),

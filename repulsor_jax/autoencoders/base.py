@@ -44,6 +44,12 @@ class Autoencoder:
     shift: float = 0.0
     weights_sha256: str = ""
 
+    @property
+    def identity(self) -> str:
+        """All that its images and latents follow from: name, weights and float type."""
+        dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.params)})
+        return " ".join([self.name, self.weights_sha256[:16], *dtypes])
+
 
 def compute_dtype(name: str) -> Any:
     """Returns the dtype called "float32" or "bfloat16"; raises ValueError for another name."""

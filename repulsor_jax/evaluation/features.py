@@ -29,7 +29,7 @@ class FeatureSpace:
 
     Attributes:
       name: "inception", "pixels" or "autoencoder".
-      digest: of its weights; "" where it has none.
+      digest: of its weights, or what names them; "" where it has none.
       params: first argument of `apply`.
       apply: (params, uint8 `[B, H, W, C]`) -> float32 arrays `[B, D]`: "pool", whose Gaussians the
         Fréchet distance compares; in Inception's space "spatial" and "logits" (unbiased) too.
@@ -117,8 +117,7 @@ def autoencoder_space(autoencoder: Autoencoder) -> FeatureSpace:
             latents = halves.mean(axis=(2, 4))
         return {"pool": latents.reshape(len(latents), -1)}
 
-    digest = autoencoder.weights_sha256[:16] or autoencoder.name
-    return FeatureSpace("autoencoder", digest, autoencoder.params, apply)
+    return FeatureSpace("autoencoder", autoencoder.identity, autoencoder.params, apply)
 
 
 def download_inception(folder: pathlib.Path | None = None, url: str = inception.WEIGHTS_URL) -> Any:

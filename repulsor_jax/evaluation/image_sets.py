@@ -97,7 +97,8 @@ def latent_images(dataset: LatentDataset, autoencoder: Autoencoder) -> ImageSet:
             latents = decode_records(found, dataset.shape, dataset.dtype)["latents"]
             yield latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # posterior's mean
 
-    digest = hashlib.sha256("".join(shard.sha256 for shard in dataset.shards).encode())
+    parts = [autoencoder.identity, *(shard.sha256 for shard in dataset.shards)]
+    digest = hashlib.sha256(" ".join(parts).encode())
     return ImageSet(
         name=f"{dataset.directory.name} (decoded)",
         digest=digest.hexdigest()[:16],

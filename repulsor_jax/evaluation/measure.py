@@ -24,7 +24,7 @@ from repulsor_jax.evaluation.inception_score import SPLITS, adm_inception_score,
 from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from repulsor_jax.generation import Generator, Guidance, batches, check_finite
-from repulsor_jax.shards import Arrays, Shards, fill, one_late, whole_batches
+from repulsor_jax.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]
@@ -148,7 +148,7 @@ def image_reference(
     content.append(str(min(keep, images.count)))
     found = reference_lib.read_cache(cache, content) if is_main else None
     if not sharding.agree(int(found is not None)):
-        folder = cache / f".{images.digest}-{space.name}.incomplete"
+        folder = cache / f".{digest(content)}.incomplete"
         shards = image_features(images, batch_size, extract, mesh, folder)
         if is_main:
             found = _reference_arrays(shards, keep)

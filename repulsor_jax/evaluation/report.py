@@ -124,10 +124,22 @@ def plot_steps(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path 
 
 
 def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
-    """Draws every metric over the guidance scale, a line for each interval, of one step."""
-    scales = {record["protocol"]["cfg_scale"] for record in records}
-    if len(scales) < 2:
+    """Draws the metrics of one step over the guidance, from two evaluations on.
+
+    Over the scale, a line for each interval; of one scale, over the interval's start, a line for
+    each end.
+    """
+    if len(records) < 2:
         return None
+    path = folder / _SWEEP_PLOT.format(step=records[0]["protocol"]["step"])
+    if len({record["protocol"]["cfg_scale"] for record in records}) == 1:
+        panels = _curves(
+            records,
+            lambda record: record["protocol"]["cfg_interval"][0],
+            lambda record: f"to t = {record['protocol']['cfg_interval'][1]:g}",
+        )
+        images.save_curves(path, panels, "guidance from t =")
+        return path
 
     def interval(record: Record) -> str:
         low, high = record["protocol"]["cfg_interval"]
@@ -144,7 +156,6 @@ def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path 
             own, lambda record: record["protocol"]["cfg_scale"], lambda record, line=line: line
         ).items():
             curves.setdefault(metric, {}).update(found)
-    path = folder / _SWEEP_PLOT.format(step=records[0]["protocol"]["step"])
     images.save_curves(path, curves, "guidance scale")
     return path
 
