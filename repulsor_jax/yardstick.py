@@ -92,8 +92,8 @@ def open_yardstick(
             images = npz_images(path, size=(image_shape[0], image_shape[1]))
     else:
         images = _open_images(config, workdir, autoencoder, image_shape)
-    if images is not None and config.evaluation.features != "inception":
-        _check_channels(config, images, image_shape)
+    if images is not None:
+        _check_shape(config, images, image_shape)
     space = _open_space(config, autoencoder, image_shape)
     extract = make_extractor(space, mesh)
     found = None
@@ -125,10 +125,12 @@ def open_yardstick(
     return Yardstick(folder, space, extract, found)
 
 
-def _check_channels(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:
+def _check_shape(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:
     items = jax.ShapeDtypeStruct((1, *images.shape), images.dtype)
     found = jax.eval_shape(images.decode, images.params, items).shape[1:]
-    if tuple(found) != tuple(image_shape):
+    # Inception takes grey images as RGB.
+    axes = 2 if config.evaluation.features == "inception" else 3
+    if tuple(found)[:axes] != tuple(image_shape)[:axes]:
         raise ConfigError(
             f"config.evaluation.reference={config.evaluation.reference!r}: found images of "
             f"{list(found)}, but samples are {list(image_shape)}, and "
