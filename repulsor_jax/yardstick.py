@@ -111,7 +111,8 @@ def open_yardstick(
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set; the images beside them are some of it.
-        description = {"name": path.name, "digest": reference_lib.file_sha256(path)[:16]}
+        digest = images.digest if images else reference_lib.file_sha256(path)[:16]
+        description = {"name": path.name, "digest": digest}
         found = Reference(
             description
             | {

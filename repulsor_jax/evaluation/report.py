@@ -115,9 +115,9 @@ def write_table(folder: pathlib.Path) -> str:
 
 def plot_steps(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
     """Draws every metric over the training step; None where there is one step only."""
-    curves = _curves(records, lambda record: record["protocol"]["step"], lambda record: "")
     if len({record["protocol"]["step"] for record in records}) < 2:
         return None
+    curves = _curves(records, lambda record: record["protocol"]["step"], lambda record: "")
     path = folder / _STEP_PLOT
     images.save_curves(path, curves, "training step")
     return path
