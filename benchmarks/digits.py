@@ -84,9 +84,10 @@ def train(
 
 def read_distances(workdir: pathlib.Path) -> dict[int, float]:
     return {
-        int(line["step"]): line["frechet_pixels"]
+        int(line["step"]): value
         for line in read_jsonl(workdir / JSONL_NAME)
-        if "frechet_pixels" in line
+        for name, value in line.items()
+        if name.startswith("frechet_pixels_")
     }
 
 

@@ -128,10 +128,11 @@ def get_config() -> ml_collections.ConfigDict:
     # model without a class.
     c.sampling.guiding_run = ""  # its working directory; "" is none
     c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
-    c.sampling.labels = "balanced"  # "balanced" (index mod num_classes) or "random"
+    c.sampling.labels = "balanced"  # "balanced" (index mod the data's classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
     c.sampling.batch_size = 64  # global
     c.sampling.images_per_shard = 1_024  # kept at a time: what a stopped job loses at most
+    c.sampling.rounding = "dit"  # to 8 bits, as "dit" (and SiT) or "adm" (docs/evaluation.md)
     c.sampling.save_png = False  # --mode=sample: also a folder of PNG files
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole

@@ -7,6 +7,8 @@ import pathlib
 import secrets
 from collections.abc import Iterator
 
+import filelock
+
 PathLike = str | os.PathLike[str]
 
 
@@ -37,6 +39,34 @@ def remove_stale(path: PathLike) -> None:
     path = pathlib.Path(path)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*"):
         stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
+    """Holds the lock of `path` among the jobs on it; waits, and says so, while another has it.
+
+    A lock is a file in `.locks` beside the path; that of a job that was killed is free.
+
+    Args:
+      path: what is made; it need not be there.
+      enabled: False does nothing, as on processes that do not write.
+    """
+    if not enabled:
+        yield
+        return
+    path = pathlib.Path(path)
+    file = path.parent / ".locks" / path.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another job that makes {path}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: PathLike, text: str) -> None:

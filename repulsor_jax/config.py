@@ -179,6 +179,7 @@ class SamplingConfig:
     num_samples: int = _at_least(1)
     batch_size: int = _at_least(1)
     images_per_shard: int = _at_least(1)
+    rounding: str = _one_of("dit", "adm")
     save_png: bool
     decode_slice: int = _at_least(0)
     decode_tile: int = _at_least(0)
@@ -252,20 +253,23 @@ def regularizer_is_on(config: Config) -> bool:
     return config.regularizer.name != "none" and config.regularizer.weight > 0
 
 
-def check_devices(config: Config, batch_shards: int, processes: int = 1) -> None:
+def check_devices(
+    config: Config, batch_shards: int, processes: int = 1, *, trains: bool = True
+) -> None:
     """Checks the batch sizes against the mesh.
 
     Args:
       config: the configuration.
       batch_shards: number of pieces that the mesh cuts a batch into (data x fsdp).
       processes: number of host processes.
+      trains: whether the batch of training counts too.
 
     Raises:
       ConfigError: names the key.
     """
     accumulation = config.optimizer.accumulation_steps
     shards = batch_shards * accumulation
-    if config.batch_size % shards or config.batch_size % processes:
+    if trains and (config.batch_size % shards or config.batch_size % processes):
         raise ConfigError(
             f"config.batch_size={config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
             f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}"

@@ -17,7 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from repulsor_jax import inference, sharding
+from repulsor_jax import atomic, inference, sharding
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
@@ -83,6 +83,8 @@ def _evaluate_checkpoints(
 ) -> list[report.Record]:
     is_main = jax.process_index() == 0
     records: list[report.Record] = []
+    if checkpoints == "follow":
+        _wait_for(workdir / "checkpoints", config.evaluation.poll_seconds)
     with inference.open_checkpoints(workdir) as checkpointer:
         wanted = _wanted_steps(checkpointer, checkpoints, config)
         first = next(wanted)
@@ -90,7 +92,7 @@ def _evaluate_checkpoints(
         guide = inference.load_guide(experiment)
         generator = make_generator(experiment, guide.guide if guide else None)
         evaluator = Evaluator(experiment, generator, guide, make_yardstick(experiment))
-        guidances = sweep(config)
+        guidances, by_step = sweep(config), None
         events = SummaryWriter(str(workdir / "tensorboard" / "evaluation")) if is_main else None
         for step in itertools.chain([first], wanted):
             try:
@@ -123,13 +125,22 @@ def _evaluate_checkpoints(
             report.write_table(folder)
             picture = report.plot_sweep(folder, of_step)
             if picture:
-                tqdm.write(f"the metrics over the guidance scale: {picture}")
+                tqdm.write(f"the metrics over the guidance: {picture}")
+            if len(of_step) == 1:
+                by_step = report.plot_steps(folder, of_step[0])
         if events is not None:
             events.close()
-            picture = report.plot_steps(folder, records) if len(guidances) == 1 else None
-            if picture:
-                tqdm.write(f"the metrics over the steps: {picture}")
+        if by_step:
+            tqdm.write(f"the metrics over the steps: {by_step}")
     return records
+
+
+def _wait_for(directory: pathlib.Path, poll_seconds: float) -> None:
+    """Waits until a run that is about to start has made its directory of checkpoints."""
+    while not directory.is_dir():
+        if jax.process_index() == 0:
+            print(f"waiting for {directory}", flush=True)
+        time.sleep(poll_seconds)
 
 
 def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:
@@ -243,7 +254,7 @@ def evaluate_params(
 
 def _evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
     images = npz_images(config.evaluation.samples)
-    mesh = checked_mesh(config)
+    mesh = checked_mesh(config, trains=False)
     yardstick = open_yardstick(config, workdir, mesh, None, images.shape)
     protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
 
@@ -270,19 +281,20 @@ def _measured(
     if yardstick.reference is not None:
         identity["reference"] = yardstick.reference.description
     name = f"{stem}-{digest(identity)}"
-    known = report.read(yardstick.folder, name) if is_main else None
-    if sharding.agree(int(known is not None)):
-        return known or {}, name
-    started = time.perf_counter()
-    shards = features(yardstick.folder / f".{name}.incomplete", title)
-    if not is_main:
-        return {}, name
-    assert yardstick.reference is not None
-    values, warnings = metrics(shards, yardstick.reference, yardstick.space)
-    seconds = time.perf_counter() - started
-    record = {"metrics": values, "warnings": warnings, **identity, "seconds": round(seconds, 3)}
-    report.write(yardstick.folder, name, record)
-    shards.remove()
+    with atomic.locked(yardstick.folder / name, enabled=is_main):
+        known = report.read(yardstick.folder, name) if is_main else None
+        if sharding.agree(int(known is not None)):
+            return known or {}, name
+        started = time.perf_counter()
+        shards = features(yardstick.folder / f".{name}.incomplete", title)
+        if not is_main:
+            return {}, name
+        assert yardstick.reference is not None
+        values, warnings = metrics(shards, yardstick.reference, yardstick.space)
+        seconds = time.perf_counter() - started
+        record = {"metrics": values, "warnings": warnings, **identity, "seconds": round(seconds, 3)}
+        report.write(yardstick.folder, name, record)
+        shards.remove()
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
     tqdm.write(f"{title}, {protocol['num_samples']:,} samples: {shown}")
     for warning in warnings:

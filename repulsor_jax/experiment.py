@@ -81,7 +81,7 @@ def prepare(
         _check_same_origin(dataset, held_out)
     autoencoder = load_autoencoder(config) if draws_pictures else None
     if autoencoder is not None:
-        _check_weights(autoencoder, dataset.weights_sha256, f"{dataset.directory} was encoded")
+        check_weights(autoencoder, dataset.weights_sha256, f"{dataset.directory} was encoded")
     if config.data.verify:
         for each in (dataset, held_out):
             if each is not None:
@@ -129,7 +129,7 @@ def prepare_sampling(
     Raises:
       ConfigError: one message that names the key.
     """
-    mesh = checked_mesh(config)
+    mesh = checked_mesh(config, trains=False)
     if record["autoencoder"] != config.data.autoencoder:
         raise ConfigError(
             f"{workdir} was trained on latents of {record['autoencoder']!r}, but "
@@ -141,7 +141,7 @@ def prepare_sampling(
             f"config.model.in_channels={config.model.in_channels}"
         )
     autoencoder = load_autoencoder(config)
-    _check_weights(autoencoder, record["weights_sha256"], f"{workdir} was trained on latents made")
+    check_weights(autoencoder, record["weights_sha256"], f"{workdir} was trained on latents made")
     shift, factor = (np.asarray(record[key], np.float32) for key in ("shift", "factor"))
     return Experiment(
         config=config,
@@ -155,15 +155,22 @@ def prepare_sampling(
     )
 
 
-def checked_mesh(config: Config) -> Mesh:
-    """Returns the mesh of all devices; raises ConfigError where it does not fit them."""
+def checked_mesh(config: Config, *, trains: bool = True) -> Mesh:
+    """Returns the mesh of all devices; raises ConfigError where the configuration does not fit.
+
+    Args:
+      config: the configuration.
+      trains: whether it is to train with, and not to sample or evaluate alone.
+    """
     config_lib.check_choice("sampling.solver", config.sampling.solver, sampling.SOLVERS)
     regularizers.check(config)
     try:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
-    config_lib.check_devices(config, sharding.batch_shards(mesh), jax.process_count())
+    config_lib.check_devices(
+        config, sharding.batch_shards(mesh), jax.process_count(), trains=trains
+    )
     return mesh
 
 
@@ -210,7 +217,8 @@ def _check_same_origin(dataset: LatentDataset, held_out: LatentDataset) -> None:
         )
 
 
-def _check_weights(autoencoder: Autoencoder, expected: str, where: str) -> None:
+def check_weights(autoencoder: Autoencoder, expected: str, where: str) -> None:
+    """Raises ConfigError unless the autoencoder is the one of that digest, "" being unknown."""
     found = autoencoder.weights_sha256
     if expected and found != expected:
         raise ConfigError(

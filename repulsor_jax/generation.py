@@ -20,7 +20,7 @@ from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.images import save_grid, to_uint8
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.shards import one_late
+from repulsor_jax.shards import in_batches, one_late
 
 _MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
 
@@ -95,6 +95,7 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
     decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
     solve = make_solver(config, model, guide.model if guide else None)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
+    num_classes = len(experiment.class_names)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
     everywhere = sharding.replicated(mesh)
 
@@ -103,7 +104,7 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
     ) -> Samples:
         indices = jnp.arange(c.batch_size, dtype=jnp.int32) + first
         indices = jax.lax.with_sharding_constraint(indices, rows)
-        labels = sampling.sample_labels(c.seed, indices, config.model.num_classes, c.labels)
+        labels = sampling.sample_labels(c.seed, indices, num_classes, c.labels)
         noise = sampling.initial_noise(c.seed, indices, shape)
         keys = sampling.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
@@ -113,7 +114,7 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         latents = denormalize(latents, latent_format.shift, latent_format.factor)
         images = decode(decoder_params, latents)
-        return Samples(jnp.asarray(to_uint8(images)), labels, finite)
+        return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
 
     compiled = jax.jit(generate, out_shardings=rows)
 
@@ -167,10 +168,8 @@ def batches(
     Yields:
       The numbers of a batch, and its samples, of which the first `len(numbers)` rows count.
     """
-    for part in parts:
-        for first in range(part.start, part.stop, generator.batch_size):
-            numbers = range(first, min(first + generator.batch_size, part.stop))
-            yield numbers, generator.start(params, first, guidance)
+    for numbers in in_batches(parts, generator.batch_size):
+        yield numbers, generator.start(params, numbers.start, guidance)
 
 
 def check_finite(finite: np.ndarray, first: int) -> None:

@@ -18,13 +18,19 @@ from repulsor_jax import atomic
 
 PathLike = str | os.PathLike[str]
 
+_OFFSETS = {"dit": 128.0, "adm": 127.5}
 
-def to_uint8(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """Maps images in [-1, 1] to uint8 by clip(127.5 x + 128, 0, 255), truncated, as DiT does.
 
-    Takes NumPy and JAX arrays of any shape, under jit too, and inverts v / 127.5 - 1 exactly.
+def to_uint8(images: np.ndarray | jax.Array, rounding: str = "dit") -> np.ndarray | jax.Array:
+    """Maps images in [-1, 1] to uint8.
+
+    Args:
+      images: NumPy or JAX array of any shape, under jit too.
+      rounding: "dit" is clip(127.5 x + 128, 0, 255), truncated, as DiT and SiT have it; it inverts
+        v / 127.5 - 1 exactly. "adm" adds 127.5, as ADM's own sampler does: darker by half a level
+        on average.
     """
-    return (images.astype("float32") * 127.5 + 128.0).clip(0, 255).astype("uint8")
+    return (images.astype("float32") * 127.5 + _OFFSETS[rounding]).clip(0, 255).astype("uint8")
 
 
 def save_grid(

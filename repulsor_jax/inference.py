@@ -169,6 +169,7 @@ def protocol(
         "ema_decay": config.optimizer.ema_decay,
         "num_samples": num_samples,
         "labels": c.labels,
+        "classes": len(experiment.class_names),
         "seed": c.seed,
         "solver": c.solver,
     }
@@ -198,6 +199,7 @@ def protocol(
         "autoencoder_sha256": autoencoder.weights_sha256[:_SHOWN_DIGITS],
         "autoencoder_dtype": config.data.autoencoder_dtype,
         "decode_tile": c.decode_tile,
+        "rounding": c.rounding,
         "latent_shift": np.asarray(experiment.latent_format.shift).tolist(),
         "latent_factor": np.asarray(experiment.latent_format.factor).tolist(),
         "batch_size": c.batch_size,

@@ -60,6 +60,11 @@ class MetricWriter:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes a text, as it stands, to the event file."""
+        if self._enabled:
+            self._events.add_text(name, f"```\n{text}\n```", step)
+
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
         """Writes a picture file to the event file."""
         if self._enabled:

@@ -1,6 +1,7 @@
 """What training shows on its way: grids of samples, and evaluations by few of them."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -51,7 +52,11 @@ class Monitor:
             writer.image(step, "samples", path)
 
     def evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
-        """Evaluates with `config.evaluation.training_samples`, as the evaluate mode does."""
+        """Evaluates with `config.evaluation.training_samples`, as the evaluate mode does.
+
+        The count is part of every metric's name, as in fid_2000: a number of few samples is
+        comparable with others of as many only.
+        """
         assert self.evaluator is not None
         config = self.experiment.config
         try:
@@ -67,7 +72,10 @@ class Monitor:
             _say(f"step {step}: not evaluated: {error}")
             return
         if record:
-            writer.scalars(step, record["metrics"])
+            count = config.evaluation.training_samples
+            named = {f"{name}_{count}": value for name, value in record["metrics"].items()}
+            writer.scalars(step, named)
+            writer.text(step, "evaluation/protocol", json.dumps(record, indent=2))
 
 
 def make_monitor(experiment: Experiment) -> Monitor:

@@ -62,42 +62,43 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         count,
         whole_batches(config.sampling.images_per_shard, batch_size),
     )
-    if sharding.agree(int(path.is_file() and record.is_file())):
+    with atomic.locked(path, enabled=is_main):
+        if sharding.agree(int(path.is_file() and record.is_file())):
+            if is_main:
+                shards.remove()  # left where the job was killed at its very end
+                if config.sampling.save_png and not path.with_suffix("").is_dir():
+                    rows = [shards.rows(shard) for shard in range(len(shards))]
+                    finished = open_images(path).read(rows)
+                    _save_pngs(path, zip(rows, finished, strict=True))
+                print(f"{path}: these {count:,} samples are there already")
+            return path
+
+        generator = make_generator(experiment, guide.guide if guide else None)
+
+        def produce(parts: Sequence[range]) -> Iterator[Arrays]:
+            for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
+                found = sharding.to_host(device_samples)
+                kept = found._replace(**{k: v[: len(numbers)] for k, v in found._asdict().items()})
+                check_finite(kept.finite, numbers.start)
+                yield {"images": kept.images, "labels": kept.labels}
+
+        fill(shards, produce, title="sample")
         if is_main:
-            shards.remove()  # left where the job was killed at its very end
-            if config.sampling.save_png and not path.with_suffix("").is_dir():
-                rows = [shards.rows(shard) for shard in range(len(shards))]
-                finished = open_images(path).read(rows)
-                _save_pngs(path, zip(rows, finished, strict=True))
-            print(f"{path}: these {count:,} samples are there already")
+            labels = np.concatenate(list(shards.read("labels")))
+            if config.sampling.save_png:
+                _save_pngs(path, ((shards.rows(k), x) for k, x in enumerate(shards.read("images"))))
+            atomic.remove_stale(path)
+            images.save_samples(path, shards.read("images"), labels)
+            shown = min(count, config.sampling.grid_samples)
+            first = _first(shards.read("images"), shown)
+            write_grid(experiment, path.with_suffix(".png"), first, labels[:shown])
+            atomic.write_text(record, json.dumps(protocol, indent=2) + "\n")
+            shards.remove()
+            print(
+                f"{count:,} samples of step {step}: {path}\n"
+                f"the first {shown}: {path.with_suffix('.png')}; their protocol: {record}"
+            )
         return path
-
-    generator = make_generator(experiment, guide.guide if guide else None)
-
-    def produce(parts: Sequence[range]) -> Iterator[Arrays]:
-        for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
-            found = sharding.to_host(device_samples)
-            kept = found._replace(**{k: v[: len(numbers)] for k, v in found._asdict().items()})
-            check_finite(kept.finite, numbers.start)
-            yield {"images": kept.images, "labels": kept.labels}
-
-    fill(shards, produce, title="sample")
-    if is_main:
-        labels = np.concatenate(list(shards.read("labels")))
-        if config.sampling.save_png:
-            _save_pngs(path, ((shards.rows(k), x) for k, x in enumerate(shards.read("images"))))
-        atomic.remove_stale(path)
-        images.save_samples(path, shards.read("images"), labels)
-        shown = min(count, config.sampling.grid_samples)
-        first = _first(shards.read("images"), shown)
-        write_grid(experiment, path.with_suffix(".png"), first, labels[:shown])
-        atomic.write_text(record, json.dumps(protocol, indent=2) + "\n")
-        shards.remove()
-        print(
-            f"{count:,} samples of step {step}: {path}\n"
-            f"the first {shown}: {path.with_suffix('.png')}; their protocol: {record}"
-        )
-    return path
 
 
 def _save_pngs(path: pathlib.Path, pieces: Iterable[tuple[range, np.ndarray]]) -> None:

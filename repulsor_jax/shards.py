@@ -179,6 +179,13 @@ def fill(
     return left
 
 
+def in_batches(parts: Sequence[range], batch_size: int) -> Iterator[range]:
+    """Cuts every part into ranges of `batch_size`, none crossing from one part to the next."""
+    for part in parts:
+        for first in range(part.start, part.stop, batch_size):
+            yield range(first, min(first + batch_size, part.stop))
+
+
 def one_late(items: Iterable[T]) -> Iterator[T]:
     """Yields each item after the next was asked for: fetching one overlaps computing another."""
     waiting: collections.deque[T] = collections.deque()

@@ -30,7 +30,7 @@ from repulsor_jax.train_state import (
 )
 from repulsor_jax.train_step import compile_train_step, make_train_step
 
-_CURVES = ("flow_loss", "regularizer_loss", "fid", "frechet_pixels", "frechet_autoencoder")
+_CURVES = ("flow_loss", "regularizer_loss", "fid_", "frechet_")  # what their names start with
 
 
 def train(
@@ -155,8 +155,8 @@ def _write_loss_curve(workdir: pathlib.Path) -> None:
     """Draws `<workdir>/loss_curve.png` from the metrics file."""
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for line in read_jsonl(workdir / JSONL_NAME):
-        for name in _CURVES:
-            if name in line:
+        for name in line:
+            if name.startswith(_CURVES):
                 steps, values = curves.setdefault(name, {}).setdefault("", ([], []))
                 steps.append(line["step"])
                 values.append(line[name])

@@ -27,7 +27,7 @@ from repulsor_jax.evaluation.image_sets import (
     source_images,
 )
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
-from repulsor_jax.experiment import Experiment
+from repulsor_jax.experiment import Experiment, check_weights
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"
@@ -179,11 +179,11 @@ def _open_images(
                 f"config.evaluation.reference={c.reference!r}: {directory} was encoded with "
                 f"{dataset.autoencoder!r}, but config.data.autoencoder={autoencoder.name!r}"
             )
-        if dataset.weights_sha256 and dataset.weights_sha256 != autoencoder.weights_sha256:
-            raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: {directory} was encoded with other "
-                f"weights of {autoencoder.name!r}: give those by config.data.autoencoder_weights"
-            )
+        check_weights(
+            autoencoder,
+            dataset.weights_sha256,
+            f"config.evaluation.reference={c.reference!r}: {directory} was encoded",
+        )
         return latent_images(dataset, autoencoder)
     height, width = image_shape[:2]
     if height != width:

@@ -60,6 +60,7 @@ def test_batch_must_divide_over_the_mesh():
         config_lib.ConfigError, match=r"config.batch_size=24 .* 16 x 1 = 16.* 16 and 32"
     ):
         config_lib.check_devices(c, batch_shards=16)
+    config_lib.check_devices(tiny.config(sampling__batch_size=32), batch_shards=32, trains=False)
     two = tiny.config(optimizer__accumulation_steps=3)
     with pytest.raises(config_lib.ConfigError, match="accumulation_steps = 2 x 3 = 6"):
         config_lib.check_devices(two, batch_shards=2)

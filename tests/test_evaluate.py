@@ -1,5 +1,6 @@
 """The evaluate mode, from a model to a number with its protocol."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -167,7 +168,8 @@ def test_a_stopped_feature_pass_goes_on_and_gives_the_same_number(tmp_path, stop
     made[:] = [1] * 100
     assert measure(stopped, 1500) == whole
     assert len(made) - 100 == 8 - max(stop_at - 1, 0) // 2 * 2  # of 8 batches, two to a shard
-    assert [path.suffix for path in (tmp_path / "b").iterdir()] == [".json"]
+    left = {path.name for path in (tmp_path / "b").iterdir()} - {".locks"}
+    assert [pathlib.PurePath(name).suffix for name in left] == [".json"]
 
     made.clear()
     assert measure(stopped, 1500) == whole  # read from its record
@@ -251,7 +253,20 @@ def samples_of(workdir, seeds, count):
     return [generation.generate_images(generator, each, count, None) for each in params]
 
 
-def test_all_checkpoints_with_their_protocol(workdir, capsys):
+def steps_drawn(monkeypatch, evaluate_some):
+    """The steps in `by_step.png`, drawn anew by the call."""
+    drawn = []
+    monkeypatch.setattr(
+        "repulsor_jax.evaluation.report.images.save_curves",
+        lambda path, curves, xlabel: drawn.append((path.name, curves)),
+    )
+    evaluate_some()
+    ((name, curves),) = drawn
+    assert name == "by_step.png"
+    return curves["frechet_pixels"][""][0]
+
+
+def test_all_checkpoints_with_their_protocol(workdir, capsys, monkeypatch):
     records = call(workdir, "all")
     folder = workdir / "evaluations"
     assert [record["protocol"]["step"] for record in records] == [1, 3, 5]
@@ -261,7 +276,6 @@ def test_all_checkpoints_with_their_protocol(workdir, capsys):
     written = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*.json"))]
     assert written == records
     assert len(list(folder.glob("step_*.png"))) == 3
-    assert (folder / "by_step.png").is_file()
     for what in ("ema_decay", "solver", "num_steps", "cfg_scale", "num_samples", "weights_sha256"):
         assert what in records[0]["protocol"]
     assert records[0]["reference"]["images"] == 90
@@ -275,6 +289,8 @@ def test_all_checkpoints_with_their_protocol(workdir, capsys):
     assert [(step, tag) for step, tag, _ in events(workdir)] == [
         (step, "evaluation/frechet_pixels") for step in (1, 3, 5)
     ]
+    assert (folder / "by_step.png").is_file()
+    assert steps_drawn(monkeypatch, lambda: call(workdir, "5")) == [1, 3, 5]
 
 
 def events(workdir):
@@ -309,15 +325,15 @@ def test_the_newest_some_and_the_same_again(workdir, monkeypatch):
 
 
 def test_follows_a_run_that_is_training(run, tmp_path):
-    """Checkpoints appear one by one; the last is that of total_steps."""
+    """Its directory appears, then checkpoints one by one; the last is that of total_steps."""
     folder = tmp_path / "checkpoints"
-    folder.mkdir()
     (tmp_path / "data").symlink_to(run / "data")
-    (folder / "1").symlink_to(run / "checkpoints" / "1")
 
     def train():
-        for step in (3, 5):
-            time.sleep(1.5)
+        time.sleep(0.5)
+        folder.mkdir()
+        for step in (1, 3, 5):
+            time.sleep(1.0)
             (folder / str(step)).symlink_to(run / "checkpoints" / str(step))
 
     thread = threading.Thread(target=train)
@@ -458,6 +474,41 @@ def test_a_killed_reference_is_not_continued_with_other_features(tmp_path, monke
     np.testing.assert_allclose(found.features, 2.0 * PICTURES.reshape(90, -1))
 
 
+def test_two_jobs_compute_a_reference_once(tmp_path):
+    """As a run that evaluates and another that follows it do."""
+    path = tmp_path / "real.npz"
+    save_samples(path, [PICTURES], np.zeros(90))
+    mesh, space = tiny.mesh(), pixel_space(DIM)
+    started, go_on, calls = threading.Event(), threading.Event(), []
+
+    def extract(images):
+        calls.append(1)
+        started.set()
+        assert go_on.wait(60)
+        return make_extractor(space, mesh)(images)
+
+    def reference():
+        return image_reference(
+            npz_images(path),
+            keep=90,
+            batch_size=45,
+            space=space,
+            extract=extract,
+            mesh=mesh,
+            cache=tmp_path / "cache",
+        )
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(reference)
+        assert started.wait(60)
+        second = pool.submit(reference)
+        time.sleep(0.2)  # it waits meanwhile
+        go_on.set()
+        found = first.result(60), second.result(60)
+    assert len(calls) == 2  # batches of one pass
+    np.testing.assert_array_equal(found[0].features, found[1].features)
+
+
 def test_a_sweep_of_intervals_alone_is_drawn(workdir):
     records = call(
         workdir,
@@ -508,7 +559,7 @@ def test_too_few_samples_are_warned_of_with_their_count(workdir, capsys):
 def test_bad_input_is_one_message_before_sampling(workdir, overrides, checkpoints, message):
     with pytest.raises((ValueError, OSError, CheckpointError), match=message):
         call(workdir, checkpoints, **overrides)
-    assert not list(pathlib.Path(workdir).glob("evaluations/step*"))
+    assert not list(workdir.glob("evaluations/*step*"))
 
 
 def test_a_reference_of_another_resolution_is_refused(workdir):

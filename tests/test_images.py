@@ -24,6 +24,14 @@ def test_to_uint8(make):
     np.testing.assert_array_equal(jax.jit(to_uint8)(x), levels)
 
 
+def test_adm_rounding_is_that_of_its_sampler():
+    x = np.linspace(-1.1, 1.1, 4001, dtype=np.float32)
+    expected = ((x + 1) * 127.5).clip(0, 255).astype(np.uint8)  # its formula
+    different = to_uint8(x, "adm") != expected
+    assert different.mean() < 1e-3  # where float32 rounds a whole number otherwise
+    assert 0.4 < (to_uint8(x) != to_uint8(x, "adm"))[np.abs(x) < 1].mean() < 0.6
+
+
 def test_to_uint8_of_bfloat16_is_computed_in_float32():
     x = jnp.linspace(-1, 1, 50, dtype=jnp.bfloat16)
     expected = np.clip(127.5 * np.asarray(x, np.float64) + 128, 0, 255).astype(np.uint8)

@@ -173,7 +173,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         check=False,
     )
     assert one.returncode == 0, one.stderr
-    for name, count in (("loss", 6), ("frechet_pixels", 1)):
+    for name, count in (("loss", 6), ("frechet_pixels_100", 1)):
         one, two = (
             [line[name] for line in read_jsonl(tmp_path / run / "metrics.jsonl") if name in line]
             for run in ("one", "two")

@@ -71,8 +71,10 @@ def test_writes_images_labels_grid_pngs_and_protocol(workdir):
     protocol = json.loads(path.with_suffix(".json").read_text())
     for key, value in {"step": 5, "num_samples": 40, "cfg_scale": 1.0, "solver": "heun"}.items():
         assert protocol[key] == value
-    # Nothing else: 3 rows of 2 samples, 48 dots each, in the grid, and no work in progress.
-    assert len(list(workdir.joinpath("samples").iterdir())) == 4
+    # Nothing else but locks: no work in progress.
+    names = {entry.name for entry in workdir.joinpath("samples").iterdir()}
+    assert names == {".locks", path.stem, *(path.stem + end for end in (".npz", ".png", ".json"))}
+    # In the grid, 3 rows of 2 samples, 48 dots each.
     assert Image.open(path.with_suffix(".png")).size == (2 * 49 + 1, 3 * 49 + 1)
 
     before = path.stat().st_mtime_ns
@@ -152,7 +154,7 @@ def test_a_kill_at_the_very_end_is_mended(workdir, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             draw(workdir)
     path = draw(workdir)
-    names = {name.name for name in path.parent.iterdir()}
+    names = {name.name for name in path.parent.iterdir()} - {".locks"}
     assert names == {path.name, path.with_suffix(".png").name, path.with_suffix(".json").name}
 
 

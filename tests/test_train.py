@@ -135,9 +135,9 @@ def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypa
     assert grids == ["train_00000008.png", "train_00000012.png"]
     assert (tmp_path / "loss_curve.png").stat().st_size > 1000
     distances = {
-        line["step"]: line["frechet_pixels"]
+        line["step"]: line["frechet_pixels_32"]
         for line in read_jsonl(tmp_path / "metrics.jsonl")
-        if "frechet_pixels" in line
+        if "frechet_pixels_32" in line
     }
     assert sorted(distances) == [8, 12]
     assert min(distances.values()) > 0

@@ -20,6 +20,7 @@ from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order
 from repulsor_jax.evaluation import reference
 from repulsor_jax.images import to_uint8
+from repulsor_jax.shards import in_batches
 
 Array = jax.Array
 
@@ -120,11 +121,7 @@ def device_batches(
       The numbers of a batch, and the items `[batch_size, *shape]` sharded on their rows, of which
       the first `len(numbers)` count.
     """
-    numbers = [
-        range(first, min(first + batch_size, part.stop))
-        for part in parts
-        for first in range(part.start, part.stop, batch_size)
-    ]
+    numbers = list(in_batches(parts, batch_size))
     own = batch_size // jax.process_count()
     offset = own * jax.process_index()
     mine = [rows[offset : offset + own] for rows in numbers]

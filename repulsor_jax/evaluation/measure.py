@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repulsor_jax import sharding
+from repulsor_jax import atomic, sharding
 from repulsor_jax.evaluation import reference as reference_lib
 from repulsor_jax.evaluation.features import FeatureSpace
 from repulsor_jax.evaluation.frechet import (
@@ -146,14 +146,17 @@ def image_reference(
     is_main = jax.process_index() == 0
     content = [images.digest, str(images.count), str(images.shape), space.name, space.digest]
     content.append(str(min(keep, images.count)))
-    found = reference_lib.read_cache(cache, content) if is_main else None
-    if not sharding.agree(int(found is not None)):
-        folder = cache / f".{digest(content)}.incomplete"
-        shards = image_features(images, batch_size, extract, mesh, folder)
-        if is_main:
-            found = _reference_arrays(shards, keep)
-            reference_lib.write_cache(cache, content, found)
-            shards.remove()
+    name = digest(content)
+    # A run that evaluates as it trains may be followed by another job, for the same reference.
+    with atomic.locked(cache / name, enabled=is_main):
+        found = reference_lib.read_cache(cache, content) if is_main else None
+        if not sharding.agree(int(found is not None)):
+            folder = cache / f".{name}.incomplete"
+            shards = image_features(images, batch_size, extract, mesh, folder)
+            if is_main:
+                found = _reference_arrays(shards, keep)
+                reference_lib.write_cache(cache, content, found)
+                shards.remove()
     if found is None:
         return None
     spatial = None

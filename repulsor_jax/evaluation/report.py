@@ -113,14 +113,24 @@ def write_table(folder: pathlib.Path) -> str:
     return text
 
 
-def plot_steps(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
-    """Draws every metric over the training step; None where there is one step only."""
-    if len({record["protocol"]["step"] for record in records}) < 2:
+def plot_steps(folder: pathlib.Path, newest: Record) -> pathlib.Path | None:
+    """Draws every metric over the training step, of all records that differ from one in it alone.
+
+    None where there is one step only.
+    """
+    records = [record for record in read_all(folder) if _but_step(record) == _but_step(newest)]
+    if len(records) < 2:
         return None
     curves = _curves(records, lambda record: record["protocol"]["step"], lambda record: "")
     path = folder / _STEP_PLOT
     images.save_curves(path, curves, "training step")
     return path
+
+
+def _but_step(record: Record) -> Record:
+    """What a record says beside the step, its weights and the results."""
+    protocol = {k: v for k, v in record["protocol"].items() if k not in ("step", "weights_sha256")}
+    return {"protocol": protocol, "features": record["features"], "reference": record["reference"]}
 
 
 def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
