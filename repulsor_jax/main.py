@@ -108,6 +108,7 @@ def main(argv: list[str]) -> None:
         CheckpointError,
         DamagedDataError,
         config_lib.ConfigError,
+        OSError,
     ) as error:
         _stop(f"error: {error}", 1)
     except KeyboardInterrupt:

@@ -68,11 +68,13 @@ def _solver(record: Record) -> str:
     p = record["protocol"]
     if "solver" not in p:
         return ""
-    steps = f"x{p['num_steps']}" if "num_steps" in p else f" rtol={p['rtol']:g}"
+    steps = f"x{p['num_steps']}" if "num_steps" in p else f" {p['rtol']:g}, {p['atol']:g}"
     if p.get("time_shift", 1.0) != 1.0:
         steps += f" shift {p['time_shift']:g}"
     if "diffusion_form" in p:
         steps += f" {p['diffusion_form']} {p['diffusion_norm']:g}, last {p['last_step']}"
+        if p["last_step"] != "none":
+            steps += f" {p['last_step_size']:g}"
     return p["solver"] + steps
 
 
