@@ -121,15 +121,10 @@ def matmul_peak(info: dict[str, dict], times: dict[str, list[float]]) -> float:
 
 def forward_flops(args: argparse.Namespace) -> float:
     """FLOPs of one forward pass of the transformer on a batch, 2 per multiply-add."""
-    from repulsor_jax.models.dit import DIT_SIZES
+    from repulsor_jax import config as config_lib
+    from repulsor_jax import throughput
 
-    size = DIT_SIZES[args.size]
-    depth, width = size["depth"], size["hidden_size"]
-    tokens = (32 // args.patch_size) ** 2
-    patch = 4 * args.patch_size**2
-    block = 12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2
-    ends = 2 * tokens * patch * width + 2 * width**2 + 256 * width + width**2
-    return 2 * args.batch_size * (depth * block + ends)
+    return args.batch_size * throughput.forward_flops(config_lib.parse(model_config(args)).model)
 
 
 class Worker:
@@ -205,7 +200,8 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
     c.regularizer.bank_dtype = args.dtype
     config = config_lib.parse(c)
     mesh = sharding.create_mesh()
-    parts = (config, build_model(config.model), regularizers.build(config), build_optimizer(config))
+    model = build_model(config.model, mesh.devices.flat[0])
+    parts = (config, model, regularizers.build(config), build_optimizer(config))
     abstract, _ = abstract_train_state(*parts, mesh)
     latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))
     compiled = compile_train_step(

@@ -30,7 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results
     c.model.remat = "none"  # recompute in the backward pass: "none", "dots", "full" (least memory)
     c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
-    c.model.attention = "auto"  # "auto", "xla" or "cudnn" (NVIDIA GPUs, bfloat16)
+    # "xla", "cudnn" (NVIDIA GPUs from Ampere on, bfloat16), or "auto": cuDNN where it can, else ours.
+    c.model.attention = "auto"
 
     c.flow = ml_collections.ConfigDict()
     c.flow.path = "linear"  # "linear", "gvp" or "vp"
@@ -105,6 +106,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.log = ml_collections.ConfigDict()
     c.log.every_steps = 100  # scalars are means over this many steps
+    c.log.profile_steps = ()  # (first, last) steps to profile, into <workdir>/profile; () is none
 
     c.sampling = ml_collections.ConfigDict()
     # ODE: "euler", "midpoint", "heun", "rk4", and "dopri5", which chooses its own steps. SDE:

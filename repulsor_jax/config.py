@@ -153,6 +153,7 @@ class LogConfig:
     """See `configs/default.py`, section log."""
 
     every_steps: int = _at_least(1)
+    profile_steps: tuple[int, ...] = _at_least(1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,6 +327,12 @@ def _check_consistency(c: Config) -> None:
         raise ConfigError(
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} leaves no step of "
             f"config.total_steps={c.total_steps} to the cosine schedule"
+        )
+    profiled = c.log.profile_steps
+    if profiled and (len(profiled) != 2 or profiled[0] > profiled[1]):
+        raise ConfigError(
+            f"config.log.profile_steps={profiled}: expected the first and the last step, as "
+            "(100, 104), or ()"
         )
     s = c.sampling
     if s.cfg_interval_low > s.cfg_interval_high:

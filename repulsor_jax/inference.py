@@ -145,7 +145,7 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
                     f"config.sampling.guiding_run={str(workdir)!r}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
-        model = build_model(model_config)
+        model = build_model(model_config, experiment.mesh.devices.flat[0])
         params, step = _restore(model, experiment, checkpointer, step)
     description = {"run": str(workdir), "step": step, "weights_sha256": params_sha256(params)}
     return LoadedGuide(Guide(model, params), description)

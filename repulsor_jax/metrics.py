@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import atomic
+from repulsor_jax.throughput import Throughput
 
 JSONL_NAME = "metrics.jsonl"
 
@@ -91,8 +92,8 @@ class NonFiniteLossError(RuntimeError):
 class StepRecorder:
     """Takes the metrics of each step and reads them one step late, so that dispatch never waits.
 
-    Keeps the progress bar; writes means over `every_steps` steps, with seconds per step and images
-    per second. Those leave out what happens inside `pause`.
+    Keeps the progress bar; writes means over `every_steps` steps, with seconds per step and the
+    rates of `throughput`. Those leave out what happens inside `pause`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class StepRecorder:
         *,
         first_step: int,
         total_steps: int,
-        batch_size: int,
+        throughput: Throughput,
         every_steps: int,
         enabled: bool = True,
     ) -> None:
@@ -111,12 +112,12 @@ class StepRecorder:
           writer: where the means go.
           first_step: step resumed from.
           total_steps: last step of the run.
-          batch_size: images in a step.
+          throughput: of the steps.
           every_steps: steps in a mean.
           enabled: False on processes that do not print.
         """
         self._writer = writer
-        self._batch_size = batch_size
+        self._throughput = throughput
         self._every_steps = every_steps
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._sums: dict[str, float] = {}
@@ -193,10 +194,12 @@ class StepRecorder:
         now = time.perf_counter()
         seconds = (now - self._started - self._paused_seconds) / self._count
         means = {name: total / self._count for name, total in self._sums.items()}
-        means["seconds_per_step"] = seconds
-        means["images_per_second"] = self._batch_size / seconds
+        rates = self._throughput.rates(seconds)
+        means |= {"seconds_per_step": seconds} | rates
         self._writer.scalars(step, means)
-        shown = f"loss {means['loss']:.4f}, {means['images_per_second']:.0f} images/s"
+        shown = f"loss {means['loss']:.4f}, {rates['images_per_second']:.0f} images/s"
+        if "mfu" in rates:
+            shown += f", {rates['mfu']:.1%} MFU"
         self._bar.set_postfix_str(f"{shown}, {1e3 * seconds:.1f} ms/step", refresh=False)
         if self._print_lines:
             remaining = (self._bar.total - step) * seconds

@@ -22,6 +22,8 @@ from repulsor_jax.metrics import (
     read_jsonl,
 )
 from repulsor_jax.monitor import Monitor
+from repulsor_jax.profiling import Profiler, step_annotation
+from repulsor_jax.throughput import training_throughput
 from repulsor_jax.train_state import (
     TrainState,
     abstract_train_state,
@@ -105,16 +107,21 @@ def train(
                 writer,
                 first_step=first_step,
                 total_steps=config.total_steps,
-                batch_size=config.batch_size,
+                throughput=training_throughput(
+                    config.model, config.batch_size, mesh.devices.flat[0], mesh.size
+                ),
                 every_steps=config.log.every_steps,
                 enabled=is_main,
             ) as recorder,
+            Profiler(workdir, config.log.profile_steps) as profiler,
         ):
             try:
                 for step in range(first_step + 1, config.total_steps + 1):
                     batch = sharding.to_global(next(data), mesh)
-                    with jax.transfer_guard("disallow"):
+                    profiler.before(step, state)
+                    with jax.transfer_guard("disallow"), step_annotation(step):
                         state, step_metrics = step_fn(state, batch)
+                    profiler.after(step, state)
                     recorder.push(step, step_metrics)  # reads the metrics of the step before
 
                     if monitor and _due(config.sampling.grid_every_steps, step, config.total_steps):

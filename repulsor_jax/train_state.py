@@ -38,9 +38,16 @@ class TrainState(struct.PyTreeNode):
     rng: Array
 
 
-def build_model(config: config_lib.ModelConfig) -> DiT:
-    """Returns the transformer that the configuration describes."""
-    attention: Any = None if config.attention == "auto" else config.attention
+def build_model(config: config_lib.ModelConfig, device: jax.Device | None = None) -> DiT:
+    """Returns the transformer that the configuration describes.
+
+    Args:
+      config: of the model.
+      device: one of those that will run it, for what is chosen by platform; None is a CPU.
+    """
+    attention: Any = config.attention
+    if attention == "auto":
+        attention = "cudnn" if _has_cudnn_attention(config, device) else None
     return DiT(
         latent_size=config.latent_size,
         in_channels=config.in_channels,
@@ -56,6 +63,20 @@ def build_model(config: config_lib.ModelConfig) -> DiT:
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
         attention=attention,
+    )
+
+
+def _has_cudnn_attention(config: config_lib.ModelConfig, device: jax.Device | None) -> bool:
+    """Whether cuDNN's fused attention runs this model: NVIDIA from Ampere on, half precision."""
+    capability = getattr(device, "compute_capability", None)  # as "9.0"; ROCm says "gfx90a"
+    head_size = config.hidden_size // config.num_heads
+    return (
+        isinstance(capability, str)
+        and capability[0].isdigit()
+        and float(capability) >= 8.0
+        and jnp.dtype(config.dtype).itemsize == 2
+        and head_size % 8 == 0
+        and head_size <= 128
     )
 
 

@@ -6,10 +6,13 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from repulsor_jax import metrics
+from repulsor_jax.throughput import Throughput
+
+THROUGHPUT = Throughput(batch_size=8, flops=4e12, num_chips=2, peak_flops=4e14)
 
 
 def recorder(writer, **kwargs):
-    arguments = {"first_step": 0, "total_steps": 4, "batch_size": 8, "every_steps": 2}
+    arguments = {"first_step": 0, "total_steps": 4, "every_steps": 2, "throughput": THROUGHPUT}
     return metrics.StepRecorder(writer, **arguments | kwargs, enabled=False)
 
 
@@ -25,7 +28,11 @@ def test_means_over_the_interval_go_to_jsonl_and_events(tmp_path):
     lines = list(metrics.read_jsonl(tmp_path / "metrics.jsonl"))
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 7.0)]
     for line in lines:
-        assert line["images_per_second"] * line["seconds_per_step"] == pytest.approx(8)
+        rate = 1 / line["seconds_per_step"]
+        assert line["images_per_second"] == pytest.approx(8 * rate)
+        assert line["images_per_second_per_chip"] == pytest.approx(4 * rate)
+        assert line["teraflops_per_chip"] == pytest.approx(2 * rate)
+        assert line["mfu"] == pytest.approx(0.01 * rate)
     assert events(tmp_path)["loss"] == [(2, 2.0), (4, 7.0)]
 
 

@@ -173,3 +173,16 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, data_dir, ca
     said = capsys.readouterr().out
     assert "step 12: no grid: sample 0 is not finite" in said
     assert "step 12: not evaluated: sample 0 is not finite" in said
+
+
+def test_a_profile_holds_the_steps_asked_for(tmp_path, data_dir):
+    run(tmp_path, data_dir, log__profile_steps=(4, 5), total_steps=6)
+    (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    steps = [
+        dict(event.stats)["step_num"]
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert sorted(steps) == [4, 5]
