@@ -30,8 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results
     c.model.remat = "none"  # recompute in the backward pass: "none", "dots", "full" (least memory)
     c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
-    # "xla", "cudnn" (NVIDIA GPUs from Ampere on, bfloat16), or "auto": cuDNN where it can, else ours.
-    c.model.attention = "auto"
+    c.model.attention = "auto"  # "xla", "cudnn" (NVIDIA, bfloat16); "auto": cuDNN where it runs
 
     c.flow = ml_collections.ConfigDict()
     c.flow.path = "linear"  # "linear", "gvp" or "vp"

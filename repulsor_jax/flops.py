@@ -1,8 +1,7 @@
 """FLOPs of the model in closed form: what model FLOPs utilisation (MFU) is measured by."""
 
 from repulsor_jax.config import ModelConfig
-
-_NUM_FREQUENCIES = 256  # of the time embedding
+from repulsor_jax.models.dit import NUM_FREQUENCIES
 
 
 def forward_flops(config: ModelConfig) -> float:
@@ -14,7 +13,7 @@ def forward_flops(config: ModelConfig) -> float:
     attention = tokens * 4 * width**2 + 2 * tokens**2 * width  # q, k, v, out; scores and values
     block = attention + tokens * 2 * width * hidden + 6 * width**2  # MLP; modulation
     last = tokens * patch * width * (2 if config.learn_sigma else 1) + 2 * width**2
-    first = tokens * patch * width + _NUM_FREQUENCIES * width + width**2  # patches; time
+    first = tokens * patch * width + NUM_FREQUENCIES * width + width**2  # patches; time
     return 2.0 * (config.depth * block + first + last)
 
 

@@ -8,22 +8,8 @@ import dataclasses
 
 import jax
 
-from repulsor_jax import chips
+from repulsor_jax import chips, flops
 from repulsor_jax.config import ModelConfig
-from repulsor_jax.models.dit import NUM_FREQUENCIES
-
-
-def forward_flops(model: ModelConfig) -> int:
-    """FLOPs of the transformer's matrix products for one image forward, 2 per multiply-add."""
-    width, tokens = model.hidden_size, (model.latent_size // model.patch_size) ** 2
-    patch = model.patch_size**2 * model.in_channels
-    hidden = int(width * model.mlp_ratio)
-    projections = tokens * (4 * width**2 + 2 * width * hidden)
-    attention = 2 * tokens**2 * width
-    block = projections + attention + 6 * width**2
-    embeddings = tokens * patch * width + NUM_FREQUENCIES * width + width**2
-    final = 2 * width**2 + tokens * width * patch * (2 if model.learn_sigma else 1)
-    return 2 * (model.depth * block + embeddings + final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +44,10 @@ class Throughput:
 def training_throughput(
     model: ModelConfig, batch_size: int, device: jax.Device, num_devices: int
 ) -> Throughput:
-    """Of training steps: forward and backward take 3 times the FLOPs of forward.
-
-    The peak is that of bfloat16, whatever the model computes in.
-    """
-    flops = 3.0 * batch_size * forward_flops(model)
+    """Of training steps. The peak is that of bfloat16, whatever the model computes in."""
+    step_flops = batch_size * flops.training_flops(model)
     chip = chips.find(device.device_kind)
     if chip is None:
-        return Throughput(batch_size, flops, num_devices, None)
+        return Throughput(batch_size, step_flops, num_devices, None)
     num_chips = num_devices / chip.devices_per_chip
-    return Throughput(batch_size, flops, num_chips, num_chips * chip.peak_flops)
+    return Throughput(batch_size, step_flops, num_chips, num_chips * chip.peak_flops)
