@@ -142,6 +142,11 @@ class Worker:
         self._pipe.send(case)
         return self._pipe.recv()
 
+    def close(self) -> None:
+        """Ends the process, and so frees the device's memory."""
+        self._pipe.close()
+        self._process.join()
+
 
 def start_workers(builders: dict[str, Build], args: argparse.Namespace) -> dict[str, Worker]:
     """Starts a worker for each variant, with the allocator settings that were asked for."""
@@ -174,22 +179,21 @@ def model_config(args: argparse.Namespace) -> Any:
     c.model.patch_size = args.patch_size
     c.model.scan_blocks = args.platform != "cpu"
     c.model.dtype = args.dtype
+    c.model.remat = getattr(args, "remat", "none")
+    c.model.attention = getattr(args, "attention", "auto")
     return c
 
 
-def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+def compile_jax(
+    regularizer: str, args: argparse.Namespace
+) -> tuple[Any, Any, tuple[Any, Any, Any, Any], Any]:
+    """The compiled step, its abstract state, what else the state is made from, and the mesh."""
     os.environ["JAX_PLATFORMS"] = args.platform
-    import jax
     import numpy as np
 
     from repulsor_jax import config as config_lib
     from repulsor_jax import regularizers, sharding
-    from repulsor_jax.train_state import (
-        abstract_train_state,
-        build_model,
-        build_optimizer,
-        create_train_state,
-    )
+    from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
     from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
 
     c = model_config(args)
@@ -212,6 +216,19 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
         args.batch_size,
         mesh,
     )
+    return compiled, abstract, parts, mesh
+
+
+def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
+    started = time.perf_counter()
+    compiled, abstract, parts, mesh = compile_jax(regularizer, args)
+    compile_seconds = time.perf_counter() - started
+    import jax
+    import numpy as np
+
+    from repulsor_jax import sharding
+    from repulsor_jax.train_state import create_train_state
+
     state = create_train_state(*parts, mesh)
     rng = np.random.default_rng(0)
     batch = sharding.to_global(
@@ -222,8 +239,10 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
         mesh,
     )
 
-    def timed() -> float:
+    def timed(what: str = "seconds") -> float:
         nonlocal state
+        if what == "peak_bytes":
+            return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         started = time.perf_counter()
         for _ in range(args.steps):
             state, metrics = compiled(state, batch)
@@ -232,6 +251,8 @@ def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[s
 
     return timed, {
         "label": f"repulsor_jax, {regularizer}",
+        "device_kind": jax.devices()[0].device_kind,
+        "compile_seconds": compile_seconds,
         "program_flops": (compiled.cost_analysis() or {})["flops"],
         "bank_bytes": _num_bytes(abstract.bank),
         "state_bytes": _num_bytes(abstract),
@@ -308,7 +329,9 @@ def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict
             torch._foreach_lerp_(ema, parameters, 1e-4)
         return loss.detach()
 
-    def timed() -> float:
+    def timed(what: str = "seconds") -> float:
+        if what == "peak_bytes":
+            return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         started = time.perf_counter()
         for _ in range(args.steps):
             loss = step()
