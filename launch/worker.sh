@@ -86,13 +86,15 @@ start() {
   echo $! >"$RUN/pid"
 }
 
-# Runs the program, hands SIGTERM on to it, and returns its code.
+# run_program pass|keep ARGUMENTS...: returns the program's code. SIGTERM, which asks it to save, is
+# passed on to it, or kept where the sender reaches it too: Slurm signals all processes of a task.
 run_program() {
-  local child code=0
+  local how=$1 child code=0
+  shift
   cd "$CODE"
   "$PYTHON" -m repulsor_jax.main "$@" &
   child=$!
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM USR1
+  trap 'if [[ $how == pass ]]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
   wait "$child" || code=$?
   while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the program
     code=0
@@ -104,7 +106,7 @@ run_program() {
 supervise() {
   local code=0
   echo "--- $(date -u +%FT%TZ) $(hostname): start"
-  run_program "$@" || code=$?
+  run_program pass "$@" || code=$?
   echo "--- $(date -u +%FT%TZ) $(hostname): exit code $code"
   echo "$code $(date +%s.%N)" >"$RUN/exit"
 }
@@ -150,7 +152,7 @@ stop() {
 task() {
   local marks=$1 code=0
   shift
-  run_program "$@" || code=$?
+  run_program keep "$@" || code=$?
   if ((code == 75)); then
     touch "$marks/again"
     code=0
