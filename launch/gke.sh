@@ -67,7 +67,7 @@ follow() {
 # A workload that is started again has new pods: their log is picked up.
 follow_all() {
   while :; do
-    QUIET=1 follow || true
+    quietly follow || true
     sleep "$POLL_SECONDS"
   done
 }
@@ -103,7 +103,10 @@ on_interrupt "interrupted: what is in the cloud stays as it is, a workload goes 
   "delete it by launch/gke.sh down $AGAIN, the cluster by down-cluster"
 
 case $COMMAND in
-  all) submit && watch ;;
+  all)
+    submit
+    watch
+    ;;
   up) create_cluster ;;
   run) submit ;;
   logs) follow ;;

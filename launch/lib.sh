@@ -132,9 +132,17 @@ confirm() {
 # on_interrupt WORDS...: what ctrl-C says. It stops this script and nothing in the cloud.
 on_interrupt() {
   INTERRUPTED=("$@")
-  # shellcheck disable=SC2154  # the trap assigns it
-  trap 'trap - INT; for line in "${INTERRUPTED[@]}"; do say "$line"; done; exit 130' INT
+  exec 8>&2 # a trap runs with the redirections of what it interrupts
+  trap 'trap - INT; explain_interrupt 2>&8; exit 130' INT
 }
+
+explain_interrupt() {
+  local line
+  for line in "${INTERRUPTED[@]}"; do say "$line"; done
+}
+
+# For commands in the background: they are not printed.
+quietly() { QUIET=1 "$@"; }
 
 # in_background COMMAND...: as a process group of its own, which ends with this script at the latest.
 in_background() {
@@ -165,7 +173,7 @@ need() {
 
 # The committed code as $SCRATCH/code.tar.gz: no data, no credentials, nothing half edited.
 pack_code() {
-  if [[ -n $(git -C "$REPO" status --porcelain 2>/dev/null) ]]; then
+  if ! ((DRY_RUN)) && [[ -n $(git -C "$REPO" status --porcelain 2>/dev/null) ]]; then
     say "note: what is not committed is not sent"
   fi
   run git -C "$REPO" archive --format=tar.gz --output="$SCRATCH/code.tar.gz" HEAD

@@ -63,7 +63,10 @@ on_interrupt "interrupted: the job goes on" \
   "follow it by launch/sky.sh logs $AGAIN" "cancel it by launch/sky.sh down $AGAIN"
 
 case $COMMAND in
-  all) submit && watch ;;
+  all)
+    submit
+    watch
+    ;;
   run) submit ;;
   logs) follow ;;
   status) run sky jobs queue --skip-finished ;;

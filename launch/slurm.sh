@@ -81,7 +81,10 @@ on_interrupt "interrupted: the job stays in the queue or goes on" \
   "follow it by launch/slurm.sh logs $AGAIN" "cancel it by launch/slurm.sh down $AGAIN"
 
 case $COMMAND in
-  all) submit && watch ;;
+  all)
+    submit
+    watch
+    ;;
   install) run bash "$REPO/launch/worker.sh" install cuda ;;
   run) submit ;;
   logs) follow ;;

@@ -98,6 +98,8 @@ bring_up() {
           die "$NAME was preempted and has no machines any more: launch/tpu.sh down, then up;" \
             "or launch/tpu.sh all with AUTO_RECREATE=true"
         fi
+        LOST=$((LOST + 1))
+        if ((LOST >= MAX_STARTS)); then die "$NAME lost its machines $LOST times before the program could start (MAX_STARTS)"; fi
         say "$NAME was preempted; AUTO_RECREATE=true: the empty request is deleted and made anew"
         delete_empty_request
         STATE=ABSENT
@@ -140,7 +142,7 @@ follow() { on_first "$(worker follow)"; }
 # How the run stands, in VERDICT: running, done, again, or failed HOST CODE. The first worker that
 # ended tells why: the others end because of it.
 judge() {
-  local first
+  local first code host
   VERDICT=running
   if ((DRY_RUN)); then
     on_workers "$STATUS"
@@ -173,7 +175,7 @@ watch() {
   fi
   while :; do
     # The connection may break, and the log ends where only the first worker has.
-    if [[ -z ${BACKGROUND-} ]] || ! kill -0 "$BACKGROUND" 2>/dev/null; then QUIET=1 in_background follow; fi
+    if [[ -z ${BACKGROUND-} ]] || ! kill -0 "$BACKGROUND" 2>/dev/null; then in_background quietly follow; fi
     sleep "$POLL_SECONDS"
     if judge; then
       misses=0
@@ -193,7 +195,7 @@ watch() {
 preempted() { look && [[ $STATE != ACTIVE ]]; }
 
 run_to_the_end() {
-  local installed=0 lost=0 host code
+  local installed=0 host code
   while :; do
     bring_up "$AUTO_RECREATE"
     if ((CREATED)); then
@@ -203,10 +205,9 @@ run_to_the_end() {
     fi
     if [[ $VERDICT != running ]]; then
       if { ((installed)) || install; } && start; then
-        installed=1 lost=0
+        installed=1 LOST=0
       elif preempted; then
-        VERDICT=preempted lost=$((lost + 1))
-        if ((lost >= MAX_STARTS)); then die "preempted $lost times in a row before a start (MAX_STARTS)"; fi
+        VERDICT=preempted
       else
         die "the program was not started, see above. $COSTS"
       fi
@@ -252,7 +253,7 @@ AUTO_RECREATE=$([[ $AUTO_RECREATE == true ]] && echo 1 || echo 0)
 need gcloud git
 place
 make_scratch
-STATE=ABSENT CREATED=0 VERDICT=none
+STATE=ABSENT CREATED=0 LOST=0 VERDICT=none
 AGAIN="--settings=$(quote "$SETTINGS")"
 COSTS="The machines are there and cost: launch/tpu.sh down $AGAIN deletes them"
 on_interrupt "interrupted: what is in the cloud stays as it is, a run goes on and a request stays queued" \
