@@ -21,10 +21,11 @@ test: $(READY)  ## The whole suite, on an 8-device CPU mesh.
 test-fast: $(READY)  ## The suite without its slow tests.
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not slow"
 
-check: $(READY)  ## Format, lint, types.
+check: $(READY)  ## Format, lint, types, shell scripts.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 format: $(READY)  ## Put the format right.
 	$(BIN)/ruff format .
