@@ -91,7 +91,8 @@ OPTIONAL=(NUM_SLICES=1 PROVISIONING=on-demand BUCKET= MOUNT_POINT=/mnt/repulsor 
   COMPILATION_CACHE_DIR= MAX_RESTARTS=100 MAX_STARTS=5 GRACE_SECONDS=30 POLL_SECONDS=30)
 read_settings
 check NUM_SLICES '[1-9][0-9]*' "a number from 1"
-for key in MAX_RESTARTS MAX_STARTS GRACE_SECONDS POLL_SECONDS; do check "$key" '[0-9]+' "a number"; done
+check MAX_STARTS '[1-9][0-9]*' "a number from 1"
+for key in MAX_RESTARTS GRACE_SECONDS POLL_SECONDS; do check "$key" '[0-9]+' "a number"; done
 check NAME '[a-z][a-z0-9-]{0,27}' "at most 28 lower-case letters, digits and hyphens"
 check WORKDIR '/.*' "a path that all workers see, such as $MOUNT_POINT/runs/xl"
 need xpk kubectl gcloud git

@@ -74,7 +74,7 @@ create() {
 # Creates the request where there is none and waits for its machines. $1 is 1 where a request that
 # has lost its machines may be replaced.
 bring_up() {
-  local replace=$1 before=
+  local replace=$1 before='' seen=0
   retry look || die "the request cannot be read, see above"
   while :; do
     if [[ $STATE != "$before" ]]; then say "$NAME: $STATE"; fi
@@ -82,13 +82,13 @@ bring_up() {
     case $STATE in
       ACTIVE) return ;;
       ABSENT)
+        if ((seen)); then die "$NAME was deleted by someone: it is not made anew"; fi
         create
-        before=
         ;;
       FAILED)
         run "${QR[@]}" describe "$NAME" "${PLACE[@]}" "--format=yaml(state)" >&2
         if ((CREATED)); then # by this very call, and it never had machines
-          delete_empty_request
+          delete_empty_request || die "the request failed and could not be removed, see above: launch/tpu.sh down $AGAIN"
           die "the request failed, see above (quota, or a setting); it was removed and nothing is left behind"
         fi
         die "the request failed, see above; remove it by launch/tpu.sh down $AGAIN"
@@ -99,13 +99,14 @@ bring_up() {
             "or launch/tpu.sh all with AUTO_RECREATE=true"
         fi
         LOST=$((LOST + 1))
-        if ((LOST >= MAX_STARTS)); then die "$NAME lost its machines $LOST times before the program could start (MAX_STARTS)"; fi
+        if ((LOST > MAX_STARTS)); then die "$NAME lost its machines $LOST times before the program could start (MAX_STARTS)"; fi
         say "$NAME was preempted; AUTO_RECREATE=true: the empty request is deleted and made anew"
-        delete_empty_request
-        STATE=ABSENT
+        delete_empty_request || die "the empty request could not be deleted, see above"
+        STATE=ABSENT seen=0
         continue
         ;;
     esac
+    seen=1
     if ! ((DRY_RUN)); then sleep "$POLL_SECONDS"; fi
     retry look || die "the request cannot be read, see above"
   done
@@ -180,7 +181,9 @@ watch() {
     if judge; then
       misses=0
       if [[ $VERDICT != running ]]; then break; fi
-    elif preempted; then
+    elif ! look; then
+      say "Google Cloud does not answer, see above; looking again"
+    elif [[ $STATE != ACTIVE ]]; then
       VERDICT=preempted
       break
     elif ((++misses > RETRIES)); then
@@ -190,9 +193,6 @@ watch() {
   done
   stop_background
 }
-
-# The machines' state decides what a failure of ours was: theirs, or a real one.
-preempted() { look && [[ $STATE != ACTIVE ]]; }
 
 run_to_the_end() {
   local installed=0 host code
@@ -206,7 +206,7 @@ run_to_the_end() {
     if [[ $VERDICT != running ]]; then
       if { ((installed)) || install; } && start; then
         installed=1 LOST=0
-      elif preempted; then
+      elif look && [[ $STATE != ACTIVE ]]; then # the machines went, or the failure is a real one
         VERDICT=preempted
       else
         die "the program was not started, see above. $COSTS"
@@ -223,7 +223,7 @@ run_to_the_end() {
         retry on_workers "$(worker stop "$STOP_SECONDS")" || true
         ;;
       preempted)
-        if [[ $STATE == ABSENT ]]; then die "$NAME was deleted by someone: nothing is made anew"; fi
+        if [[ $STATE == ABSENT ]]; then die "$NAME was deleted by someone: it is not made anew"; fi
         say "preempted"
         installed=0
         ;;
@@ -246,7 +246,8 @@ read_settings
 check NUM_SLICES '[1-9][0-9]*' "a number from 1"
 check PROVISIONING 'on-demand|spot|reserved' "on-demand, spot or reserved"
 check AUTO_RECREATE 'true|false' "true or false"
-for key in MAX_STARTS POLL_SECONDS RETRIES RETRY_SECONDS STOP_SECONDS; do check "$key" '[0-9]+' "a number"; done
+check MAX_STARTS '[1-9][0-9]*' "a number from 1"
+for key in POLL_SECONDS RETRIES RETRY_SECONDS STOP_SECONDS; do check "$key" '[0-9]+' "a number"; done
 check WORKDIR '/.*' "a path that all workers see, such as $MOUNT_POINT/runs/xl"
 [[ -z $BUCKET || -z $NFS ]] || die "$SETTINGS: BUCKET and NFS: one of the two is mounted"
 AUTO_RECREATE=$([[ $AUTO_RECREATE == true ]] && echo 1 || echo 0)

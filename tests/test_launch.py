@@ -410,8 +410,8 @@ def test_tpu_preempted_again_and_again_before_a_start_comes_to_an_end(launch):
     )
     result = launch("tpu", "all", RETRIES="0")
     assert result.returncode == 1
-    assert "lost its machines 3 times" in result.stderr
-    assert launch.steps().count("create") == 3
+    assert "lost its machines 4 times" in result.stderr
+    assert launch.steps().count("create") == 4
 
 
 def test_tpu_an_installation_that_fails_on_machines_that_are_there_is_reported(launch):
@@ -498,11 +498,20 @@ def test_tpu_preempted_is_not_made_anew_unless_the_settings_say_so(launch):
     assert launch.steps() == []
 
 
-def test_tpu_deleted_by_someone_is_not_made_anew(launch):
-    launch.answers(tpu(["ACTIVE", NOT_FOUND], [RUNNING, (255, "no such host")]))
+@pytest.mark.parametrize("state", ["ACTIVE", "WAITING_FOR_RESOURCES"])
+def test_tpu_deleted_by_someone_is_not_made_anew(launch, state):
+    launch.answers(tpu([state, NOT_FOUND], [RUNNING, (255, "no such host")]))
     result = launch("tpu", "all")
     assert result.returncode == 1
     assert "was deleted by someone" in result.stderr
+    assert launch.steps() == []
+
+
+def test_tpu_looks_on_when_the_connection_is_away_for_long(launch):
+    away = (1, "ERROR: network is unreachable")
+    launch.answers(tpu(["ACTIVE", *[away] * 5], [RUNNING, *[away] * 5, RUNNING, DONE]))
+    result = launch("tpu", "all")
+    assert result.returncode == 0, result.stderr
     assert launch.steps() == []
 
 
