@@ -26,23 +26,33 @@ TEXT
 }
 
 QR=(gcloud compute tpus queued-resources)
+VM=(gcloud compute tpus tpu-vm)
 
-place() { PLACE=("--zone=$ZONE" "--project=$PROJECT"); }
-
-# State of the request, in STATE; ABSENT where there is none. With --dry-run it is what follows.
+# State of the request, in STATE, ABSENT where there is none; and its slices, in NODES.
 look() {
-  local command=("${QR[@]}" describe "$NAME" "${PLACE[@]}" "--format=value(state.state)")
+  local answer nodes
+  local command=("${QR[@]}" describe "$NAME" "${PLACE[@]}"
+    '--format=value[separator=" "](state.state,tpu.nodeSpec[].nodeId.list(separator=" "))')
   if ((DRY_RUN)); then
     run "${command[@]}"
     return
   fi
-  if STATE=$("${command[@]}" 2>"$SCRATCH/error"); then return; fi
+  if answer=$("${command[@]}" 2>"$SCRATCH/error"); then
+    read -r STATE nodes <<<"$answer"
+    if [[ -n $nodes ]]; then read -r -a NODES <<<"$nodes"; fi
+    return
+  fi
   if grep -q NOT_FOUND "$SCRATCH/error"; then
     STATE=ABSENT
     return
   fi
   cat "$SCRATCH/error" >&2
   return 1
+}
+
+read_request() {
+  look || die "the request cannot be read, see above"
+  say "$NAME: $STATE"
 }
 
 # Without --force: gcloud refuses to delete a request that has machines.
@@ -112,9 +122,16 @@ bring_up() {
   done
 }
 
-# on_workers COMMAND: in a shell on all workers of all slices; on_first: on one.
-on_workers() { run "${QR[@]}" ssh "$NAME" "${PLACE[@]}" --node=all --worker=all "--command=$1" </dev/null; }
-on_first() { run "${QR[@]}" ssh "$NAME" "${PLACE[@]}" --node=0 --worker=0 "--command=$1" </dev/null; }
+# on_workers COMMAND: in a shell on all workers, slice by slice; on_first: on the first worker. Not by
+# queued-resources ssh, which takes a slice that cannot be reached for success.
+on_workers() {
+  local node code=0
+  for node in "${NODES[@]}"; do
+    run "${VM[@]}" ssh "$node" "${PLACE[@]}" --worker=all "--command=$1" </dev/null || code=$?
+  done
+  return "$code"
+}
+on_first() { run "${VM[@]}" ssh "${NODES[0]}" "${PLACE[@]}" --worker=0 "--command=$1" </dev/null; }
 worker() { printf 'bash repulsor_jax/launch/worker.sh %s' "$(quote "$@")"; }
 # Also of a machine on which nothing is installed yet. $(hostname) is the worker's.
 # shellcheck disable=SC2016
@@ -122,12 +139,13 @@ STATUS='if [ -d repulsor_jax ]; then bash repulsor_jax/launch/worker.sh status; 
 
 # A machine that has just started refuses connections for a while: both steps are tried again.
 install() {
-  local storage=()
+  local node storage=()
   if [[ -n $BUCKET ]]; then storage=(gcsfuse "$BUCKET" "$MOUNT_POINT"); fi
   if [[ -n $NFS ]]; then storage=(nfs "$NFS" "$MOUNT_POINT"); fi
   pack_code || return
-  retry run "${QR[@]}" scp "$SCRATCH/code.tar.gz" "$NAME:repulsor_jax.tar.gz" "${PLACE[@]}" \
-    --node=all --worker=all || return
+  for node in "${NODES[@]}"; do
+    retry run "${VM[@]}" scp "$SCRATCH/code.tar.gz" "$node:repulsor_jax.tar.gz" "${PLACE[@]}" --worker=all || return
+  done
   retry on_workers "mkdir -p repulsor_jax && tar -xzf repulsor_jax.tar.gz -C repulsor_jax && $(worker install tpu "${storage[@]}")"
 }
 
@@ -150,7 +168,7 @@ judge() {
     VERDICT='done'
     return
   fi
-  if ! QUIET=1 on_workers "$STATUS" >"$SCRATCH/status" 2>"$SCRATCH/error"; then
+  if ! QUIET=1 on_workers "$STATUS" >"$SCRATCH/status" 2>"$SCRATCH/error" || ! grep -q '^worker ' "$SCRATCH/status"; then
     cat "$SCRATCH/error" >&2
     return 1
   fi
@@ -252,7 +270,12 @@ check WORKDIR '/.*' "a path that all workers see, such as $MOUNT_POINT/runs/xl"
 [[ -z $BUCKET || -z $NFS ]] || die "$SETTINGS: BUCKET and NFS: one of the two is mounted"
 AUTO_RECREATE=$([[ $AUTO_RECREATE == true ]] && echo 1 || echo 0)
 need gcloud git
-place
+PLACE=("--zone=$ZONE" "--project=$PROJECT")
+NODES=("$NAME")
+if ((NUM_SLICES > 1)); then # as they are named, until the request tells
+  NODES=()
+  for ((i = 0; i < NUM_SLICES; i++)); do NODES+=("$NAME-$i"); done
+fi
 make_scratch
 STATE=ABSENT CREATED=0 LOST=0 VERDICT=none
 AGAIN="--settings=$(quote "$SETTINGS")"
@@ -264,11 +287,20 @@ on_interrupt "interrupted: what is in the cloud stays as it is, a run goes on an
 case $COMMAND in
   all) run_to_the_end ;;
   up) bring_up 0 ;;
-  install) install || die "not installed, see above" ;;
-  run) start || die "not started, see above" ;;
-  logs) follow ;;
+  install)
+    read_request
+    install || die "not installed, see above"
+    ;;
+  run)
+    read_request
+    start || die "not started, see above"
+    ;;
+  logs)
+    read_request
+    follow
+    ;;
   status)
-    run "${QR[@]}" describe "$NAME" "${PLACE[@]}" "--format=yaml(state)"
+    read_request
     on_workers "$STATUS"
     ;;
   down)

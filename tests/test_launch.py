@@ -140,7 +140,7 @@ class Launch:
                 "create": "queued-resources create",
                 "delete by force": "queued-resources delete .*--force",
                 "delete": "queued-resources delete",
-                "copy": "queued-resources scp",
+                "copy": "tpu-vm scp",
             }.items():
                 if re.search(words, text):
                     name = what
@@ -353,10 +353,30 @@ def test_tpu_all_goes_from_nothing_to_the_end_of_the_run(launch):
         "--node-id=n", "--spot",
     ]  # fmt: skip
     [start] = [call for call in launch.calls() if "worker.sh start" in call[-1]]
-    assert {"--node=all", "--worker=all"} <= set(start)
+    assert start[1:6] == ["compute", "tpus", "tpu-vm", "ssh", "n"]
+    assert "--worker=all" in start
     words = program_words(start[-1].removeprefix("--command="))
     assert words[:2] == ["--config=configs/digits.py", "--workdir=/mnt/repulsor/run"]
     assert words[2:5] == [AWKWARD, "--mode=sample", "two words"]
+
+
+def test_tpu_every_slice_is_installed_started_and_watched(launch):
+    states = [NOT_FOUND, "ACTIVE first second"]  # the names are the request's
+    launch.answers(tpu(states, [RUNNING, RUNNING, DONE, RUNNING, DONE, DONE]))
+    result = launch("tpu", "all", NUM_SLICES="2")
+    assert result.returncode == 0, result.stderr
+    assert launch.steps() == ["create", *["copy"] * 2, *["install"] * 2, "count", *["start"] * 2]
+    for what in ("tpu-vm scp", "worker.sh install", "worker.sh start", "worker.sh status"):
+        calls = [" ".join(call) for call in launch.calls() if what in " ".join(call)]
+        assert ["first" in call for call in calls] == [True, False] * (len(calls) // 2)
+    [create] = [call for call in launch.calls() if "create" in call]
+    assert {"--node-count=2", "--node-prefix=n"} <= set(create)
+
+
+def test_tpu_no_answer_of_a_worker_is_not_the_end_of_the_run(launch):
+    launch.answers(tpu(["ACTIVE"], [RUNNING, "", "", RUNNING, DONE]))
+    assert launch("tpu", "all", RETRIES="3").returncode == 0
+    assert [" ".join(call).count("worker.sh status") for call in launch.calls()].count(1) == 5
 
 
 def test_tpu_all_looks_after_a_run_that_goes_on_already(launch):
