@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -155,17 +155,20 @@ def prepare_sampling(
     )
 
 
-def checked_mesh(config: Config, *, trains: bool = True) -> Mesh:
+def checked_mesh(
+    config: Config, devices: Sequence[jax.Device] | None = None, *, trains: bool = True
+) -> Mesh:
     """Returns the mesh of all devices; raises ConfigError where the configuration does not fit.
 
     Args:
       config: the configuration.
+      devices: others than those here.
       trains: whether it is to train with, and not to sample or evaluate alone.
     """
     config_lib.check_choice("sampling.solver", config.sampling.solver, sampling.SOLVERS)
     regularizers.check(config)
     try:
-        mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
     config_lib.check_devices(

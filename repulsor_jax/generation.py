@@ -87,17 +87,49 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
       experiment: with an autoencoder.
       guide: the weak model of autoguidance; None guides by the model without a class.
     """
-    config, mesh, model = experiment.config, experiment.mesh, experiment.model
-    c, latent_format = config.sampling, experiment.latent_format
+    config, mesh = experiment.config, experiment.mesh
     if experiment.autoencoder is None:
         raise ValueError("the experiment was prepared without an autoencoder to decode with")
-    decode = _decoder(experiment.autoencoder, c.decode_slice, c.decode_tile)
     decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
-    solve = make_solver(config, model, guide.model if guide else None)
+    everywhere = sharding.replicated(mesh)
+    compiled = jax.jit(
+        make_generate(experiment, experiment.autoencoder, guide.model if guide else None),
+        out_shardings=sharding.batch_sharding(mesh),
+    )
+
+    def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
+        numbers = None
+        if guidance is not None:
+            numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
+        # A guide without guidance would be computed for nothing.
+        guiding_params = guide.params if guide and guidance else None
+        with sharding.use_mesh(mesh):
+            return compiled(
+                params,
+                guiding_params,
+                decoder_params,
+                jax.device_put(np.int32(first), everywhere),
+                numbers,
+            )
+
+    return Generator(config.sampling.batch_size, start)
+
+
+def make_generate(
+    experiment: Experiment, autoencoder: Autoencoder, guiding_model: DiT | None = None
+) -> Callable[..., Samples]:
+    """Returns the pure function that a `Generator` compiles: noise to images, one batch.
+
+    Its arguments are the EMA parameters, those of the guide or None, the decoder's, the first
+    number, and None or the three float32 numbers of a `Guidance`.
+    """
+    config, mesh, latent_format = experiment.config, experiment.mesh, experiment.latent_format
+    c = config.sampling
+    decode = _decoder(autoencoder, c.decode_slice, c.decode_tile)
+    solve = make_solver(config, experiment.model, guiding_model)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     num_classes = len(experiment.class_names)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
-    everywhere = sharding.replicated(mesh)
 
     def generate(
         params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any
@@ -116,24 +148,7 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
         images = decode(decoder_params, latents)
         return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
 
-    compiled = jax.jit(generate, out_shardings=rows)
-
-    def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
-        numbers = None
-        if guidance is not None:
-            numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
-        # A guide without guidance would be computed for nothing.
-        guiding_params = guide.params if guide and guidance else None
-        with sharding.use_mesh(mesh):
-            return compiled(
-                params,
-                guiding_params,
-                decoder_params,
-                jax.device_put(np.int32(first), everywhere),
-                numbers,
-            )
-
-    return Generator(c.batch_size, start)
+    return generate
 
 
 def make_solver(

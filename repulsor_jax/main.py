@@ -22,6 +22,7 @@ from repulsor_jax.evaluate import evaluate
 from repulsor_jax.generation import SamplingError
 from repulsor_jax.metrics import NonFiniteLossError
 from repulsor_jax.monitor import make_monitor
+from repulsor_jax.plan import Options, plan
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 
@@ -37,16 +38,33 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate"],
+    ["train", "encode", "sample", "evaluate", "plan"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
-    "and other metrics of checkpoints, or of an .npz (config.evaluation.samples).",
+    "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). plan: memory, "
+    "FLOPs, collectives and estimated time on --topology, which need not be here.",
 )
 _CHECKPOINT_STEP = flags.DEFINE_string(
     "checkpoint_step",
     "",
     "Which checkpoint to sample from or evaluate; the newest by default. evaluate also takes "
     "several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "local",
+    "plan: a kind of TPU and the shape of a slice, as v5e:16x16, or 'local', the devices here.",
+)
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "plan: slices, joined by the network.")
+_COMPARE = flags.DEFINE_string(
+    "compare",
+    "",
+    "plan: variants to put beside the configuration, separated by ';', each key=value pairs "
+    "separated by ',': 'mesh.fsdp=16; mesh.fsdp=16,model.remat=full; topology=v5p:4x4x4'.",
+)
+_PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "plan: prints what the run would cost.")
+_LARGEST_BATCH = flags.DEFINE_bool(
+    "largest_batch", False, "plan: also find the largest batch that fits, by 2 to 4 compilations."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -82,6 +100,9 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.parse(_CONFIG.value)
         workdir.mkdir(parents=True, exist_ok=True)
+        if _MODE.value == "plan":
+            plan(_CONFIG.value, workdir, _plan_options())
+            return
         if _MODE.value == "encode":
             encode(config, workdir)
             if jax.process_index() == 0:
@@ -126,6 +147,18 @@ def _stop(message: str, code: int) -> NoReturn:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _plan_options() -> Options:
+    if _TOPOLOGY.value != "local":
+        jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
+    return Options(
+        topology=_TOPOLOGY.value,
+        num_slices=_NUM_SLICES.value,
+        compare=_COMPARE.value,
+        price_per_chip_hour=_PRICE.value,
+        largest_batch=_LARGEST_BATCH.value,
+    )
 
 
 def _sample_step() -> int | None:

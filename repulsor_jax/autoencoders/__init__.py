@@ -1,19 +1,24 @@
 """Autoencoders: images to latents and back, looked up by name."""
 
+from collections.abc import Callable
+
 from repulsor_jax.autoencoders.base import Autoencoder
 from repulsor_jax.autoencoders.identity import identity
-from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, load_kl
+from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, abstract_kl, load_kl
 from repulsor_jax.autoencoders.pieces import decode_in_slices, decode_in_tiles
-from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
+from repulsor_jax.autoencoders.tiny import CONFIGS, abstract_tiny, load_tiny
 
 __all__ = [
     "AUTOENCODERS",
     "Autoencoder",
+    "abstract_autoencoder",
     "decode_in_slices",
     "decode_in_tiles",
     "get_autoencoder",
     "latent_scale",
 ]
+
+_Build = Callable[..., Autoencoder]
 
 AUTOENCODERS = ("identity", *REPOSITORIES, *CONFIGS)
 
@@ -34,6 +39,19 @@ def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> 
         content is not the named model's.
       FileNotFoundError: the weights are not where they should be, or cannot be downloaded.
     """
+    return _build(name, weights, dtype, load_kl, load_tiny)
+
+
+def abstract_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+    """The same with shapes in place of its parameters: to compile with, where no weights are.
+
+    Raises:
+      ValueError, FileNotFoundError: see `get_autoencoder`; of "kl" the config.json is read.
+    """
+    return _build(name, weights, dtype, abstract_kl, abstract_tiny)
+
+
+def _build(name: str, weights: str, dtype: str, kl: _Build, tiny: _Build) -> Autoencoder:
     if name not in AUTOENCODERS:
         raise ValueError(f"autoencoder: found {name!r}, expected one of {', '.join(AUTOENCODERS)}")
     if name == "identity":
@@ -42,8 +60,7 @@ def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> 
                 f"config.data.autoencoder_weights: found {weights!r}, expected none for 'identity'"
             )
         return identity()
-    load = load_kl if name in REPOSITORIES else load_tiny
-    return load(name, weights=weights, dtype=dtype)
+    return (kl if name in REPOSITORIES else tiny)(name, weights=weights, dtype=dtype)
 
 
 def latent_scale(name: str, *, weights: str = "") -> tuple[float, float]:

@@ -79,6 +79,13 @@ def load_params(
     return jax.device_put(jax.tree.map(lambda a: a.astype(dtype), arrays))
 
 
+def abstract_params(module: nn.Module, image: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of what `load_params` loads, for a program to be compiled without it."""
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(image))["params"]
+    dtype = module.dtype
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
+
+
 def method(module: nn.Module, name: str) -> Callable[[Any, jax.Array], jax.Array]:
     """A method of a module as a function of (params, array)."""
 

@@ -18,6 +18,7 @@ import numpy as np
 from repulsor_jax.autoencoders import files
 from repulsor_jax.autoencoders.base import (
     Autoencoder,
+    abstract_params,
     check_image_size,
     compute_dtype,
     load_params,
@@ -267,17 +268,40 @@ def load_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoenco
     file = files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0] if path.is_dir() else path
     tensors = _with_current_names(read_tensors(file))
     module = AutoencoderKL(config, module_dtype)
-    side = config.downsampling
-    params = load_params(module, (1, side, side, config.in_channels), tensors, str(file))
+    params = load_params(module, _image(config), tensors, str(file))
+    return _autoencoder(name, module, params, tensors_sha256(tensors))
+
+
+def abstract_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+    """The same with shapes in place of weights, none of which is read.
+
+    Raises:
+      ValueError, FileNotFoundError: "kl" without a folder with its config.json, or a wrong dtype.
+    """
+    module_dtype = compute_dtype(dtype)
+    config = KLConfig()
+    if name == "kl":
+        path = pathlib.Path(weights).expanduser()
+        config = read_config((path if path.is_dir() else path.parent) / "config.json")
+    module = AutoencoderKL(config, module_dtype)
+    return _autoencoder(name, module, abstract_params(module, _image(config)), "")
+
+
+def _image(config: KLConfig) -> tuple[int, int, int, int]:
+    """Shape of the smallest image."""
+    return (1, config.downsampling, config.downsampling, config.in_channels)
+
+
+def _autoencoder(name: str, module: AutoencoderKL, params: Any, sha256: str) -> Autoencoder:
     return Autoencoder(
         name=name,
         params=params,
         encode=method(module, "encode"),
         decode=method(module, "decode"),
         stochastic=True,
-        scale=config.scaling_factor,
-        shift=config.shift_factor,
-        weights_sha256=tensors_sha256(tensors),
+        scale=module.config.scaling_factor,
+        shift=module.config.shift_factor,
+        weights_sha256=sha256,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from repulsor_jax.autoencoders import files
 from repulsor_jax.autoencoders.base import (
     Autoencoder,
+    abstract_params,
     check_image_size,
     compute_dtype,
     load_params,
@@ -26,6 +27,7 @@ from repulsor_jax.autoencoders.base import (
 from repulsor_jax.weights import read_tensors, tensors_sha256
 
 _DOWNSAMPLING = 8
+_IMAGE = (1, _DOWNSAMPLING, _DOWNSAMPLING, 3)  # the smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,18 @@ def load_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoen
         }
     source = " and ".join(str(file) for file in found)
     module = TinyAutoencoder(config, module_dtype)
-    params = load_params(module, (1, _DOWNSAMPLING, _DOWNSAMPLING, 3), tensors, source)
+    params = load_params(module, _IMAGE, tensors, source)
+    return _autoencoder(name, module, params, tensors_sha256(tensors))
+
+
+def abstract_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+    """The same with shapes in place of weights, none of which is read; ValueError as there."""
+    del weights
+    module = TinyAutoencoder(CONFIGS[name], compute_dtype(dtype))
+    return _autoencoder(name, module, abstract_params(module, _IMAGE), "")
+
+
+def _autoencoder(name: str, module: TinyAutoencoder, params: Any, sha256: str) -> Autoencoder:
     return Autoencoder(
         name=name,
         params=params,
@@ -183,7 +196,7 @@ def load_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoen
         decode=method(module, "decode"),
         stochastic=False,
         scale=1.0,
-        weights_sha256=tensors_sha256(tensors),
+        weights_sha256=sha256,
     )
 
 

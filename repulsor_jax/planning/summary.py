@@ -1,0 +1,182 @@
+"""A plan as plain values: what is printed, written as JSON and drawn comes from here."""
+
+import collections
+import math
+from typing import Any
+
+from repulsor_jax import flops, sharding
+from repulsor_jax.config import Config
+from repulsor_jax.planning.estimate import Estimate, estimate, mesh_axes, spread
+from repulsor_jax.planning.programs import Program
+from repulsor_jax.planning.topology import Topology
+
+Values = dict[str, Any]
+_STATE = ("parameters", "optimizer", "EMA")
+
+
+def describe_topology(topology: Topology) -> Values:
+    """What a plan says of its devices."""
+    chip, per_chip = topology.chip, topology.devices_per_chip
+    available = topology.device_bytes
+    return {
+        "name": topology.name,
+        "chip": chip.name if chip else topology.devices[0].device_kind,
+        "num_chips": topology.num_chips,
+        "num_devices": len(topology.devices),
+        "num_hosts": topology.num_hosts,
+        "num_slices": topology.num_slices,
+        "memory_bytes_per_chip": available * per_chip if available else None,
+        "peak_flops_per_chip": chip.peak_flops if chip else None,
+        "note": topology.note,
+    }
+
+
+def describe_program(program: Program, config: Config, topology: Topology) -> Values:
+    """What a plan says of one program. Memory is per chip; FLOPs and bytes say of what they are."""
+    per_chip = topology.devices_per_chip
+    available = topology.device_bytes
+    values: Values = {
+        "mesh": {name: size for name, size in program.mesh.shape.items() if size > 1},
+        "images": program.images,
+        "compile_seconds": round(program.seconds, 1),
+        "fits": not program.refusal,
+        "memory_bytes_per_chip": {kind: per_chip * n for kind, n in program.memory.items()},
+        "total_bytes_per_chip": per_chip * program.total_bytes,
+        "available_bytes_per_chip": per_chip * available if available else None,
+    }
+    if program.cost is None:
+        advice = advise(program, config, topology) if program.name == "train" else []
+        return values | {"refusal": program.refusal, "advice": advice}
+    cost, devices = program.cost, program.mesh.size
+    time = estimate(cost, program.mesh, topology)
+    values |= {
+        "flops": devices * cost.matmul_flops,
+        "flops_per_image": devices * cost.matmul_flops / program.images,
+        "elementwise_flops": devices * cost.other_flops,
+        "bytes_accessed_per_chip": per_chip * cost.bytes_accessed,
+        "collectives": describe_collectives(program),
+        "collective_bytes_per_device": cost.collective_bytes,
+        "carries_the_bank": carries_the_bank(program),
+        "unknown_loops": cost.unknown_loops,
+        "unknown_kernels": dict(cost.unknown_calls),
+        "estimate": time and describe_estimate(time, program, config, topology),
+    }
+    return values
+
+
+def describe_estimate(
+    time: Estimate, program: Program, config: Config, topology: Topology
+) -> Values:
+    """Estimated seconds of one run of a program and, of a train step, its utilisation."""
+    values: Values = {
+        "seconds_by_part": time.parts,
+        "bound": time.bound,
+        "seconds": time.seconds,
+        "serial_seconds": time.serial_seconds,
+        "images_per_second": program.images / time.seconds,
+    }
+    if program.name == "train" and topology.chip:
+        useful = flops.training_flops(config.model) * program.images
+        rate = useful / (topology.num_chips * topology.chip.peak_flops)
+        values |= {"mfu": rate / time.seconds, "serial_mfu": rate / time.serial_seconds}
+    return values
+
+
+def describe_collectives(program: Program) -> list[Values]:
+    """The collectives of one run, those of one kind and axis together, largest first."""
+    if program.cost is None:
+        return []
+    devices = list(program.mesh.devices.flat)
+    sums: dict[tuple[str, str, str], collections.Counter[str]] = {}
+    for each, count in program.cost.collectives:
+        _, between = spread(each, devices)
+        key = each.kind, mesh_axes(each, program.mesh), "network" if between else "links"
+        total = sums.setdefault(key, collections.Counter())
+        total["count"] += count
+        total["bytes"] += count * each.num_bytes
+        total["sent_bytes"] += round(count * each.sent_bytes)
+        total["largest_bytes"] = max(total["largest_bytes"], each.num_bytes)
+    rows = [
+        {"kind": kind, "axis": axis, "over": over, **total}
+        for (kind, axis, over), total in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def carries_the_bank(program: Program) -> bool:
+    """Whether a collective yields an array of the bank: as many slots, as long vectors."""
+    if program.cost is None or not program.bank_shape:
+        return False
+    slots, rows, dim = program.bank_shape
+    return any(
+        array.shape[-1:] == (dim,)
+        and math.prod(array.shape) >= slots * rows * dim
+        and (slots in array.shape or math.prod(array.shape[:-1]) % slots == 0)
+        and math.prod(array.shape[:-1]) > program.images
+        for each, _ in program.cost.collectives
+        for array in each.arrays
+    )
+
+
+def describe_run(program: Values, config: Config, topology: Topology, price: float) -> Values:
+    """Time and cost of `total_steps`, from the estimate of a step; {} without one."""
+    time = program.get("estimate")
+    if not time:
+        return {}
+    hours = config.total_steps * time["seconds"] / 3600
+    serial = config.total_steps * time["serial_seconds"] / 3600
+    values = {
+        "total_steps": config.total_steps,
+        "hours": hours,
+        "serial_hours": serial,
+        "chip_hours": hours * topology.num_chips,
+        "serial_chip_hours": serial * topology.num_chips,
+    }
+    if price:
+        values["price_per_chip_hour"] = price
+        values["cost"] = price * values["chip_hours"]
+        values["serial_cost"] = price * values["serial_chip_hours"]
+    return values
+
+
+def advise(program: Program, config: Config, topology: Topology) -> list[str]:
+    """What to change of a train step that does not fit, what helps most first."""
+    memory, available = program.memory, topology.device_bytes or math.inf
+    shards = sharding.batch_shards(program.mesh)
+    fsdp, per_shard = program.mesh.shape.get("fsdp", 1), config.batch_size // shards
+    state = sum(memory.get(kind, 0) for kind in _STATE)
+    temporaries = memory.get("temporaries", 0)
+    gib = 2**30
+    advice = []
+    larger = [n for n in range(fsdp + 1, shards + 1) if n % fsdp == 0 and shards % n == 0]
+    if larger and state > 0.25 * available:
+        enough = [n for n in larger if state * fsdp / n < 0.2 * available]
+        best = (enough or larger[-1:])[0]
+        advice.append(
+            f"--config.mesh.fsdp={best}: parameters, optimizer and EMA take {state / gib:.1f} GiB "
+            f"of each device now, and about {state * fsdp / best / gib:.1f} GiB then"
+        )
+    if temporaries > 0.25 * available:
+        stricter = {"none": "dots", "dots": "full"}.get(config.model.remat)
+        if stricter:
+            advice.append(
+                f"--config.model.remat={stricter}: of the {temporaries / gib:.1f} GiB of "
+                "temporaries, most are activations kept for the backward pass; it computes them "
+                "again instead"
+            )
+        accumulation = config.optimizer.accumulation_steps
+        if per_shard // accumulation > 1:
+            advice.append(
+                f"--config.optimizer.accumulation_steps={2 * accumulation}: half the activations, "
+                "with the same batch"
+            )
+            advice.append(
+                f"--config.batch_size={max(config.batch_size // 2 // shards, 1) * shards}: "
+                "half the activations"
+            )
+    if memory.get("bank", 0) > 0.1 * available:
+        advice.append(
+            f"--config.regularizer.bank_rows: the bank takes {memory['bank'] / gib:.1f} GiB of "
+            "each device"
+        )
+    return advice or ["more chips, or chips with more memory"]
