@@ -40,5 +40,5 @@ $(READY): pyproject.toml $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	pins=constraints/py$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
 	test -f $$pins || { echo "no $$pins: installing untested newest versions"; pins=/dev/null; }; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $$pins -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $$pins -e '.[dev,plan]'
 	touch $@

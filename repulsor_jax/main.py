@@ -23,6 +23,7 @@ from repulsor_jax.generation import SamplingError
 from repulsor_jax.metrics import NonFiniteLossError
 from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
+from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 
@@ -85,6 +86,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by JAX where it finds no TPU
+        describe_machine()
     if _DISTRIBUTED.value:
         jax.distributed.initialize(
             _COORDINATOR.value,

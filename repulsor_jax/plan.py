@@ -82,9 +82,10 @@ def plan(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
     variants = _variants(config_dict, options)
-    programs = PROGRAMS if len(variants) == 1 else ("train",)
-    if variants[0].config.data.autoencoder == "none":
-        programs = ("train",)
+    programs = {"none": ("train",), "identity": ("train", "sample")}.get(
+        variants[0].config.data.autoencoder, PROGRAMS
+    )
+    programs = programs if len(variants) == 1 else ("train",)
     for variant in variants:  # what can be refused is refused before the first compilation
         abstract_experiment(variant.config, workdir, variant.topology)
     found = [_plan_one(variant, workdir, programs, options) for variant in variants]
@@ -126,7 +127,8 @@ def _plan_one(
     def compiled(name: str, config: Config) -> Program:
         experiment = abstract_experiment(config, workdir, topology)
         what = f"{_TITLES[name]}, batch {config.batch_size:,}" if name == "train" else _TITLES[name]
-        with _said(f"compiling for {topology.name}: {variant.label} {what}", quiet) as say:
+        what = f"{what} ({variant.label})" if variant.label else what
+        with _said(f"compiling for {topology.name}: {what}", quiet) as say:
             program = compile_program(name, experiment, topology)
             say("it does not fit" if program.refusal else "done")
         return program

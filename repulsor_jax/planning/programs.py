@@ -9,7 +9,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,21 @@ class Program:
         return sum(self.memory.values())
 
 
+class Built(NamedTuple):
+    """A program that is ready to be compiled; see `Program`.
+
+    Attributes:
+      kinds: the sharded shapes that it is given, by kind.
+      compile: compiles it.
+    """
+
+    images: int
+    mesh: Mesh
+    kinds: dict[str, Any]
+    bank_shape: tuple[int, ...]
+    compile: Callable[[], jax.stages.Compiled]
+
+
 def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topology) -> Experiment:
     """What the modes build their programs from, with no weights and no data set.
 
@@ -104,12 +119,11 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
     Raises:
       ConfigError: the configuration has no such program.
     """
-    builders = {"train": _train, "sample": _sample, "encode": _encode}
-    images, mesh, kinds, bank_shape, compile_it = builders[name](experiment, topology)
-    memory: dict[str, float] = {kind: shard_bytes(tree) for kind, tree in kinds.items()}
+    built = build(name, experiment, topology)
+    memory: dict[str, float] = {kind: shard_bytes(tree) for kind, tree in built.kinds.items()}
     started = time.perf_counter()
     try:
-        compiled = compile_it()
+        compiled = built.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -121,10 +135,17 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
         memory |= _rest_of_memory(compiled, sum(memory.values()))
     seconds = time.perf_counter() - started
     memory = {kind: count for kind, count in memory.items() if count}
-    return Program(name, images, mesh, memory, cost, bank_shape, seconds, refusal)
+    return Program(name, built.images, built.mesh, memory, cost, built.bank_shape, seconds, refusal)
 
 
-Built = tuple[int, Mesh, dict[str, Any], tuple[int, ...], Callable[[], jax.stages.Compiled]]
+def build(name: str, experiment: Experiment, topology: Topology) -> Built:
+    """Builds one of `PROGRAMS` as its mode does, and compiles nothing yet.
+
+    Raises:
+      ConfigError: the configuration has no such program.
+    """
+    builders = {"train": _train, "sample": _sample, "encode": _encode}
+    return builders[name](experiment, topology)
 
 
 def _train(experiment: Experiment, topology: Topology) -> Built:
@@ -154,7 +175,7 @@ def _train(experiment: Experiment, topology: Topology) -> Built:
     def compile_it() -> jax.stages.Compiled:
         return compile_train_step(step, state, record, config.data.dtype, config.batch_size, mesh)
 
-    return config.batch_size, mesh, kinds, bank_shape, compile_it
+    return Built(config.batch_size, mesh, kinds, bank_shape, compile_it)
 
 
 def _sample(experiment: Experiment, topology: Topology) -> Built:
@@ -180,7 +201,7 @@ def _sample(experiment: Experiment, topology: Topology) -> Built:
             return jitted.lower(*arguments).compile()
 
     kinds = {"EMA": params, "autoencoder": decoder}
-    return config.sampling.batch_size, mesh, kinds, (), compile_it
+    return Built(config.sampling.batch_size, mesh, kinds, (), compile_it)
 
 
 def _encode(experiment: Experiment, topology: Topology) -> Built:
@@ -212,7 +233,7 @@ def _encode(experiment: Experiment, topology: Topology) -> Built:
     def compile_it() -> jax.stages.Compiled:
         return encode.lower(params, images).compile()
 
-    return count, mesh, {"autoencoder": params, "batch": images}, (), compile_it
+    return Built(count, mesh, {"autoencoder": params, "batch": images}, (), compile_it)
 
 
 def _image_shape(config: Config, autoencoder: Autoencoder) -> tuple[int, int, int]:

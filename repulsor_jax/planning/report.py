@@ -48,11 +48,12 @@ def _program_lines(name: str, program: Values) -> list[str]:
     ]
     lines.append("  memory per chip")
     for kind, size in program["memory_bytes_per_chip"].items():
-        lines.append(f"    {kind:<14}{size / _GIB:10.3f} GiB")
+        lines.append(f"    {kind:<14}{_bytes(size):>12}")
     available = program["available_bytes_per_chip"]
-    total = f"    {'sum':<14}{program['total_bytes_per_chip'] / _GIB:10.3f} GiB"
+    total = f"    {'sum':<14}{_bytes(program['total_bytes_per_chip']):>12}"
     if available:
-        total += f" of {available / _GIB:.2f}, {program['total_bytes_per_chip'] / available:.0%}"
+        share = program["total_bytes_per_chip"] / available
+        total += f" of {_bytes(available)}, {share:.0%}"
     lines.append(total)
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT. The compiler: {program['refusal']}")
@@ -115,7 +116,7 @@ def _run_lines(variant: Values) -> list[str]:
     if largest:
         lines.append(
             f"largest batch that fits: {largest['batch_size']:,} "
-            f"({largest['total_bytes_per_chip'] / _GIB:.2f} GiB per chip), found by "
+            f"({_bytes(largest['total_bytes_per_chip'])} per chip), found by "
             f"{largest['compilations']} compilations in {largest['seconds']:.0f} s"
         )
     if run:
@@ -263,6 +264,13 @@ def _stack(axis: Any, labels: list[str], bars: list[dict[str, float]], unit: str
 
 def _mesh(mesh: Values) -> str:
     return " x ".join(f"{name}={size}" for name, size in mesh.items()) or "of one device"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= 0.1 * size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count / 2**10:,.2f} KiB"
 
 
 def _seconds(seconds: float) -> str:

@@ -45,8 +45,9 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "available_bytes_per_chip": per_chip * available if available else None,
     }
     if program.cost is None:
-        advice = advise(program, config, topology) if program.name == "train" else []
-        return values | {"refusal": program.refusal, "advice": advice}
+        advice = {"train": _advise_training, "sample": _advise_sampling, "encode": _advise_encoding}
+        lines = advice[program.name](program, config, topology)
+        return values | {"refusal": program.refusal, "advice": lines}
     cost, devices = program.cost, program.mesh.size
     time = estimate(cost, program.mesh, topology)
     values |= {
@@ -139,7 +140,23 @@ def describe_run(program: Values, config: Config, topology: Topology, price: flo
     return values
 
 
-def advise(program: Program, config: Config, topology: Topology) -> list[str]:
+def _advise_sampling(program: Program, config: Config, topology: Topology) -> list[str]:
+    del topology
+    shards = sharding.batch_shards(program.mesh)
+    advice = [] if config.sampling.decode_slice else [f"--config.sampling.decode_slice={shards}"]
+    if config.sampling.batch_size > shards:
+        half = max(config.sampling.batch_size // 2 // shards, 1) * shards
+        advice.append(f"--config.sampling.batch_size={half}")
+    return advice or ["--config.sampling.decode_tile, or more chips"]
+
+
+def _advise_encoding(program: Program, config: Config, topology: Topology) -> list[str]:
+    del program, topology
+    half = config.data.encode_batch_per_device // 2
+    return [f"--config.data.encode_batch_per_device={max(half, 1)}"]
+
+
+def _advise_training(program: Program, config: Config, topology: Topology) -> list[str]:
     """What to change of a train step that does not fit, what helps most first."""
     memory, available = program.memory, topology.device_bytes or math.inf
     shards = sharding.batch_shards(program.mesh)

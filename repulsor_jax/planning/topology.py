@@ -26,7 +26,7 @@ KNOWN = {
     "tpu7x": "tpu7x:2x2x1 to tpu7x:8x16x16",
 }
 
-# Without these, libtpu asks the cloud's metadata server what machine this is.
+# What libtpu would ask the cloud's metadata server.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -68,6 +68,15 @@ class Topology:
         return len(self.devices) // self.num_chips
 
 
+def describe_machine() -> None:
+    """Tells libtpu that this is no machine of a pod, before it asks and complains.
+
+    For machines without a TPU: where it is installed, JAX tries it at its first use of a device.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
 def open_topology(name: str, num_slices: int = 1) -> Topology:
     """Opens a topology by its name.
 
@@ -95,8 +104,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
             f"--topology={name} needs libtpu, the compiler of TPUs, which is not installed here: "
             "pip install -e '.[plan]'; no TPU is needed"
         )
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
+    describe_machine()
     several = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         description = topologies.get_topology_desc(name, "tpu", **several)
