@@ -270,6 +270,22 @@ def collectives(hlo_text: str) -> list[Collective]:
     return list(found.values())
 
 
+def loops(module: Module) -> list[tuple[Instruction, list[Collective]]]:
+    """Every `while`, with the collectives of one turn of it, those of loops inside it included."""
+    whiles = [i for c in module.computations.values() for i in c.values() if i.opcode == "while"]
+    found = []
+    for loop in whiles:
+        inside, to_visit = dict[str, Computation](), list(loop.called)
+        while to_visit:
+            name = to_visit.pop()
+            if name not in inside:
+                inside[name] = module.computations[name]
+                to_visit += [called for i in inside[name].values() for called in i.called]
+        each = [collective(i) for computation in inside.values() for i in computation.values()]
+        found.append((loop, [c for c in each if c]))
+    return found
+
+
 def collective(instruction: Instruction) -> Collective | None:
     """The collective that an instruction is, or starts; None where it is none.
 

@@ -67,7 +67,9 @@ def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> M
       bank: the queue.
       z: `[B, d]` projections, cast to the bank's dtype; no gradient flows through them.
       valid: scalar bool; when False the bank comes back unchanged. (Selecting the slot here, and
-        not the whole bank outside, is what keeps a refused update from copying the bank.)
+        not the whole bank outside, is what keeps a refused update from copying the bank. And one
+        that depends on the loss makes the update wait until the loss has read the bank: else XLA
+        may copy a donated bank to do both at once.)
 
     Raises:
       ValueError: z does not have the shape of a slot.

@@ -134,3 +134,21 @@ ENTRY %main (x: (s32[], f32[2])) -> (s32[], f32[2]) {
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty\n")
+
+
+def test_a_loop_has_the_collectives_of_its_turns_and_of_loops_inside():
+    def centre(x, _):
+        return jnp.sin(x - x.sum(0)), None  # which all devices must agree on
+
+    def many(x, _):
+        return jax.lax.scan(centre, x, length=3)
+
+    def f(x):
+        x = jax.lax.fori_loop(0, 7, lambda i, y: jnp.sin(y), x)
+        return jax.lax.scan(many, x - x.max(0), length=5)[0]
+
+    text = compiled_text(f, (64, 3), ("data",), ("data",), tiny.mesh(data=8))
+    module = hlo.parse(text)
+    kinds = {module.trip_count(loop): [c.kind for c in found] for loop, found in hlo.loops(module)}
+    assert kinds == {7: [], 3: ["all-reduce"], 5: ["all-reduce"]}
+    assert len(hlo.collectives(text)) == 2  # with the maximum

@@ -1,10 +1,14 @@
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import memory_bank, repulsion
+from repulsor_jax import hlo, memory_bank, repulsion, sharding
 from repulsor_jax.dispersive import dispersive_loss
+from tests import tiny
 
 
 def reference(z, rows, temperature, distance):
@@ -41,18 +45,16 @@ def filled_bank(rng, slots, written, batch_size, dim, dtype=jnp.float32):
 @pytest.mark.parametrize("distance", repulsion.DISTANCES)
 @pytest.mark.parametrize("written", [0, 1, 3, 5])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_matches_the_definition(distance, written, temperature):
+@pytest.mark.parametrize("chunk_slots", [None, 1, 2])
+def test_matches_the_definition(distance, written, temperature, chunk_slots):
     rng = np.random.default_rng(written)
     z = unit(rng, 5, 4)
     bank, rows = filled_bank(rng, slots=3, written=written, batch_size=5, dim=4)
-    terms = repulsion.repulsion_per_sample(
-        jnp.asarray(z), bank, temperature=temperature, distance=distance
-    )
+    choices = {"temperature": temperature, "distance": distance, "chunk_slots": chunk_slots}
+    terms = repulsion.repulsion_per_sample(jnp.asarray(z), bank, **choices)
     expected = reference(z, rows, temperature, distance)
     np.testing.assert_allclose(terms, expected, rtol=2e-5, atol=2e-6)
-    loss = repulsion.repulsion_loss(
-        jnp.asarray(z), bank, temperature=temperature, distance=distance
-    )
+    loss = repulsion.repulsion_loss(jnp.asarray(z), bank, **choices)
     np.testing.assert_allclose(loss, expected.mean(), rtol=2e-5)
 
 
@@ -65,13 +67,13 @@ def test_matches_the_definition_without_unit_length():
 
 @pytest.mark.parametrize("distance", repulsion.DISTANCES)
 @pytest.mark.parametrize("written", [0, 2])
-def test_gradient_matches_finite_differences(distance, written):
+@pytest.mark.parametrize("chunk_slots", [None, 2])
+def test_gradient_matches_finite_differences(distance, written, chunk_slots):
     rng = np.random.default_rng(1)
     z = unit(rng, 4, 3)
     bank, rows = filled_bank(rng, slots=3, written=written, batch_size=4, dim=3)
-    gradient = jax.grad(
-        lambda x: repulsion.repulsion_loss(x, bank, temperature=0.5, distance=distance)
-    )(jnp.asarray(z))
+    choices = {"temperature": 0.5, "distance": distance, "chunk_slots": chunk_slots}
+    gradient = jax.grad(lambda x: repulsion.repulsion_loss(x, bank, **choices))(jnp.asarray(z))
     numeric = np.zeros(z.shape)
     for index in np.ndindex(*z.shape):
         step = np.zeros(z.shape)
@@ -127,8 +129,9 @@ def test_the_loss_is_continuous_while_the_bank_fills():
 
 def test_a_lone_sample_without_negatives_costs_nothing():
     z = jnp.ones((1, 3))
-    for bank in (None, memory_bank.create(2, 1, 3)):
-        value, gradient = jax.value_and_grad(lambda x, b=bank: repulsion.repulsion_loss(x, b))(z)
+    empty = memory_bank.create(2, 1, 3)
+    for bank, chunk in ((None, None), (empty, 2), (empty, 1)):
+        value, gradient = jax.value_and_grad(repulsion.repulsion_loss)(z, bank, chunk_slots=chunk)
         assert float(value) == 0.0
         assert not gradient.any()
 
@@ -156,6 +159,163 @@ def test_unknown_distance_and_pooling_are_refused():
         repulsion.repulsion_loss(jnp.ones((2, 2)), distance="manhattan")
     with pytest.raises(ValueError, match="flatten"):
         repulsion.pool(jnp.ones((2, 2, 2)), "max")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        repulsion.repulsion_loss(jnp.ones((2, 2)), memory_bank.create(3, 2, 2), chunk_slots=0)
+
+
+# The online form, past `MAX_LOGITS` by itself: the same numbers without their logits.
+
+
+def exact(z, rows, temperature, distance):
+    """Loss and gradient in closed form, in float64."""
+    z, rows = np.asarray(z, np.float64), np.asarray(rows, np.float64)
+    lengths = np.linalg.norm(z, axis=1, keepdims=True)
+    x = z / lengths if distance == "cosine" else z
+    y = rows / np.linalg.norm(rows, axis=1, keepdims=True) if distance == "cosine" else rows
+    negatives = np.concatenate([x, y])
+    # On unit vectors 1 - cos is half the squared distance, and so are their gradients in x.
+    factor = 0.5 if distance == "cosine" else 1.0
+    squares = (negatives**2).sum(1) + (x**2).sum(1, keepdims=True) - 2 * x @ negatives.T
+    logits = -factor * squares / temperature
+    np.fill_diagonal(logits, -np.inf)
+    largest = logits.max(1, keepdims=True)
+    weights = np.exp(logits - largest)
+    loss = (largest[:, 0] + np.log(weights.sum(1) / (len(negatives) - 1))).mean()
+    shares = weights / weights.sum(1, keepdims=True)
+    pull = shares @ negatives - x  # of each sample's own term
+    mutual = shares[:, : len(z)]  # and of the terms that it is a negative of
+    pull += mutual.T @ x - mutual.sum(0)[:, None] * x
+    gradient = 2 * factor / temperature * pull / len(z)
+    if distance == "cosine":
+        gradient = (gradient - (gradient * x).sum(1, keepdims=True) * x) / lengths
+    return loss, gradient
+
+
+def check_exact(found, z, rows, temperature, distance):
+    loss, gradient = exact(z, rows, temperature, distance)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(found[1], gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize("distance", repulsion.DISTANCES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chunk_slots", [1, 4, 11])  # the last is the direct form
+def test_every_chunk_gives_the_loss_and_gradient_of_float64(distance, dtype, chunk_slots):
+    """A prime number of slots, partly or over filled; far rows first, so that maxima grow."""
+    slots, batch_size, dim, temperature = 11, 8, 16, 0.05
+    loss_fn = functools.partial(
+        repulsion.repulsion_loss,
+        temperature=temperature,
+        distance=distance,
+        chunk_slots=chunk_slots,
+    )
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+    for written in (1, 7, 11, 15):
+        rng = np.random.default_rng(written)
+        z = unit(rng, batch_size, dim)
+        bank = memory_bank.create(slots, batch_size, dim, dtype)
+        for step in range(written):
+            near = unit(rng, batch_size, dim) - (1 - 2 * step / written) * z
+            bank = memory_bank.enqueue(bank, near / np.linalg.norm(near, axis=-1, keepdims=True))
+        rows = np.asarray(bank.features, np.float64)[: int(bank.filled)].reshape(-1, dim)
+        check_exact(value_and_grad(z, bank), z, rows, temperature, distance)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("num_samples", [32, 8])  # the batch, and a micro-batch of it
+def test_on_any_mesh_the_online_loss_is_that_of_float64(shape, num_samples):
+    mesh = tiny.mesh(*shape)
+    bank, rows = filled_bank(np.random.default_rng(8), 5, 4, 32, 16)
+    z = unit(np.random.default_rng(9), num_samples, 16)
+    bank = jax.device_put(bank, memory_bank.shardings(mesh, sharding.BATCH_AXES))
+    queries = jax.device_put(z, sharding.batch_sharding(mesh))
+    loss_fn = functools.partial(repulsion.repulsion_loss, chunk_slots=2)
+    with sharding.use_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(loss_fn))(queries, bank)
+    check_exact(found, z, rows, 0.5, "squared_l2")
+
+
+def test_the_gradient_carries_the_weight_of_each_sample():
+    rng = np.random.default_rng(10)
+    z, weights = unit(rng, 4, 8), rng.standard_normal(4).astype(np.float32)
+    bank, rows = filled_bank(rng, 3, 3, 4, 8)
+    found = jax.grad(
+        lambda x: jnp.vdot(weights, repulsion.repulsion_per_sample(x, bank, chunk_slots=1))
+    )(jnp.asarray(z))
+    numeric = np.zeros(z.shape)
+    for index in np.ndindex(*z.shape):
+        step = np.zeros(z.shape)
+        step[index] = 1e-5
+        up, down = (weights @ reference(z + s * step, rows, 0.5, "squared_l2") for s in (1, -1))
+        numeric[index] = (up - down) / 2e-5
+    np.testing.assert_allclose(found, numeric, atol=1e-5)
+
+
+def lower_loss(num_slots, batch_size, dim, mesh, dtype=jnp.float32, then_enqueue=False, **choices):
+    """Loss and gradient for shapes alone, and perhaps the enqueue into the donated bank."""
+
+    def step(z, bank):
+        found = jax.value_and_grad(repulsion.repulsion_loss)(z, bank, **choices)
+        valid = jnp.isfinite(found[0])
+        return found, memory_bank.enqueue(bank, z, valid) if then_enqueue else None
+
+    rows = sharding.batch_sharding(mesh)
+    slots = memory_bank.shardings(mesh, sharding.BATCH_AXES)
+    abstract = jax.eval_shape(lambda: memory_bank.create(num_slots, batch_size, dim, dtype))
+    jitted = jax.jit(
+        step,
+        in_shardings=(rows, slots),
+        out_shardings=((sharding.replicated(mesh), rows), slots if then_enqueue else None),
+        donate_argnums=1 if then_enqueue else (),
+    )
+    with sharding.use_mesh(mesh):
+        return jitted.lower(jax.ShapeDtypeStruct((batch_size, dim), jnp.float32), abstract)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1)], ids=str)
+def test_a_large_bank_makes_no_array_of_its_logits_and_no_copy(shape, dtype):
+    """At 1,048,576 rows, by itself; the bound does not know their number."""
+    batch_size, dim, rows = 256, 16, 1_048_576
+    compiled = lower_loss(rows // batch_size, batch_size, dim, tiny.mesh(*shape), dtype).compile()
+    module = hlo.parse(compiled.as_text())
+    instructions = [i for c in module.computations.values() for i in c.values()]
+    # Inside a fusion values are made one by one, and not kept.
+    fused = {name for i in instructions if i.opcode == "fusion" for name in i.called}
+    kept = [c for name, c in module.computations.items() if name not in fused]
+    arrays = [a for c in kept for i in c.values() for a in i.arrays]
+    name = {jnp.float32: "f32", jnp.bfloat16: "bf16"}[dtype]
+    bank_shape = (rows // batch_size, batch_size // math.prod(shape), dim)
+    others = [a for a in arrays if (a.dtype, a.shape) != (name, bank_shape)]
+    assert len(others) < len(arrays)
+    assert max(a.size for a in others) <= repulsion.MAX_LOGITS
+    bound = 4 * 4 * repulsion.MAX_LOGITS  # four arrays of a chunk's logits
+    assert compiled.memory_analysis().temp_size_in_bytes < bound
+    assert bound < rows * batch_size * 4 // math.prod(shape) / 3  # one array of all logits
+
+
+def test_a_large_bank_is_read_and_then_written_in_place():
+    batch_size, dim, rows = 64, 64, 1_048_576
+    num_slots = rows // batch_size
+    compiled = lower_loss(num_slots, batch_size, dim, tiny.mesh(), then_enqueue=True).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= rows * dim * 4
+    assert memory.temp_size_in_bytes < 4 * 4 * repulsion.MAX_LOGITS < rows * dim * 4 / 5
+
+
+def test_a_bank_is_gone_through_in_chunks_past_max_logits():
+    batch_size = 64
+    slots = repulsion.MAX_LOGITS // batch_size**2  # they make MAX_LOGITS on one device
+
+    def in_chunks(mesh, num_slots, **choices):
+        return "stablehlo.while" in lower_loss(num_slots, batch_size, 4, mesh, **choices).as_text()
+
+    assert not in_chunks(tiny.mesh(), slots)
+    assert in_chunks(tiny.mesh(), slots + 1)
+    assert in_chunks(tiny.mesh(), slots, chunk_slots=slots - 1)
+    assert not in_chunks(tiny.mesh(), slots + 1, chunk_slots=slots + 1)
+    assert not in_chunks(tiny.mesh(data=4, fsdp=2), 8 * slots)
+    assert in_chunks(tiny.mesh(data=4, fsdp=2), 8 * slots + 1)
 
 
 def test_head_gives_unit_vectors_of_its_dense_silu_dense():
