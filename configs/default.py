@@ -49,8 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.regularizer.distance = "squared_l2"  # repulsor: "squared_l2" or "cosine"
     c.regularizer.pooling = "mean"  # repulsor: over tokens, "mean" or "flatten"
     c.regularizer.projection_dim = 128  # repulsor: d, length of the projected vectors
-    # repulsor: K, a multiple of batch_size; 0 is no bank. A million rows cost their own memory, time
-    # in proportion, and nothing else: the loss then goes through them in chunks.
+    # repulsor: K, a multiple of batch_size; 0 is no bank. A million rows take their own memory and
+    # time in proportion; the memory of the loss does not grow, it goes through them in chunks.
     c.regularizer.bank_rows = 65_536
     c.regularizer.bank_dtype = "bfloat16"  # repulsor: "bfloat16" or "float32"
     c.regularizer.variant = "l2"  # dispersive: "l2", "cosine", "hinge" or "covariance"
