@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Sums = tuple[Array, Array, Array]  # largest logit, sum of weights, their gradient
 
 
 def online_logsumexp(
@@ -45,7 +46,7 @@ def online_logsumexp(
     def value_and_gradient(z: Array) -> tuple[Array, Array]:
         queries = jnp.broadcast_to(z, (groups, *z.shape))  # gathered once, before the loop
 
-        def add_chunk(sums: tuple[Array, ...], first: Array) -> tuple[tuple[Array, ...], None]:
+        def add_chunk(sums: Sums, first: Array) -> tuple[Sums, None]:
             largest, total, gradient = sums
             # The last chunk begins early enough to be whole; what it repeats does not count.
             start = jnp.minimum(first, num_slots - chunk_slots)
