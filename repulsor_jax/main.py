@@ -155,6 +155,8 @@ def _stop(message: str, code: int) -> NoReturn:
 def _plan_options() -> Options:
     if _TOPOLOGY.value != "local":
         jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
+        # What is compiled for devices elsewhere can be written to the cache, and not read.
+        jax.config.update("jax_enable_compilation_cache", False)
     return Options(
         topology=_TOPOLOGY.value,
         num_slices=_NUM_SLICES.value,
