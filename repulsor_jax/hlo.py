@@ -30,6 +30,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAMED = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 
 HBM = 0  # memory space of ordinary arrays; on a TPU, 1 is the vector memory beside the units
@@ -97,10 +99,18 @@ Computation = Mapping[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, each its instructions by name, in order."""
+    """A program.
+
+    Attributes:
+      computations: by name, each its instructions by name, in order.
+      entry: name of the first.
+      num_partitions: devices that it runs on. Of a mesh of several TPU slices it is the program of
+        one, which sends to and receives from the others.
+    """
 
     computations: Mapping[str, Computation]
     entry: str
+    num_partitions: int
 
     def root(self, computation: str) -> Instruction:
         """The result of a computation."""
@@ -156,7 +166,8 @@ def parse(text: str) -> Module:
             current[instruction.name] = instruction
     if not entry:
         raise ValueError("found no ENTRY computation, expected the text of a compiled program")
-    return Module(computations, entry)
+    partitions = _PARTITIONS.search(text)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -289,8 +300,13 @@ def loops(module: Module) -> list[tuple[Instruction, list[Collective]]]:
 def collective(instruction: Instruction) -> Collective | None:
     """The collective that an instruction is, or starts; None where it is none.
 
-    An asynchronous one yields its operands too, which are left out.
+    An asynchronous one yields its operands too, which are left out. One between slices is what is
+    received of it, without groups.
     """
+    between = _BETWEEN_SLICES.search(instruction.attributes)
+    if instruction.opcode == "recv" and between:
+        kind = between[1].lower().replace("_", "-")
+        return Collective(kind, instruction.arrays[:1], (), instruction.attribute("channel_id"))
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None

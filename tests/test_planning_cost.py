@@ -246,6 +246,27 @@ def test_a_fused_reduce_scatter_and_the_pieces_of_one_gather():
     ]
 
 
+TWO_SLICES = """HloModule test, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %in = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %t = token[] after-all()
+  %out = (f32[8]{0}, u32[], token[]) send(%in, %t), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %back = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=3, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = (f32[8]{0}, token[]) recv-done(%back), channel_id=3
+  ROOT %y = f32[8]{0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+
+
+def test_two_slices_run_one_program_each_and_meet_in_between():
+    inside, between = program_cost(TWO_SLICES, num_devices=8).collectives
+    assert inside[0].groups == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert (between[0].kind, between[0].num_bytes) == ("all-reduce", 32)
+    assert between[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
 def test_float32_products_at_highest_precision_take_six_passes():
     line = "  ROOT %p = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
     text = "\n".join(

@@ -87,10 +87,30 @@ class Cost:
         return sum(count * each.num_bytes for each, count in self.collectives)
 
 
-def program_cost(hlo_text: str) -> Cost:
-    """The cost of one run of a program, from `compiled.as_text()`."""
+def program_cost(hlo_text: str, num_devices: int = 1) -> Cost:
+    """The cost of one run of a program.
+
+    Args:
+      hlo_text: from `compiled.as_text()`.
+      num_devices: of the mesh. The text of a mesh of several slices is the program of one; the
+        groups of the collectives are completed to those of all.
+    """
     module = hlo.parse(hlo_text)
-    return _Counter(module).computation(module.entry)
+    cost = _Counter(module).computation(module.entry)
+    size = module.num_partitions
+    if num_devices > size > 1:
+        offsets = range(0, num_devices, size)
+        cost.collectives = [(_on_all(each, size, offsets), n) for each, n in cost.collectives]
+    return cost
+
+
+def _on_all(each: Collective, size: int, offsets: range) -> Collective:
+    """A collective of one slice's program with the groups of all slices."""
+    if each.groups:
+        groups = [tuple(i + k for i in group) for k in offsets for group in each.groups]
+    else:  # between slices: each device with those in its place
+        groups = [tuple(i + k for k in offsets) for i in range(size)]
+    return dataclasses.replace(each, groups=tuple(groups))
 
 
 class _Counter:

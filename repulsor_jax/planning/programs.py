@@ -131,7 +131,7 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
         memory["temporaries"] = _refused_bytes(str(error), sum(memory.values()))
         cost = None
     else:
-        refusal, cost = "", program_cost(compiled.as_text() or "")
+        refusal, cost = "", program_cost(compiled.as_text() or "", built.mesh.size)
         memory |= _rest_of_memory(compiled, sum(memory.values()))
     seconds = time.perf_counter() - started
     memory = {kind: count for kind, count in memory.items() if count}
