@@ -89,15 +89,15 @@ start() {
 # run_program pass|keep ARGUMENTS...: returns the program's code. SIGTERM, which asks it to save, is
 # passed on to it, or kept where the sender reaches it too: Slurm signals all processes of a task.
 run_program() {
-  local how=$1 child code=0
+  local how=$1 child code=0 signalled=0
   shift
   cd "$CODE"
   "$PYTHON" -m repulsor_jax.main "$@" &
   child=$!
-  trap 'if [[ $how == pass ]]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
+  trap 'signalled=1; if [[ $how == pass ]]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
   wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the program
-    code=0
+  while ((signalled)); do # the signal ended the wait, perhaps not the program
+    signalled=0 code=0
     wait "$child" || code=$?
   done
   return "$code"
