@@ -1,9 +1,12 @@
 """Checkpoints: the state, the position in the data and the configuration, saved together.
 
 Layout: `<directory>/<step>/{state,data,config,latents}`. Saving is asynchronous and atomic: a
-checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh.
+checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and any
+number of processes. A run may go on with another batch size or number of bank rows: the position in
+the data and the bank are then translated.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +14,11 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from repulsor_jax import memory_bank, sharding
+from repulsor_jax.data.pipeline import rescale_position
+from repulsor_jax.memory_bank import MemoryBank
 from repulsor_jax.train_state import TrainState
 
 
@@ -112,25 +119,50 @@ class Checkpointer:
         )
 
     def restore(
-        self, abstract_state: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+        self, abstract_state: TrainState, batch_size: int, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any], list[str]]:
         """Restores a state (the newest by default) onto the shardings of `abstract_state`.
 
+        Where the run had another batch size or number of bank rows, its bank is laid out anew and
+        its position in the data stays that of the same sample: `memory_bank.reslot` and
+        `pipeline.rescale_position` say what is kept.
+
+        Args:
+          abstract_state: shapes with shardings, from `abstract_train_state`.
+          batch_size: of the global batch from now on.
+          step: which checkpoint.
+
         Returns:
-          The state and the data iterator's state.
+          The state, the data iterator's state, and a line for each thing that was translated.
 
         Raises:
-          CheckpointError: no such checkpoint, or it holds another model, bank or optimizer.
+          CheckpointError: no such checkpoint, or it holds another model, head or optimizer.
         """
         step = self.resolve(step)
-        self._check_shapes(step, abstract_state)
+        wanted = self._with_saved_bank(step, abstract_state)
+        self._check_shapes(step, wanted)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                state=_restore_args(abstract_state), data=ocp.args.JsonRestore()
+                state=_restore_args(wanted),
+                data=ocp.args.JsonRestore(),
+                config=ocp.args.JsonRestore(),
             ),
         )
-        return restored["state"], restored["data"]
+        state, data_state, notes = restored["state"], restored["data"], []
+        if wanted is not abstract_state:
+            bank, note = _reslotted(state.bank, abstract_state.bank)
+            state = state.replace(bank=bank)
+            notes.append(note)
+        saved_size = restored["config"].get("batch_size", batch_size)
+        if saved_size != batch_size:
+            data_state, repeated = rescale_position(data_state, saved_size, batch_size)
+            position = data_state["next_index"] * batch_size
+            notes.append(
+                f"data: batches of {saved_size:,} are now of {batch_size:,}, from sample "
+                f"{position:,} on" + (f"; {repeated:,} are read again" if repeated else "")
+            )
+        return state, data_state, notes
 
     def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
         """Restores the EMA parameters alone: no head, no bank, no optimizer state is read.
@@ -182,6 +214,24 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
         return steps[-1] if step is None else step
 
+    def _with_saved_bank(self, step: int, wanted: TrainState) -> TrainState:
+        """Asks for the bank in the shape that it was saved in, where only its slots differ.
+
+        It is then split over the features' last axis, which any change of slots leaves alone.
+        """
+        saved = _shapes(self._manager.item_metadata(step)["state"].tree).get("bank/features")
+        if wanted.bank is None or saved is None:
+            return wanted
+        features: Any = wanted.bank.features
+        if saved == features.shape or saved[2] != features.shape[2]:
+            return wanted
+        mesh = features.sharding.mesh
+        by_feature = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH_AXES))
+        if saved[2] % sharding.batch_shards(mesh):
+            by_feature = sharding.replicated(mesh)
+        features = jax.ShapeDtypeStruct(saved, features.dtype, sharding=by_feature)
+        return wanted.replace(bank=dataclasses.replace(wanted.bank, features=features))
+
     def _check_shapes(self, step: int, wanted: Any) -> None:
         """Compares names and shapes with the saved ones, before anything is read."""
         saved = _shapes(self._manager.item_metadata(step)["state"].tree)
@@ -203,6 +253,18 @@ class Checkpointer:
             raise CheckpointError(
                 f"{where}: it also holds {unexpected[0]}; use the run's own config"
             )
+
+
+def _reslotted(bank: MemoryBank, wanted: Any) -> tuple[MemoryBank, str]:
+    """The bank in the shape and shards of `wanted`, and a line that says so."""
+    old_slots, old_batch, _ = bank.features.shape
+    num_slots, batch_size, _ = wanted.features.shape
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    reslot = jax.jit(memory_bank.reslot, static_argnums=(1, 2), out_shardings=shardings)
+    note = (
+        f"bank: {old_slots:,} slots of {old_batch:,} re-slotted to {num_slots:,} of {batch_size:,}"
+    )
+    return reslot(bank, num_slots, batch_size), note
 
 
 def _restore_args(wanted: Any, **kwargs: Any) -> ocp.args.PyTreeRestore:

@@ -254,15 +254,12 @@ def regularizer_is_on(config: Config) -> bool:
     return config.regularizer.name != "none" and config.regularizer.weight > 0
 
 
-def check_devices(
-    config: Config, batch_shards: int, processes: int = 1, *, trains: bool = True
-) -> None:
+def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> None:
     """Checks the batch sizes against the mesh.
 
     Args:
       config: the configuration.
       batch_shards: number of pieces that the mesh cuts a batch into (data x fsdp).
-      processes: number of host processes.
       trains: whether the batch of training counts too.
 
     Raises:
@@ -270,17 +267,11 @@ def check_devices(
     """
     accumulation = config.optimizer.accumulation_steps
     shards = batch_shards * accumulation
-    if trains and (config.batch_size % shards or config.batch_size % processes):
+    if trains and config.batch_size % shards:
         raise ConfigError(
             f"config.batch_size={config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
-            f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}"
-            + (f" and of the {processes} processes" if processes > 1 else "")
-            + f"; the nearest are {_multiples(config.batch_size, shards)}"
-        )
-    if batch_shards % processes:
-        raise ConfigError(
-            f"config.mesh.data x config.mesh.fsdp = {batch_shards} must be a multiple of the "
-            f"{processes} processes: each reads rows of its own; lower config.mesh.tensor"
+            f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}; "
+            f"the nearest are {_multiples(config.batch_size, shards)}"
         )
     if config.sampling.batch_size % batch_shards:
         raise ConfigError(

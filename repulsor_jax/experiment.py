@@ -171,9 +171,7 @@ def checked_mesh(
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
-    config_lib.check_devices(
-        config, sharding.batch_shards(mesh), jax.process_count(), trains=trains
-    )
+    config_lib.check_devices(config, sharding.batch_shards(mesh), trains=trains)
     return mesh
 
 

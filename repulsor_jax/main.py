@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
+from repulsor_jax import distributed
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.pipeline import DamagedDataError
@@ -67,15 +68,34 @@ _PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "plan: prints what the r
 _LARGEST_BATCH = flags.DEFINE_bool(
     "largest_batch", False, "plan: also find the largest batch that fits, by 2 to 4 compilations."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "Join the other processes of the job. On Cloud TPU and Slurm that is all; elsewhere, give each "
-    "process the next three flags too.",
+
+
+class _SwitchParser(flags.EnumParser):
+    """--distributed alone is on, --nodistributed off."""
+
+    def parse(self, argument: str) -> str:
+        value: str = super().parse({"true": "on", "false": "off"}.get(argument, argument))
+        return value
+
+
+_DISTRIBUTED = flags.DEFINE_flag(
+    flags.Flag(
+        _SwitchParser(["auto", "on", "off"]),
+        None,
+        "distributed",
+        "auto",
+        "auto, on or off: join the other processes of the job. auto does where Cloud TPU, GKE, "
+        "Slurm or Open MPI started several, or where the next three flags are given; on asks JAX "
+        "for any launcher that it knows.",
+        boolean=True,
+    )
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout", 300, "Seconds to wait for the other processes at the start.", lower_bound=1
+)
 _CACHE_DIR = flags.DEFINE_string(
     "compilation_cache_dir", "", "Keeps compiled programs from run to run; empty is off."
 )
@@ -88,14 +108,18 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by JAX where it finds no TPU
         describe_machine()
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize(
+    try:
+        joined = distributed.join(
+            _DISTRIBUTED.value,
             _COORDINATOR.value,
             _NUM_PROCESSES.value,
             _PROCESS_ID.value,
-            # The first process writes and measures at the end, while the others wait to leave.
-            shutdown_timeout_seconds=24 * 3600,
+            _JOIN_TIMEOUT.value,
         )
+    except distributed.JoinError as error:
+        sys.exit(f"error: {error}")
+    if joined:
+        print(joined, flush=True)
     if _CACHE_DIR.value:
         jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,6 +1,6 @@
 """The memory bank: a first-in first-out queue of negatives, held as sharded state.
 
-Three pure functions on a small dataclass. Nothing here knows of models, optimizers or meshes, so
+Pure functions on a small dataclass. Nothing here knows of models, optimizers or meshes, so
 the bank can be carried by anyone's train state.
 
 The features are laid out `[S, B, d]`: S slots, each the whole global batch of one past step. A
@@ -97,3 +97,36 @@ def negatives(bank: MemoryBank) -> tuple[jax.Array, jax.Array]:
     """
     mask = jnp.arange(bank.features.shape[0]) < bank.filled
     return jax.lax.stop_gradient(bank.features), mask
+
+
+def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
+    """Lays the rows out for another batch size or number of slots, and keeps the newest.
+
+    The rows are one sequence: the slots from the oldest on, each row by row. Of the newest rows, as
+    many as make whole new slots are kept, at most `num_slots` of them, in their order; the older
+    rest is dropped. So a bank that was full may come back with its last slot unwritten, and the
+    next batch fills it.
+
+    Args:
+      bank: the queue, `[S, B, d]`.
+      num_slots: S' of the new one.
+      batch_size: B' of the new one.
+
+    Returns:
+      The queue `[S', B', d]`.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    dim = bank.features.shape[2]
+    empty = create(num_slots, batch_size, dim, bank.features.dtype)
+    num_rows = bank.filled * bank.features.shape[1]
+    filled = jnp.minimum(num_rows // batch_size, num_slots)
+    oldest = bank.cursor - bank.filled
+    rows = jnp.roll(bank.features, -oldest, axis=0).reshape(-1, dim)
+    # Past the last row come those of slots that were never written, zeros as these.
+    rows = jnp.concatenate([rows, empty.features.reshape(-1, dim)])
+    kept = jax.lax.dynamic_slice_in_dim(
+        rows, num_rows - filled * batch_size, num_slots * batch_size
+    )
+    return MemoryBank(kept.reshape(empty.features.shape), filled % num_slots, filled)

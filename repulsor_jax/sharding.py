@@ -5,6 +5,7 @@ optimizer state and EMA; `tensor` splits attention heads and the MLP's hidden wi
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,10 +56,37 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
 def create_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Returns a mesh with axes `(data, fsdp, tensor)`; see `mesh_shape` for sizes and errors."""
+    """Returns a mesh with axes `(data, fsdp, tensor)`, laid out for the network of the devices.
+
+    Several TPU slices are joined by the data-centre network, which carries `data` alone: gradients
+    cross it once a step, while fsdp and tensor talk in every layer. On GPUs JAX numbers slices by
+    what NVLink joins (a host, however many processes it runs), the network between is fast enough
+    for fsdp, and a mesh that needs it there gets it: neighbours stay in one host as far as they
+    fit.
+
+    Raises:
+      ValueError: the sizes do not fit the devices (see `mesh_shape`), or their slices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices > 1 and shape[0] % num_slices == 0:
+        array = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // num_slices, *shape[1:]),
+            (num_slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    elif num_slices > 1 and devices[0].platform == "tpu":
+        described = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
+        raise ValueError(
+            f"{described}: found {num_slices} slices of {len(devices) // num_slices} devices. The "
+            "network between them carries mesh.data alone, which must be a multiple of "
+            f"{num_slices}: lower mesh.fsdp or mesh.tensor"
+        )
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -124,15 +152,55 @@ def _axes_size(axes: str | tuple[str, ...], mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
-def to_global(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays of this process `[B / processes, ...]` -> global arrays `[B, ...]`.
+@functools.lru_cache(maxsize=64)
+def local_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> tuple[range, ...]:
+    """The rows of a global batch that a process holds on its devices, and so has to read.
 
-    Every process passes its own rows; row order is process order. Starts the transfer and returns.
+    On a torus the devices of a host need not be neighbours in the mesh, nor rows that they hold.
+    Processes that share rows, as where `tensor` is larger than a host, each get them.
+
+    Args:
+      mesh: the mesh.
+      batch_size: B, a multiple of `batch_shards`.
+      process_index: the process; this one by default.
+
+    Returns:
+      Ascending ranges in [0, B), as few as possible.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    shards: Any = batch_sharding(mesh).devices_indices_map((batch_size,))
+    held = {
+        rows.indices(batch_size)[:2]
+        for device, (rows,) in shards.items()
+        if device.process_index == process_index
+    }
+    found: list[range] = []
+    for start, stop in sorted(held):
+        if found and found[-1].stop == start:
+            start = found.pop().start
+        found.append(range(start, stop))
+    return tuple(found)
+
+
+def to_global(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays with this process's rows -> global arrays `[B, ...]`.
+
+    Every process passes the rows of `local_rows`, in that order. Starts the transfer and returns.
     """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+    count = batch_shards(mesh)
+    held = [shard for run in local_rows(mesh, count) for shard in run]
+
+    def place(x: np.ndarray) -> jax.Array:
+        shard_size = len(x) // len(held)
+
+        def rows(index: Any) -> np.ndarray:
+            k = held.index((index[0].start or 0) // shard_size)
+            return x[k * shard_size : (k + 1) * shard_size]
+
+        return jax.make_array_from_callback((shard_size * count, *x.shape[1:]), sharding, rows)
+
+    return jax.tree.map(lambda x: place(np.asarray(x)), batch)
 
 
 def to_host(tree: Any) -> Any:

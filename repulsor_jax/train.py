@@ -66,8 +66,7 @@ def train(
         dataset,
         global_batch_size=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.local_rows(mesh, config.batch_size),
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
     )
@@ -95,8 +94,10 @@ def train(
         if checkpointer.latest_step() is None:
             state = create_train_state(*parts, mesh)
         else:
-            state, data_state = checkpointer.restore(abstract_state)
+            state, data_state, notes = checkpointer.restore(abstract_state, config.batch_size)
             data.set_state(data_state)
+            for note in notes:
+                say(note)
         first_step = int(jax.device_get(state.step))
         done = ": nothing to do" if first_step >= config.total_steps else ""
         say(f"step {first_step} of {config.total_steps}, in {workdir}{done}")

@@ -68,11 +68,6 @@ def test_batch_must_divide_over_the_mesh():
         config_lib.check_devices(tiny.config(sampling__batch_size=6), batch_shards=4)
 
 
-def test_every_process_needs_rows_of_its_own():
-    with pytest.raises(config_lib.ConfigError, match="config.mesh.data x config.mesh.fsdp = 1"):
-        config_lib.check_devices(tiny.config(), batch_shards=1, processes=2)
-
-
 def test_registries_are_checked_by_name():
     with pytest.raises(config_lib.ConfigError, match="config.regularizer.name='x' must be one of"):
         config_lib.check_choice("regularizer.name", "x", ["none", "repulsor"])

@@ -3,15 +3,12 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-
-from repulsor_jax.metrics import read_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = [
@@ -131,52 +128,3 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    """Two processes of 4 devices against one of 8: the same losses, through the same program."""
-    arguments = [*TINY, "--config.log.every_steps=1"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py", *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    pair = [
-        subprocess.Popen(
-            [
-                *command,
-                f"--workdir={tmp_path / 'two'}",
-                "--distributed",
-                f"--coordinator_address={address}",
-                "--num_processes=2",
-                f"--process_id={rank}",
-            ],
-            cwd=ROOT,
-            env=environment | {"JAX_NUM_CPU_DEVICES": "4"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in pair:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    one = subprocess.run(
-        [*command, f"--workdir={tmp_path / 'one'}"],
-        cwd=ROOT,
-        env=environment | {"JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert one.returncode == 0, one.stderr
-    for name, count in (("loss", 6), ("frechet_pixels_100", 1)):
-        one, two = (
-            [line[name] for line in read_jsonl(tmp_path / run / "metrics.jsonl") if name in line]
-            for run in ("one", "two")
-        )
-        assert len(one) == count
-        np.testing.assert_allclose(one, two, rtol=1e-5)

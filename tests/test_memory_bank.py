@@ -59,6 +59,64 @@ def test_casts_to_its_dtype():
     assert float(bank.features[0, 0, 0]) == 1.0
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    old=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    new=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    before=st.integers(0, 12),
+    after=st.integers(0, 7),
+)
+def test_reslotted_it_keeps_the_newest_rows_and_goes_on_as_a_queue(old, new, before, after):
+    dim, rng = 2, np.random.default_rng(0)
+
+    def batch(size):
+        return rng.standard_normal((size, dim)).astype(np.float32)
+
+    # The reference: a queue of rows, cut to whole new batches from its newest end.
+    bank, rows = memory_bank.create(*old, dim), collections.deque(maxlen=old[0] * old[1])
+    for _ in range(before):
+        rows.extend(z := batch(old[1]))
+        bank = memory_bank.enqueue(bank, z)
+    kept = min(len(rows) // new[1], new[0]) * new[1]
+    rows = collections.deque(list(rows)[len(rows) - kept :], maxlen=new[0] * new[1])
+
+    bank = memory_bank.reslot(bank, *new)
+    for step in range(after + 1):
+        features, mask = map(np.asarray, memory_bank.negatives(bank))
+        assert features.shape == (*new, dim)
+        order = [(int(bank.cursor) + k) % new[0] for k in range(new[0])]
+        written = [s for s in order if mask[s]]
+        np.testing.assert_array_equal(
+            features[written].reshape(-1, dim), np.array(rows).reshape(-1, dim)
+        )
+        assert not features[~mask].any()
+        if step < after:
+            rows.extend(z := batch(new[1]))
+            bank = memory_bank.enqueue(bank, z)
+
+
+def test_reslotting_split_by_feature_moves_each_row_once():
+    """On 8 devices: no device ever holds the whole bank, old or new."""
+    mesh, axes = tiny.mesh(data=4, fsdp=2), ("data", "fsdp")
+    old = jax.eval_shape(lambda: memory_bank.create(64, 24, 16))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_feature = NamedSharding(mesh, PartitionSpec(None, None, axes))
+    compiled = (
+        jax.jit(
+            memory_bank.reslot,
+            static_argnums=(1, 2),
+            in_shardings=(memory_bank.MemoryBank(by_feature, everywhere, everywhere),),
+            out_shardings=memory_bank.shardings(mesh, axes),
+        )
+        .lower(old, 32, 48)
+        .compile()
+    )
+    [move] = hlo.collectives(compiled.as_text())
+    assert move.kind == "all-to-all"
+    assert move.num_bytes == 4 * 32 * 48 * 16 // 8  # a device's share of the new bank
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * move.num_bytes
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_empty_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="positive sizes"):

@@ -5,7 +5,11 @@ import pytest
 
 from repulsor_jax.data.dataset_writer import write_latent_dataset
 from repulsor_jax.data.latent_dataset import LatentDataset
-from repulsor_jax.data.pipeline import DamagedDataError, training_iterator
+from repulsor_jax.data.pipeline import (
+    DamagedDataError,
+    rescale_position,
+    training_iterator,
+)
 from tests import tiny
 
 COUNT = 22
@@ -30,9 +34,11 @@ def labels(iterator, steps):
 
 
 def shares(dataset, process_count, **options):
+    """An iterator for each process, with an equal share of the rows in process order."""
     options = {"global_batch_size": 8, "seed": 3, **options}
+    size = options["global_batch_size"] // process_count
     return [
-        training_iterator(dataset, process_index=r, process_count=process_count, **options)
+        training_iterator(dataset, rows=[range(r * size, (r + 1) * size)], **options)
         for r in range(process_count)
     ]
 
@@ -65,6 +71,14 @@ def test_each_epoch_is_a_permutation_fixed_by_seed_and_epoch(dataset, batch):
 def test_the_global_batch_does_not_depend_on_the_process_count(dataset, process_count):
     expected = global_batches(shares(dataset, 1), 12)  # 96 rows: over four epochs
     assert global_batches(shares(dataset, process_count), 12) == expected
+
+
+def test_a_process_may_read_any_rows(dataset):
+    """As where its devices are not neighbours in the mesh, or share rows with another's."""
+    whole = global_batches(shares(dataset, 1), 12)
+    runs = [range(1, 2), range(4, 7)]
+    some = training_iterator(dataset, global_batch_size=8, seed=3, rows=runs)
+    assert labels(some, 12) == [[batch[i] for i in (1, 4, 5, 6)] for batch in whole]
 
 
 def test_threads_do_not_change_the_order(dataset):
@@ -104,12 +118,27 @@ def test_resume_on_any_process_count(dataset, before, after):
     assert global_batches(resumed, 10) == expected
 
 
+@pytest.mark.parametrize("before", [6, 8, 22])
+@pytest.mark.parametrize("after", [2, 6, 8, 64])
+def test_another_batch_size_goes_on_at_the_same_sample(dataset, before, after):
+    """No sample is left out, and fewer than one batch is read again."""
+    read, taken = shares(dataset, 1, global_batch_size=before)[0], 10
+    sequence = np.ravel(labels(training_iterator(dataset, global_batch_size=1, seed=3), 400))
+    np.testing.assert_array_equal(np.ravel(labels(read, taken)), sequence[: before * taken])
+    state, repeated = rescale_position(read.get_state(), before, after)
+    resumed = shares(dataset, 1, global_batch_size=after)[0]
+    resumed.set_state(state)
+    start = before * taken - repeated
+    assert 0 <= repeated < after
+    assert repeated == 0 or after not in (2, before)
+    np.testing.assert_array_equal(np.ravel(labels(resumed, 2)), sequence[start : start + 2 * after])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_batch_size": 8, "process_count": 3}, "8 over 3 processes"),
         ({"global_batch_size": 0}, "batch size of 0"),
-        ({"global_batch_size": 8, "process_count": 2, "process_index": 2}, "process_index 2 of 2"),
+        ({"global_batch_size": 8, "rows": [range(4, 9)]}, "rows of a batch of 8"),
         ({"global_batch_size": 8, "seed": -1}, "seed: found -1"),
     ],
 )

@@ -98,6 +98,11 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
     return _updated(c, tiny, overrides)
 
 
+def get_config() -> Any:
+    """What `--config=tests/tiny.py` loads."""
+    return digits_dict()
+
+
 def random_params(c: config_lib.Config, seed: int = 0) -> Any:
     """Parameters of the model, not those of its initialisation, whose output is zero."""
     model = build_model(c.model)

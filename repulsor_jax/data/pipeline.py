@@ -2,6 +2,8 @@
 
 import functools
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,8 +20,7 @@ def training_iterator(
     *,
     global_batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[range] | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -29,41 +30,35 @@ def training_iterator(
     holds mirror images, a new choice between each image and its mirror image. Batches follow each
     other without a gap, so that one may hold the end of an epoch and the start of the next.
 
-    Batch s of process r is batch `s * process_count + r` of b rows of one global sequence. So the
-    global batch, the processes' batches concatenated in process order, is the same row by row for
-    any process count; a process reads its own records only; and the state,
-    `{"next_index": steps taken}`, resumes a run on any process count.
+    Row b of global batch s is position `s * global_batch_size + b` of one sequence. So it is the
+    same record whatever processes there are and whichever of them reads it; a process reads its
+    own rows only; and the state, `{"next_index": batches read}`, resumes a run on any of them.
 
     Args:
       dataset: the data set.
       global_batch_size: rows of a global batch; it may exceed the data set.
       seed: of the order of records; 0 or more.
-      process_index: this process, in [0, process_count).
-      process_count: number of processes; must divide the global batch size.
+      rows: which rows of each global batch to read, as `sharding.local_rows` says; None is all.
       num_threads: threads that read batches ahead; 0 reads in the caller.
       prefetch: batches to read ahead; 0 reads in the caller.
 
     Returns:
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
-      `[b]`} with b = global_batch_size / process_count, and `get_state` / `set_state`. Where a
-      record turns out to be damaged, `next` raises `DamagedDataError`.
+      `[b]`} with b rows, and `get_state` / `set_state`. Where a record turns out to be damaged,
+      `next` raises `DamagedDataError`.
 
     Raises:
       ValueError: an argument is out of range.
     """
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(
-            f"found process_index {process_index} of {process_count}, expected 0 <= index < count"
-        )
-    if global_batch_size < 1 or global_batch_size % process_count:
-        raise ValueError(
-            f"found a global batch size of {global_batch_size} over {process_count} processes, "
-            "expected a positive multiple of the process count"
-        )
+    if global_batch_size < 1:
+        raise ValueError(f"found a global batch size of {global_batch_size}, expected 1 or more")
+    runs = [range(global_batch_size)] if rows is None else rows
+    own = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+    if own.min() < 0 or own.max() >= global_batch_size:
+        raise ValueError(f"found rows {runs}, expected rows of a batch of {global_batch_size}")
     if seed < 0:
         raise ValueError(f"data seed: found {seed}, expected 0 or more")
     source = dataset.open()
-    batch_size = global_batch_size // process_count
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -76,9 +71,10 @@ def training_iterator(
     def read(batch: int) -> dict[str, np.ndarray]:
         # One call into the reader per batch: grain's own shuffle and batch go record by record,
         # at half the speed.
-        positions = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        epochs, rows = np.divmod(positions, dataset.num_images)
-        indices = np.concatenate([order(e)[rows[epochs == e]] for e in np.unique(epochs).tolist()])
+        epochs, places = np.divmod(batch * global_batch_size + own, dataset.num_images)
+        indices = np.concatenate(
+            [order(e)[places[epochs == e]] for e in np.unique(epochs).tolist()]
+        )
         try:
             records = source.__getitems__(indices.tolist())
         except RuntimeError as error:  # how the reader says that a checksum is wrong
@@ -88,6 +84,25 @@ def training_iterator(
             ) from error
         return decode_records(records, dataset.shape, dataset.dtype)
 
-    batches = grain.MapDataset.range(sys.maxsize // batch_size)[process_index::process_count]
+    batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.map(read).to_iter_dataset(options))
+
+
+def rescale_position(
+    state: Mapping[str, Any], old_batch_size: int, new_batch_size: int
+) -> tuple[dict[str, Any], int]:
+    """Moves an iterator's state to another global batch size: the same place in the sequence.
+
+    Args:
+      state: of an iterator with global batches of `old_batch_size`.
+      old_batch_size: its batch size.
+      new_batch_size: that of the iterator to set.
+
+    Returns:
+      The state, and the number of samples that are read again: a position is a whole number of
+      batches, so it is rounded down, and no sample is left out.
+    """
+    samples = state["next_index"] * old_batch_size
+    batches, repeated = divmod(samples, new_batch_size)
+    return {**state, "next_index": batches}, repeated

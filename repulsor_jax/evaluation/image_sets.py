@@ -122,13 +122,16 @@ def device_batches(
       the first `len(numbers)` count.
     """
     numbers = list(in_batches(parts, batch_size))
-    own = batch_size // jax.process_count()
-    offset = own * jax.process_index()
-    mine = [rows[offset : offset + own] for rows in numbers]
-    for rows, items in zip(numbers, images.read(mine), strict=True):
-        padded = np.zeros((own, *images.shape), images.dtype)
-        padded[: len(items)] = items
-        yield rows, sharding.to_global(padded, mesh)
+    runs = sharding.local_rows(mesh, batch_size)
+    pieces = images.read([batch[run.start : run.stop] for batch in numbers for run in runs])
+    for batch in numbers:
+        own = np.zeros((sum(map(len, runs)), *images.shape), images.dtype)
+        start = 0
+        for run in runs:
+            items = next(pieces)
+            own[start : start + len(items)] = items
+            start += len(run)
+        yield batch, sharding.to_global(own, mesh)
 
 
 def folder_or_archive(path: pathlib.Path) -> str:
