@@ -82,6 +82,19 @@ def test_a_run_cut_between_checkpoints_repeats_the_lost_steps(tmp_path, data_dir
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
+def test_another_batch_size_goes_on_with_the_bank_and_the_data(tmp_path, data_dir, capsys):
+    """10 batches of 16 are 160 samples: 6 batches of 24, and 16 samples that are read again."""
+    run(tmp_path, data_dir, total_steps=10, checkpoint__every_steps=10)
+    capsys.readouterr()
+    state = run(tmp_path, data_dir, total_steps=11, batch_size=24, regularizer__bank_rows=48)
+    said = capsys.readouterr().out
+    assert "bank: 4 slots of 16 re-slotted to 2 of 24" in said
+    assert "batches of 16 are now of 24, from sample 144 on; 16 are read again" in said
+    assert (int(state.step), state.bank.features.shape[:2]) == (11, (2, 24))
+    saved = json.loads((tmp_path / "checkpoints" / "11" / "data" / "metadata").read_text())
+    assert saved == {"next_index": 7}
+
+
 def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
     run(
         tmp_path,
