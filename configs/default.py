@@ -95,8 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.read_threads = 4  # threads that read batches
     c.data.prefetch_batches = 8  # batches read ahead; at least read_threads
 
-    c.mesh = ml_collections.ConfigDict()  # sizes multiply to the number of devices; -1 fills
-    c.mesh.data = -1  # splits the batch
+    # Sizes multiply to the number of devices of all hosts; -1 fills.
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # splits the batch; a multiple of the number of TPU slices
     c.mesh.fsdp = 1  # splits the batch, parameters, optimizer state and EMA
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
 

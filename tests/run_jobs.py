@@ -1,4 +1,4 @@
-"""Runs the program several times in one process, as one of the processes of tests/test_processes.py.
+"""Runs the program several times in a process, one of those that tests/test_processes.py starts.
 
     python -m tests.run_jobs '[{"mode": "train", "workdir": ..., "config": {...}}, ...]' --flags
 

@@ -18,6 +18,7 @@ from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.metrics import read_jsonl
+from repulsor_jax.monitor import make_monitor
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 from tests import tiny
@@ -77,12 +78,14 @@ def train_here(workdir, data_dir, num_devices, **overrides):
     values = tiny.digits_dict(data_dir, **COMMON | overrides)
     workdir.mkdir(exist_ok=True)
     with devices(num_devices):
-        parts = experiment_lib.prepare(config_lib.parse(values), workdir, draws_pictures=False)
-        train(*parts, None, values.to_dict())
+        config = config_lib.parse(values)
+        pictures = experiment_lib.draws_pictures(config)
+        experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
+        train(experiment, dataset, make_monitor(experiment) if pictures else None, values.to_dict())
 
 
-def losses(workdir):
-    return [line["loss"] for line in read_jsonl(workdir / "metrics.jsonl") if "loss" in line]
+def losses(workdir, name="loss"):
+    return [line[name] for line in read_jsonl(workdir / "metrics.jsonl") if name in line]
 
 
 @pytest.mark.slow
@@ -91,10 +94,13 @@ def test_two_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     two = tmp_path / "two"
     data_dir = two / "data"
     # The first of them encodes the digits, too.
-    jobs = [job(mode, two) for mode in ("train", "sample", "evaluate")]
+    measured = {"evaluation.every_steps": 6}
+    jobs = [job(mode, two, **measured) for mode in ("train", "sample", "evaluate")]
     run_processes(2, jobs, tmp_path / "cache")
     one = tmp_path / "one"
-    train_here(one, data_dir, 4)
+    train_here(one, data_dir, 4, **measured)
+    [distance] = losses(one, "frechet_pixels_32")
+    np.testing.assert_allclose(losses(two, "frechet_pixels_32"), distance, rtol=1e-5)
     assert len(losses(one)) == 6
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
