@@ -128,3 +128,19 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("--topology=v5e-256", "error: --topology='v5e-256': expected 'local', or a kind of TPU"),
+        ("--price_per_chip_hour=-1", "error: --price_per_chip_hour=-1 must be at least 0"),
+        ("--compare=mesh.fsdq=2", "error: --compare='mesh.fsdq=2': config.mesh.fsdq: unknown key"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(tmp_path, argument, expected):
+    result = program(f"--workdir={tmp_path}", "--mode=plan", argument)
+    assert result.returncode == 1
+    assert result.stderr.startswith(expected), result.stderr
+    assert "Traceback" not in result.stderr

@@ -14,9 +14,12 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import plan as plan_lib
 from repulsor_jax import sharding
 from repulsor_jax.config import ConfigError
+from repulsor_jax.hlo import Array, Collective
 from repulsor_jax.plan import Options
 from repulsor_jax.planning import programs
+from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.largest_batch import largest_batch, next_guess, with_batch
+from repulsor_jax.planning.summary import carries_the_bank
 from repulsor_jax.planning.topology import open_topology
 from tests import tiny
 
@@ -97,6 +100,24 @@ def test_fsdp_divides_the_state_of_the_largest_model():
     # Every kernel is divided; biases and what is small are whole.
     assert 4 * model / 8 <= sizes[8]["EMA"] < 1.01 * 4 * model / 8
     assert sizes[1]["batch"] == sizes[8]["batch"] == (256 // 8) * (32 * 32 * 8 * 2 + 4)
+
+
+def test_a_travelling_bank_is_noticed():
+    """Made up: what a gather over all or a part of 8 devices would yield, and what is no bank."""
+    c = tiny.config(batch_size=64, regularizer__bank_rows=64 * 16, model__hidden_size=384)
+
+    def carries(shape, dtype="f32", kind="all-gather"):
+        cost = Cost(collectives=[(Collective(kind, (Array(dtype, shape),)), 1)])
+        made = programs.Program("train", 64, tiny.mesh(8), {}, cost, (16, 8, tiny.DIM), 0.0)
+        return carries_the_bank(made, c)
+
+    assert carries((16, 64, tiny.DIM))
+    assert carries((16, 16, tiny.DIM), kind="all-reduce")  # of two devices
+    assert carries((16 * 64, tiny.DIM))
+    assert not carries((64, tiny.DIM))  # the queries
+    assert not carries((384, tiny.DIM))  # the head's last layer
+    assert not carries((16, 64, 2 * tiny.DIM))
+    assert not carries((16, 64, tiny.DIM), "bf16")
 
 
 # The mode, for the devices here.

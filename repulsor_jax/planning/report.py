@@ -249,7 +249,8 @@ def draw(variants: list[Values]) -> bytes:
 
 
 def _stack(axis: Any, labels: list[str], bars: list[dict[str, float]], unit: str) -> None:
-    kinds = list(dict.fromkeys(kind for bar in bars for kind in bar))
+    widest = max((sum(bar.values()) for bar in bars), default=0.0)
+    kinds = list(dict.fromkeys(k for bar in bars for k, size in bar.items() if size > widest / 500))
     colors = matplotlib.colormaps["tab10"]
     left = np.zeros(len(bars))
     for k, kind in enumerate(kinds):

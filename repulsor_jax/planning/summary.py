@@ -57,7 +57,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "bytes_accessed_per_chip": per_chip * cost.bytes_accessed,
         "collectives": describe_collectives(program),
         "collective_bytes_per_device": cost.collective_bytes,
-        "carries_the_bank": carries_the_bank(program),
+        "carries_the_bank": carries_the_bank(program, config),
         "unknown_loops": cost.unknown_loops,
         "unknown_kernels": dict(cost.unknown_calls),
         "estimate": time and describe_estimate(time, program, config, topology),
@@ -104,19 +104,29 @@ def describe_collectives(program: Program) -> list[Values]:
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
-def carries_the_bank(program: Program) -> bool:
-    """Whether a collective yields an array of the bank: as many slots, as long vectors."""
+def carries_the_bank(program: Program, config: Config) -> bool:
+    """Whether a collective yields rows of the memory bank of two devices or more.
+
+    They are known by their dtype, their length d and their number: a multiple of a device's rows,
+    and of no other array of length d, which are the queries and the last layer of the head.
+    """
     if program.cost is None or not program.bank_shape:
         return False
     slots, rows, dim = program.bank_shape
-    return any(
-        array.shape[-1:] == (dim,)
-        and math.prod(array.shape) >= slots * rows * dim
-        and (slots in array.shape or math.prod(array.shape[:-1]) % slots == 0)
-        and math.prod(array.shape[:-1]) > program.images
-        for each, _ in program.cost.collectives
-        for array in each.arrays
-    )
+    dtype = {"bfloat16": "bf16", "float32": "f32"}[config.regularizer.bank_dtype]
+    tokens = (config.model.latent_size // config.model.patch_size) ** 2
+    width = config.model.hidden_size
+    others = {program.images, width, width * tokens}
+    for each, _ in program.cost.collectives:
+        for array in each.arrays:
+            if array.dtype != dtype or array.shape[-1:] != (dim,):
+                continue
+            count = math.prod(array.shape[:-1])
+            in_slots = array.shape[0] == slots and len(array.shape) == 3
+            whole = count >= 2 * slots * rows and count % (slots * rows) == 0
+            if whole and (in_slots or count not in others):
+                return True
+    return False
 
 
 def describe_run(program: Values, config: Config, topology: Topology, price: float) -> Values:
