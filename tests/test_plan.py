@@ -19,7 +19,7 @@ from repulsor_jax.plan import Options
 from repulsor_jax.planning import programs
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.largest_batch import largest_batch, next_guess, with_batch
-from repulsor_jax.planning.summary import carries_the_bank
+from repulsor_jax.planning.summary import carries_the_bank, describe_collectives
 from repulsor_jax.planning.topology import open_topology
 from tests import tiny
 
@@ -306,3 +306,22 @@ def test_devices_are_those_here():
     topology = open_topology("local")
     assert topology.devices == tuple(jax.devices())
     assert (topology.chip, topology.device_bytes) == (None, None)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_between_slices_go_the_gradients_once(tmp_path):
+    topology = open_topology("v5e:2x2", 2)
+    c = tiny.config(mesh__data=2, mesh__fsdp=4, regularizer__name="none")
+    found = program("train", topology, c)
+    rows = describe_collectives(found)
+    between = [row for row in rows if row["over"] == "network"]
+    assert {row["axis"] for row in between} == {"data"}
+    assert "data" not in {row["axis"] for row in rows if row["over"] == "links"}
+    # Each device sends the gradients of its part of the parameters, in float32 or half of it.
+    share = memory_by_kind("train", topology, c)["parameters"]
+    assert 0.4 * share < sum(row["bytes"] for row in between) < 1.1 * share
+    with pytest.raises(ConfigError, match=r"mesh.data=1.*2 slices"):
+        programs.abstract_experiment(
+            tiny.config(mesh__data=1, mesh__fsdp=8), pathlib.Path(), topology
+        )

@@ -192,14 +192,23 @@ def _advise_training(program: Program, config: Config, topology: Topology) -> li
                 "again instead"
             )
         accumulation = config.optimizer.accumulation_steps
-        if per_shard // accumulation > 1:
+        # Activations shrink with the rows in flight: so many times fewer would do.
+        free = available - (program.total_bytes - temporaries)
+        times = temporaries / free if free > 0 else 2
+        parts = [
+            n // accumulation
+            for n in range(2 * accumulation, per_shard + 1, accumulation)
+            if per_shard % n == 0
+        ]
+        if parts:
+            fewer = next((n for n in parts if n >= times), parts[-1])
             advice.append(
-                f"--config.optimizer.accumulation_steps={2 * accumulation}: half the activations, "
-                "with the same batch"
+                f"--config.optimizer.accumulation_steps={fewer * accumulation}: about 1/{fewer} "
+                "of the activations, with the same batch"
             )
             advice.append(
-                f"--config.batch_size={max(config.batch_size // 2 // shards, 1) * shards}: "
-                "half the activations"
+                f"--config.batch_size={per_shard // fewer * shards}: about 1/{fewer} of the "
+                "activations"
             )
     if memory.get("bank", 0) > 0.1 * available:
         advice.append(
