@@ -106,9 +106,19 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
 
+    # A step is refused, and leaves the state as it was, where its loss or the norm of its gradient is
+    # not finite or above these limits (docs/failures.md).
+    c.divergence = ml_collections.ConfigDict()
+    c.divergence.policy = "stop"  # then "stop", "skip" (that batch) or "rollback" (a checkpoint)
+    c.divergence.max_events = 10  # refused at one place before "skip" and "rollback" stop too
+    c.divergence.max_loss = 0.0  # 0: no limit
+    c.divergence.max_grad_norm = 0.0  # before clipping; 0: no limit
+    c.divergence.keep_batches = True  # in <workdir>/divergence, for --mode=replay
+
     c.log = ml_collections.ConfigDict()
     c.log.every_steps = 100  # scalars are means over this many steps
     c.log.profile_steps = ()  # (first, last) steps to profile, into <workdir>/profile; () is none
+    c.log.watchdog_minutes = 30.0  # without progress before a warning with all stacks; 0: none
 
     c.sampling = ml_collections.ConfigDict()
     # ODE: "euler", "midpoint", "heun", "rk4", and "dopri5", which chooses its own steps. SDE:

@@ -73,6 +73,10 @@ class Checkpointer:
         self._manager.wait_until_finished()
         self._manager.close()
 
+    def wait(self) -> None:
+        """Waits until what is being saved is saved."""
+        self._manager.wait_until_finished()
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
@@ -89,7 +93,6 @@ class Checkpointer:
         data_state: Mapping[str, Any],
         config: Mapping[str, Any],
         latents: Mapping[str, Any],
-        *,
         overwrite: bool = False,
     ) -> None:
         """Starts saving; the state may be donated to the next step right after.

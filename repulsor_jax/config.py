@@ -149,11 +149,23 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """See `configs/default.py`, section divergence."""
+
+    policy: str = _one_of("stop", "skip", "rollback")
+    max_events: int = _at_least(1)
+    max_loss: float = _at_least(0)
+    max_grad_norm: float = _at_least(0)
+    keep_batches: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """See `configs/default.py`, section log."""
 
     every_steps: int = _at_least(1)
     profile_steps: tuple[int, ...] = _at_least(1)
+    watchdog_minutes: float = _at_least(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +235,7 @@ class Config:
     data: DataConfig
     mesh: MeshConfig
     checkpoint: CheckpointConfig
+    divergence: DivergenceConfig
     log: LogConfig
     sampling: SamplingConfig
     evaluation: EvaluationConfig

@@ -14,14 +14,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import distributed
+from repulsor_jax import distributed, preemption
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.pipeline import DamagedDataError
+from repulsor_jax.divergence import DivergedError
 from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.generation import SamplingError
-from repulsor_jax.metrics import NonFiniteLossError
 from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.topology import describe_machine
@@ -152,13 +152,17 @@ def main(argv: list[str]) -> None:
     try:
         train(experiment, dataset, monitor, _CONFIG.value.to_dict())
     except (
-        NonFiniteLossError,
+        DivergedError,
         CheckpointError,
         DamagedDataError,
         config_lib.ConfigError,
         OSError,
     ) as error:
         _stop(f"error: {error}", 1)
+    except preemption.Preempted as told:
+        # In order, for the others may still be saving: the launcher is to run the job again.
+        print(f"{told}; the same command goes on from there", file=sys.stderr, flush=True)
+        sys.exit(preemption.EXIT_CODE)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the newest checkpoint", 130)
 

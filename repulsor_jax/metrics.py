@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import time
@@ -16,6 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import atomic
+from repulsor_jax.divergence import Refusal
 from repulsor_jax.throughput import Throughput
 
 JSONL_NAME = "metrics.jsonl"
@@ -35,13 +35,16 @@ class MetricWriter:
         self._enabled = enabled
         if not enabled:
             return
-        workdir = pathlib.Path(workdir)
-        path = workdir / JSONL_NAME
+        self._workdir = pathlib.Path(workdir)
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
+        path = self._workdir / JSONL_NAME
         kept = [line for line in read_jsonl(path) if line["step"] <= first_step]
         atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a")
         self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            str(self._workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
         )
 
     def __enter__(self) -> Self:
@@ -51,6 +54,13 @@ class MetricWriter:
         if self._enabled:
             self._lines.close()
             self._events.close()
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after a step, to go on from there."""
+        if self._enabled:
+            self._lines.close()
+            self._events.close()
+            self._open(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per scalar; `step` counts finished optimizer steps."""
@@ -85,10 +95,6 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, float]]:
             return
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or the norm of its gradient became infinite or nan."""
-
-
 class StepRecorder:
     """Takes the metrics of each step and reads them one step late, so that dispatch never waits.
 
@@ -119,7 +125,7 @@ class StepRecorder:
         self._writer = writer
         self._throughput = throughput
         self._every_steps = every_steps
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None  # number of its batch
         self._sums: dict[str, float] = {}
         self._count = 0
         self._step = first_step
@@ -142,50 +148,57 @@ class StepRecorder:
     def __exit__(self, *unused: object) -> None:
         self._bar.close()
 
-    def push(self, step: int, step_metrics: Mapping[str, jax.Array]) -> None:
+    def push(self, batch: int, step_metrics: Mapping[str, jax.Array]) -> list[Refusal]:
         """Takes the metrics of a step just dispatched, and reads those of the one before.
 
-        Raises:
-          NonFiniteLossError: the step before was not finite.
-        """
-        self.settle()
-        self._pending = (step, step_metrics)
+        Args:
+          batch: number of its batch.
+          step_metrics: its metrics, on the devices.
 
-    def settle(self) -> None:
-        """Reads what is pending, waiting for its step to finish.
-
-        Raises:
-          NonFiniteLossError: the step was not finite.
+        Returns:
+          The step before, if it was refused: it did not count, and the one just dispatched has its
+          number.
         """
+        refused = self.settle()
+        self._pending = (batch, step_metrics)
+        return refused
+
+    def settle(self) -> list[Refusal]:
+        """Reads what is pending, waiting for its step to finish; returns it if it was refused."""
         if self._pending is None:
-            return
-        (step, device_values), self._pending = self._pending, None
+            return []
+        (batch, device_values), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(device_values).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise NonFiniteLossError(
-                f"step {step}: loss {values['loss']}, grad_norm {values['grad_norm']}"
-            )
+        if values.pop("refused"):
+            return [Refusal(self._step + 1, batch, values)]
         self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._bar.update(1)
-        self._step = step
-        if step % self._every_steps == 0:
-            self._write_means(step)
+        self._step += 1
+        if self._step % self._every_steps == 0:
+            self._write_means(self._step)
+        return []
+
+    def rewind(self, step: int) -> None:
+        """Goes on counting from a step before; what is pending is forgotten."""
+        self._pending, self._step, self._count, self._sums = None, step, 0, {}
+        self._started, self._paused_seconds = time.perf_counter(), 0.0
+        self._bar.n = step
+        self._bar.refresh()
 
     def flush(self) -> None:
-        """Settles, and writes the means of the steps since the last ones written, if any.
+        """Writes the means of the steps since the last ones written, if any.
 
-        Called before a checkpoint, so that no mean spans it and a resumed run writes the same.
+        Called, when all is settled, before a checkpoint: no mean spans it, and a resumed run writes
+        the same.
         """
-        self.settle()
         if self._count:
             self._write_means(self._step)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Settles, then stops the clock while something other than training runs."""
-        self.settle()
+        """Stops the clock, when all is settled, while something other than training runs."""
         stopped = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - stopped

@@ -1,5 +1,7 @@
 """The training loop, and only the loop: read it from top to bottom."""
 
+import collections
+import functools
 import pathlib
 import time
 from collections.abc import Mapping
@@ -12,16 +14,17 @@ from tqdm import tqdm
 from repulsor_jax import images, regularizers, sharding
 from repulsor_jax.checkpoint import Checkpointer
 from repulsor_jax.data.latent_dataset import LatentDataset
-from repulsor_jax.data.pipeline import training_iterator
+from repulsor_jax.data.pipeline import batch_records, training_iterator
+from repulsor_jax.divergence import DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record
 from repulsor_jax.metrics import (
     JSONL_NAME,
     MetricWriter,
-    NonFiniteLossError,
     StepRecorder,
     read_jsonl,
 )
 from repulsor_jax.monitor import Monitor
+from repulsor_jax.preemption import Preempted, Preemption
 from repulsor_jax.profiling import Profiler, step_annotation
 from repulsor_jax.throughput import training_throughput
 from repulsor_jax.train_state import (
@@ -31,8 +34,15 @@ from repulsor_jax.train_state import (
     create_train_state,
 )
 from repulsor_jax.train_step import compile_train_step, make_train_step
+from repulsor_jax.watchdog import Watchdog
 
 _CURVES = ("flow_loss", "regularizer_loss", "fid_", "frechet_")  # what their names start with
+
+_ADVICE = (
+    "If it happens again, try a lower optimizer.learning_rate, optimizer.clip_norm=1.0, "
+    "model.qk_norm=True, a lower regularizer.weight, model.dtype='float32', or "
+    "divergence.policy='skip' or 'rollback'."
+)
 
 
 def train(
@@ -53,9 +63,11 @@ def train(
       The final state.
 
     Raises:
-      NonFiniteLossError: after saving the last good state.
+      DivergedError: after saving the last good state.
+      Preempted: after saving, when the process was told to stop.
     """
     config, mesh, workdir = experiment.config, experiment.mesh, experiment.workdir
+    total_steps = config.total_steps
     is_main = jax.process_index() == 0
     say = tqdm.write if is_main else lambda message: None
 
@@ -71,6 +83,11 @@ def train(
         prefetch=config.data.prefetch_batches,
     )
     latents = latents_record(experiment)
+    divergence = DivergencePolicy(
+        config.divergence,
+        workdir,
+        functools.partial(batch_records, dataset, config.batch_size, config.seed),
+    )
     say(parameter_overview.get_parameter_overview(abstract_state.params, include_stats=False))
 
     # Compile before the loop, so that what cannot run fails here.
@@ -90,24 +107,29 @@ def train(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
-        # State: the newest checkpoint, or fresh.
-        if checkpointer.latest_step() is None:
-            state = create_train_state(*parts, mesh)
-        else:
-            state, data_state, notes = checkpointer.restore(abstract_state, config.batch_size)
-            data.set_state(data_state)
+
+        def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
+            """That of the newest checkpoint with its position in the data, or a fresh one."""
+            if checkpointer.latest_step() is None:
+                return create_train_state(*parts, mesh), None
+            state, position, notes = checkpointer.restore(abstract_state, config.batch_size)
             for note in notes:
                 say(note)
+            return state, position
+
+        state, position = newest_state()
+        if position is not None:
+            data.set_state(position)
         first_step = int(jax.device_get(state.step))
-        done = ": nothing to do" if first_step >= config.total_steps else ""
-        say(f"step {first_step} of {config.total_steps}, in {workdir}{done}")
+        done = ": nothing to do" if first_step >= total_steps else ""
+        say(f"step {first_step} of {total_steps}, in {workdir}{done}")
 
         with (
             MetricWriter(workdir, first_step, enabled=is_main) as writer,
             StepRecorder(
                 writer,
                 first_step=first_step,
-                total_steps=config.total_steps,
+                total_steps=total_steps,
                 throughput=training_throughput(
                     config.model, config.batch_size, mesh.devices.flat[0], mesh.size
                 ),
@@ -115,39 +137,71 @@ def train(
                 enabled=is_main,
             ) as recorder,
             Profiler(workdir, config.log.profile_steps) as profiler,
+            Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
+            Preemption() as preemption,
         ):
-            try:
-                for step in range(first_step + 1, config.total_steps + 1):
-                    batch = sharding.to_global(next(data), mesh)
-                    profiler.before(step, state)
-                    with jax.transfer_guard("disallow"), step_annotation(step):
-                        state, step_metrics = step_fn(state, batch)
-                    profiler.after(step, state)
-                    recorder.push(step, step_metrics)  # reads the metrics of the step before
+            step, turn, told = first_step, 0, False
+            recent: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
+            while step < total_steps:
+                watchdog.beat("data", step + 1)
+                number = data.get_state()["next_index"]
+                batch = sharding.to_global(next(data), mesh)
+                recent.append((number, batch))
 
-                    if monitor and _due(config.sampling.grid_every_steps, step, config.total_steps):
-                        with recorder.pause():
+                watchdog.beat("step", step + 1)
+                profiler.before(step + 1, state)
+                with jax.transfer_guard("disallow"), step_annotation(step + 1):
+                    state, step_metrics = step_fn(state, batch)
+                step, turn = step + 1, turn + 1
+                profiler.after(step, state)
+                refused = recorder.push(number, step_metrics)  # reads those of the step before
+
+                told = told or preemption.reached(turn)
+                draws = monitor and _due(config.sampling.grid_every_steps, step, total_steps)
+                evaluates = monitor and _due(config.evaluation.every_steps, step, total_steps)
+                saves = told or _due(config.checkpoint.every_steps, step, total_steps)
+                if draws or evaluates or saves:
+                    refused += recorder.settle()
+
+                if refused:
+                    step -= len(refused)  # they did not count
+                    try:
+                        rolls_back = divergence.rolls_back(refused, recent)
+                    except DivergedError as error:
+                        # The state is the last good one; the data have moved on.
+                        step = int(jax.device_get(state.step))
+                        position = data.get_state()
+                        checkpointer.save(step, state, position, config_record, latents, True)
+                        raise DivergedError(
+                            f"{error}. The last good state is saved as step {step} in "
+                            f"{checkpointer.directory}; the same command goes on from it with the "
+                            f"next batches. {_ADVICE}"
+                        ) from error
+                    if rolls_back:
+                        del state, step_metrics  # makes room for the other
+                        checkpointer.wait()
+                        state, _ = newest_state()  # the data go on past the batch
+                        step = int(jax.device_get(state.step))
+                        recorder.rewind(step)
+                        writer.rewind(step)
+                    continue
+
+                if saves:
+                    recorder.flush()
+                if draws or evaluates or saves:
+                    with recorder.pause():
+                        if monitor and draws:
+                            watchdog.beat("grid", step)
                             monitor.write_grid(step, state.ema_params, writer)
-                    if monitor and _due(config.evaluation.every_steps, step, config.total_steps):
-                        with recorder.pause():
+                        if monitor and evaluates:
+                            watchdog.beat("evaluate", step)
                             monitor.evaluate(step, state.ema_params, writer)
-                    if _due(config.checkpoint.every_steps, step, config.total_steps):
-                        recorder.flush()
-                        with recorder.pause():
-                            checkpointer.save(step, state, data.get_state(), config_record, latents)
-            except NonFiniteLossError as error:
-                # The step refused the update, so the state is still good; the data has moved on.
-                step = int(jax.device_get(state.step))
-                checkpointer.save(
-                    step, state, data.get_state(), config_record, latents, overwrite=True
-                )
-                raise NonFiniteLossError(
-                    f"{error}. The last good state is saved as step {step} in "
-                    f"{checkpointer.directory}; the same command goes on from it with the next "
-                    "batches. If it happens again, try a lower optimizer.learning_rate, "
-                    "optimizer.clip_norm=1.0, model.qk_norm=True, a lower regularizer.weight, or "
-                    "model.dtype='float32'."
-                ) from error
+                        if saves:
+                            watchdog.beat("save", step)
+                            position = data.get_state()
+                            checkpointer.save(step, state, position, config_record, latents)
+                if told and step < total_steps:
+                    raise Preempted(f"told to stop: saved step {step} of {total_steps}")
 
     if is_main:
         _write_loss_curve(workdir)

@@ -68,7 +68,8 @@ def make_train_step(
     Returns:
       A pure function of the state and one global batch, `{"latents": [B, H, W, C] (or
       [B, H, W, 2C] moments), "labels": int32 [B]}`, that returns the next state and float32
-      scalars. A step whose loss or gradient is not finite leaves the state as it was.
+      scalars. A step whose loss or gradient is not finite, or above the configured limits, leaves
+      the state as it was, and has the metric "refused" at 1.
     """
     path = flow.get_path(config.flow.path)
     tap = None if regularizer is None else config_lib.tap_block(config)
@@ -118,12 +119,19 @@ def make_train_step(
             )
 
         # A branch, and not a select on every array: that would read and write the state once more.
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        bank = None if state.bank is None else memory_bank.enqueue(state.bank, z, valid=finite)
-        state = jax.lax.cond(finite, update, lambda state: state, state.replace(bank=None))
+        good = _within(metrics["loss"], config.divergence.max_loss)
+        good &= _within(grad_norm, config.divergence.max_grad_norm)
+        metrics["refused"] = 1.0 - good
+        bank = None if state.bank is None else memory_bank.enqueue(state.bank, z, valid=good)
+        state = jax.lax.cond(good, update, lambda state: state, state.replace(bank=None))
         return state.replace(bank=bank), metrics
 
     return train_step
+
+
+def _within(value: Array, limit: float) -> Array:
+    """Whether a scalar is finite and, where there is a limit, at most that."""
+    return jnp.isfinite(value) & (value <= limit if limit else True)
 
 
 def draw_inputs(

@@ -16,8 +16,12 @@ def recorder(writer, **kwargs):
     return metrics.StepRecorder(writer, **arguments | kwargs, enabled=False)
 
 
-def values(loss):
-    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0)}
+def values(loss, refused=0.0):
+    return {
+        "loss": jnp.float32(loss),
+        "grad_norm": jnp.float32(1.0),
+        "refused": jnp.float32(refused),
+    }
 
 
 def test_means_over_the_interval_go_to_jsonl_and_events(tmp_path):
@@ -56,12 +60,29 @@ def test_what_was_written_after_the_checkpoint_is_dropped_on_resuming(tmp_path):
     assert list(metrics.read_jsonl(path))[-1]["loss"] == 2.0
 
 
-@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-def test_a_non_finite_step_raises_one_step_later(tmp_path, bad):
+def test_a_refused_step_is_told_one_step_later_and_does_not_count(tmp_path):
     with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
-        r.push(7, values(1.0) | {bad: jnp.float32(math.nan)})
-        with pytest.raises(metrics.NonFiniteLossError, match="step 7"):
-            r.push(8, values(1.0))
+        assert r.push(0, values(1.0)) == []
+        assert r.push(1, values(math.nan, refused=1.0)) == []
+        (refusal,) = r.push(2, values(5.0))
+        assert (refusal.step, refusal.batch) == (2, 1)
+        assert math.isnan(refusal.values["loss"])
+        assert r.settle() == []
+    [line] = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["loss"]) == (2, 3.0)
+
+
+def test_rewinding_drops_what_came_after(tmp_path):
+    with metrics.MetricWriter(tmp_path, 0) as writer, recorder(writer) as r:
+        for number, loss in enumerate([1.0, 2.0, 3.0, 4.0, 5.0]):
+            r.push(number, values(loss))
+        r.rewind(2)
+        writer.rewind(2)
+        r.push(5, values(7.0))
+        r.push(6, values(9.0))
+        r.settle()
+    lines = list(metrics.read_jsonl(tmp_path / "metrics.jsonl"))
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.5), (4, 8.0)]
 
 
 def test_pauses_do_not_count_as_stepping(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -14,7 +17,9 @@ from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import generation, monitor
 from repulsor_jax import train as train_lib
 from repulsor_jax.data import pipeline
-from repulsor_jax.metrics import NonFiniteLossError, read_jsonl
+from repulsor_jax.divergence import DivergedError
+from repulsor_jax.metrics import read_jsonl
+from repulsor_jax.preemption import Preempted
 from repulsor_jax.train import train
 from tests import tiny
 
@@ -109,13 +114,8 @@ def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
 
 @pytest.mark.parametrize("at", [6, 7])  # right after a checkpoint, and not
 def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, monkeypatch, at):
-    def poisoned(*args, **kwargs):
-        return _Poisoned(pipeline.training_iterator(*args, **kwargs), at=at)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_lib, "training_iterator", poisoned)
-        with pytest.raises(NonFiniteLossError, match=f"step {at}: loss nan") as error:
-            run(tmp_path, data_dir)
+    with pytest.raises(DivergedError, match=f"step {at}: loss nan") as error:
+        run_on(monkeypatch, _Poisoned, (at,), tmp_path, data_dir)
     for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "regularizer.weight"):
         assert advice in str(error.value)
     saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
@@ -157,20 +157,157 @@ def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypa
 
 
 class _Poisoned:
-    """A data iterator whose batch `at` (from 1) is all nan."""
+    """A data iterator whose batches of some numbers (from 1) are all nan."""
 
-    def __init__(self, iterator, at):
-        self._iterator, self._left = iterator, at
+    def __init__(self, iterator, *at):
+        self._iterator, self._at, self._count = iterator, at, 0
 
     def __next__(self):
         batch = next(self._iterator)
-        self._left -= 1
-        if self._left == 0:
+        self._count += 1
+        if self._count in self._at:
             batch = batch | {"latents": np.full_like(batch["latents"], np.nan)}
         return batch
 
     def __getattr__(self, name):
         return getattr(self._iterator, name)
+
+
+class _Without(_Poisoned):
+    """A data iterator that leaves out batches of some numbers (from 1)."""
+
+    def __next__(self):
+        self._count += 1
+        while self._count in self._at:
+            next(self._iterator)
+            self._count += 1
+        return next(self._iterator)
+
+
+def run_on(monkeypatch, iterator_class, at, workdir, data_dir, **overrides):
+    """A run on a data iterator with a fault."""
+
+    def iterator(*args, **kwargs):
+        return iterator_class(pipeline.training_iterator(*args, **kwargs), *at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "training_iterator", iterator)
+        return run(workdir, data_dir, **overrides)
+
+
+def read_events(workdir):
+    return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+
+
+# (bad batches, those that the run then never learnt from)
+FAULTS = {
+    "skip": [((7,), (7,)), ((5,), (5,)), ((5, 6), (5, 6)), ((12,), (12,)), ((13, 14), ())],
+    # Steps 6 and 7 are lost with their batches, and the one dispatched before 7 was read.
+    "rollback": [
+        ((7,), (6, 7, 8)),
+        ((6,), (6, 7)),
+        ((10,), (6, 7, 8, 9, 10)),
+        ((3,), (1, 2, 3, 4)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "bad", "missing"),
+    [(policy, *case) for policy, cases in FAULTS.items() for case in cases],
+)
+def test_a_run_goes_on_past_bad_batches(tmp_path, data_dir, monkeypatch, policy, bad, missing):
+    """Bit for bit as one whose data never held them."""
+    state = run_on(
+        monkeypatch,
+        _Poisoned,
+        bad,
+        tmp_path / "a",
+        data_dir,
+        divergence__policy=policy,
+    )
+    expected = run_on(monkeypatch, _Without, missing, tmp_path / "b", data_dir)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [line["step"] for line in losses(tmp_path / "a")] == list(range(1, 13))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(tiny.raw(state)),
+        jax.device_get(tiny.raw(expected)),
+    )
+    if not missing:
+        assert not (tmp_path / "a" / "events.jsonl").exists()
+        return
+    events = read_events(tmp_path / "a")
+    assert [event["batch"] for event in events] == [number - 1 for number in bad]
+    dataset = experiment_lib.latent_dataset.open_latent_dataset(data_dir / "train")
+    for event in events:
+        labels = np.load(event["kept"])["labels"]
+        found = dataset.open().__getitems__(event["records"])
+        kept = experiment_lib.latent_dataset.decode_records(found, dataset.shape, dataset.dtype)
+        np.testing.assert_array_equal(labels, kept["labels"])  # the numbers are of these records
+
+
+def test_too_many_bad_batches_stop_the_run(tmp_path, data_dir, monkeypatch):
+    with pytest.raises(DivergedError, match=r"step 4: .* as 3 times before it: .*max_events=3"):
+        run_on(
+            monkeypatch,
+            _Poisoned,
+            range(4, 20),
+            tmp_path,
+            data_dir,
+            divergence__policy="skip",
+            divergence__max_events=3,
+        )
+    assert len(read_events(tmp_path)) == 4
+
+
+def test_a_gradient_above_the_limit_is_refused(tmp_path, data_dir, uninterrupted):
+    norms = [line["grad_norm"] for line in losses(uninterrupted[0])]
+    limit = sorted(norms)[-2]  # the largest is above it
+    first = norms.index(max(norms)) + 1
+    with pytest.raises(DivergedError, match=f"step {first}: "):
+        run(tmp_path, data_dir, divergence__max_grad_norm=float(limit))
+
+
+class _Signals(_Poisoned):
+    """A data iterator that sends this process a signal before some batches."""
+
+    def __next__(self):
+        self._count += 1
+        if self._count in self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self._iterator)
+
+
+def test_told_to_stop_it_saves_and_resuming_is_invisible(
+    tmp_path, data_dir, uninterrupted, monkeypatch
+):
+    reference, expected = uninterrupted
+    with pytest.raises(Preempted, match="saved step 7 of 12"):
+        run_on(monkeypatch, _Signals, (7,), tmp_path, data_dir)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    state = run(tmp_path, data_dir)
+    assert losses(tmp_path) == losses(reference)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+
+
+class _Slow(_Poisoned):
+    """A data iterator that takes its time over some batches."""
+
+    def __next__(self):
+        self._count += 1
+        if self._count in self._at:
+            time.sleep(1.5)
+        return next(self._iterator)
+
+
+def test_a_hang_is_reported_with_its_phase_and_stack(tmp_path, data_dir, monkeypatch, capsys):
+    minutes = 0.5 / 60
+    run_on(monkeypatch, _Slow, (6,), tmp_path, data_dir, log__watchdog_minutes=minutes)
+    report = (tmp_path / "hangs" / "process_0.txt").read_text()
+    assert "process 0 of 1 has been in phase 'data' of step 6" in report
+    assert "__next__" in report  # the stack of the thread that sleeps
+    assert "in phase 'data' of step 6" in capsys.readouterr().err
 
 
 def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, data_dir, capsys):

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -60,21 +60,12 @@ def training_iterator(
         raise ValueError(f"data seed: found {seed}, expected 0 or more")
     source = dataset.open()
 
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        images = np.random.default_rng((seed, epoch)).permutation(dataset.num_images)
-        if not dataset.flipped:
-            return images
-        flips = np.random.default_rng((seed, epoch, 1)).integers(2, size=len(images))
-        return 2 * images + flips
+    order = _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:
         # One call into the reader per batch: grain's own shuffle and batch go record by record,
         # at half the speed.
-        epochs, places = np.divmod(batch * global_batch_size + own, dataset.num_images)
-        indices = np.concatenate(
-            [order(e)[places[epochs == e]] for e in np.unique(epochs).tolist()]
-        )
+        indices = order(batch * global_batch_size + own)
         try:
             records = source.__getitems__(indices.tolist())
         except RuntimeError as error:  # how the reader says that a checksum is wrong
@@ -87,6 +78,32 @@ def training_iterator(
     batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.map(read).to_iter_dataset(options))
+
+
+def batch_records(
+    dataset: LatentDataset, global_batch_size: int, seed: int, batch: int
+) -> np.ndarray:
+    """Numbers of the records that a global batch is made of, `[global_batch_size]`, row by row."""
+    first = batch * global_batch_size
+    return _record_order(dataset, seed)(np.arange(first, first + global_batch_size))
+
+
+def _record_order(dataset: LatentDataset, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the map from ascending positions in the endless sequence to numbers of records."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        images = np.random.default_rng((seed, epoch)).permutation(dataset.num_images)
+        if not dataset.flipped:
+            return images
+        flips = np.random.default_rng((seed, epoch, 1)).integers(2, size=len(images))
+        return 2 * images + flips
+
+    def records(positions: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(positions, dataset.num_images)
+        return np.concatenate([order(e)[places[epochs == e]] for e in np.unique(epochs).tolist()])
+
+    return records
 
 
 def rescale_position(

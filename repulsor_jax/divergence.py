@@ -1,0 +1,129 @@
+"""What to do with a step whose loss or gradient is not finite, or too large.
+
+The step itself refuses such an update: parameters, moments, average and bank stay as they were (see
+`train_step.py`). Here it is logged, its batch kept for study, and the run stopped, or not.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from repulsor_jax import atomic, sharding
+from repulsor_jax.config import DivergenceConfig
+
+EVENTS, FOLDER = "events.jsonl", "divergence"
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on by itself; the message says what happened and what to try."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A step that was refused.
+
+    Attributes:
+      step: that it would have been.
+      batch: number of its batch in the data's sequence, from 0.
+      values: its metrics: "loss", "grad_norm" and others.
+    """
+
+    step: int
+    batch: int
+    values: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: loss {self.values['loss']:.6g}, grad_norm "
+            f"{self.values['grad_norm']:.6g} (batch {self.batch})"
+        )
+
+
+class DivergencePolicy:
+    """Logs what was refused, and decides."""
+
+    def __init__(
+        self,
+        config: DivergenceConfig,
+        workdir: pathlib.Path,
+        records_of: Callable[[int], np.ndarray],
+    ) -> None:
+        """Nothing is written before something is refused.
+
+        Args:
+          config: of the run.
+          workdir: lines go to `<workdir>/events.jsonl`, batches to `<workdir>/divergence`.
+          records_of: number of a batch -> numbers of its records in the data set.
+        """
+        self._config = config
+        self._workdir = workdir
+        self._records_of = records_of
+        self._in_a_row = 0
+        self._last_step = -1
+
+    def rolls_back(
+        self, refusals: Sequence[Refusal], recent: Iterable[tuple[int, Mapping[str, jax.Array]]]
+    ) -> bool:
+        """Takes note of refused steps; every process of the job takes part.
+
+        Args:
+          refusals: in their order.
+          recent: number and content of the batches of late, those of the refusals among them.
+
+        Returns:
+          True where the state is to be that of the newest checkpoint; False to go on as it is.
+
+        Raises:
+          DivergedError: by the policy "stop", or as one time too many of another.
+        """
+        batches = dict(recent)
+        for refusal in refusals:
+            # Steps of a run that gets nowhere; one that moved on starts to count anew.
+            moved_on = refusal.step > self._last_step
+            self._in_a_row = 1 if moved_on else self._in_a_row + 1
+            self._last_step = max(self._last_step, refusal.step)
+            self._log(refusal, batches.get(refusal.batch))
+        newest = refusals[-1]
+        if self._config.policy == "stop":
+            raise DivergedError(f"{newest} was refused")
+        if self._in_a_row > self._config.max_events:
+            raise DivergedError(
+                f"{newest} was refused, as {self._in_a_row - 1} times before it: "
+                f"config.divergence.max_events={self._config.max_events}"
+            )
+        return self._config.policy == "rollback"
+
+    def _log(self, refusal: Refusal, batch: Mapping[str, jax.Array] | None) -> None:
+        records = self._records_of(refusal.batch)
+        path = None
+        if batch is not None and self._config.keep_batches:
+            path = self._workdir / FOLDER / f"step_{refusal.step:08d}_batch_{refusal.batch}.npz"
+            content = sharding.to_host(dict(batch))
+            if jax.process_index() == 0:
+                about = {"step": refusal.step, "batch": refusal.batch, "records": records}
+                with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, allow_pickle=False, **content, **about)
+        if jax.process_index() != 0:
+            return
+        event = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "event": "refused",
+            "policy": self._config.policy,
+            "step": refusal.step,
+            "batch": refusal.batch,
+            **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
+            "kept": str(path) if path else "",
+            "records": records.tolist(),
+        }
+        with (self._workdir / EVENTS).open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        tqdm.write(
+            f"warning: {refusal} was refused; policy {self._config.policy!r}"
+            + (f"; study it with --mode=replay --event={path}" if path else "")
+        )

@@ -1,0 +1,60 @@
+"""Being told to stop: SIGTERM of a preempted machine, SIGUSR1 of a Slurm job near its time limit.
+
+The training loop asks after every step. With one process, a handler of ours keeps the word; with
+several, JAX's preemption service hears SIGTERM on any of them, and all learn of the same step.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import Any, Self
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
+
+
+class Preempted(Exception):  # noqa: N818
+    """The run was told to stop, and its state is saved."""
+
+
+class Preemption:
+    """Hears the signals while it is entered; the second one ends the process at once."""
+
+    def __init__(self) -> None:
+        """Nothing is installed before it is entered."""
+        self._told = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if jax.process_count() == 1:
+            self._listen(signal.SIGTERM, self._remember)
+            self._listen(signal.SIGUSR1, self._remember)
+        else:  # SIGTERM is the service's own
+            self._listen(signal.SIGUSR1, _as_sigterm)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and leave after this step; every process gets the same answer."""
+        if jax.process_count() == 1:
+            return self._told
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _listen(self, number: signal.Signals, handler: Any) -> None:
+        self._before[number] = signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._told:
+            # What is being saved is not listed until it is whole: nothing is harmed.
+            os._exit(128 + number)
+        self._told = True
+        os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
+
+
+def _as_sigterm(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

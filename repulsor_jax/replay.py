@@ -1,0 +1,109 @@
+"""The replay mode: a batch that was refused goes through the step once more, for study."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repulsor_jax import inference, regularizers, sharding
+from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.experiment import checked_mesh
+from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
+from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+
+
+def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[str, float]:
+    """Runs the step on a kept batch with the state of a checkpoint, and says what is not finite.
+
+    The state is that of the newest checkpoint before the refused step. With the policy "stop" that
+    is the state that the step had, and the same random numbers: the same loss. The training run and
+    its checkpoints are left alone.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      event: a file of `<workdir>/divergence`.
+
+    Returns:
+      The metrics of the step.
+
+    Raises:
+      ConfigError, CheckpointError: one message that names the file or key.
+    """
+    try:
+        with np.load(event, allow_pickle=False) as archive:
+            kept = {name: archive[name] for name in archive.files}
+        step, records = int(kept.pop("step")), kept.pop("records")
+        number = int(kept.pop("batch"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--event={event}: found no kept batch ({error}); they are in {workdir / 'divergence'}"
+        ) from error
+    latents = kept["latents"]
+    if len(latents) != config.batch_size:
+        raise ConfigError(
+            f"--event={event}: found a batch of {len(latents)}, but "
+            f"config.batch_size={config.batch_size}; use the run's own config"
+        )
+    mesh = checked_mesh(config)
+    model = build_model(config.model, mesh.devices.flat[0])
+    parts = (config, model, regularizers.build(config), build_optimizer(config))
+    abstract_state, _ = abstract_train_state(*parts, mesh)
+    with inference.open_checkpoints(workdir) as checkpointer:
+        before = [saved for saved in checkpointer.steps() if saved < step]
+        if not before:
+            raise ConfigError(f"--event={event}: {checkpointer.directory} holds no step before it")
+        state, _, _ = checkpointer.restore(abstract_state, config.batch_size, before[-1])
+        _, record, _ = checkpointer.records(before[-1])
+    stochastic = latents.shape[-1] == 2 * config.model.in_channels
+    shift, factor = (np.asarray(record[key], np.float32) for key in ("shift", "factor"))
+    step_fn = compile_train_step(
+        make_train_step(*parts, LatentFormat(stochastic, shift, factor)),
+        abstract_state,
+        latents.shape[1:],
+        str(latents.dtype),
+        config.batch_size,
+        mesh,
+    )
+    rows = sharding.local_rows(mesh, config.batch_size)
+    own = np.concatenate([np.arange(run.start, run.stop) for run in rows])
+    batch = sharding.to_global({name: array[own] for name, array in kept.items()}, mesh)
+    lines = [f"batch {number}, kept of step {step}, on the state of step {before[-1]}"]
+    lines += _not_finite(state)
+    bad_rows = np.flatnonzero(~np.isfinite(latents).reshape(len(latents), -1).all(axis=1))
+    for row in bad_rows[:8]:
+        lines.append(
+            f"latents of row {row} are not finite: record {records[row]}, label "
+            f"{kept['labels'][row]}"
+        )
+    largest = np.nanmax(np.abs(latents.astype(np.float32)).reshape(len(latents), -1), axis=1)
+    row = int(np.nanargmax(largest)) if np.isfinite(largest).any() else 0
+    lines.append(f"the largest latent is {largest[row]:.4g}, of row {row}, record {records[row]}")
+    _, metrics = step_fn(state, batch)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    lines += [f"{name} {value:.6g}" for name, value in values.items()]
+    if jax.process_index() == 0:
+        print("\n".join(lines))
+    return values
+
+
+def _not_finite(state: Any) -> list[str]:
+    """A line for every part of the state that holds a number that is not finite."""
+    parts = {
+        "params": state.params,
+        "ema_params": state.ema_params,
+        "opt_state": state.opt_state,
+        "bank": state.bank,
+    }
+
+    @jax.jit
+    def count(tree: Any) -> jax.Array:
+        floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum((~jnp.isfinite(x)).sum() for x in floats) + jnp.int32(0)
+
+    counts = {name: int(count(tree)) for name, tree in parts.items()}
+    return [f"{name}: {n:,} numbers are not finite" for name, n in counts.items() if n] or [
+        "every number of the state is finite"
+    ]

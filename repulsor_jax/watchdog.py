@@ -1,0 +1,73 @@
+"""A watchdog: says which process hangs, in which phase, and where in the code."""
+
+import faulthandler
+import pathlib
+import sys
+import threading
+import time
+from typing import Self
+
+import jax
+
+
+class Watchdog:
+    """A thread that reports when the loop has not moved for some minutes; a context manager.
+
+    The report goes to standard error and, with the stack of every thread, to
+    `<workdir>/hangs/process_<k>.txt`. It repeats as long as nothing moves; it stops nothing.
+    """
+
+    def __init__(self, workdir: pathlib.Path, minutes: float) -> None:
+        """Nothing is watched before it is entered.
+
+        Args:
+          workdir: of the run.
+          minutes: without a beat before there is a report; 0 watches nothing.
+        """
+        self._path = workdir / "hangs" / f"process_{jax.process_index()}.txt"
+        self._who = f"process {jax.process_index()} of {jax.process_count()}"
+        self._seconds = 60.0 * minutes
+        self._beat = ("start", 0, time.monotonic())
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def beat(self, phase: str, step: int) -> None:
+        """Says that a phase begins: "data", "step", "save", "evaluate"; costs nothing."""
+        self._beat = (phase, step, time.monotonic())
+
+    def _watch(self) -> None:
+        reported = 0
+        seen = self._beat
+        while not self._done.wait(self._seconds / 4):
+            if self._beat is not seen:
+                seen, reported = self._beat, 0
+            phase, step, since = seen
+            stuck = time.monotonic() - since
+            if stuck >= self._seconds * (reported + 1):
+                reported = int(stuck / self._seconds)
+                self._report(phase, step, stuck)
+
+    def _report(self, phase: str, step: int, stuck: float) -> None:
+        text = (
+            f"{self._who} has been in phase {phase!r} of step {step} for {stuck / 60:.1f} minutes"
+        )
+        print(f"warning: {text}; stacks: {self._path}", file=sys.stderr, flush=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            print(f"warning: {self._path}: {error}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
