@@ -106,8 +106,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
 
-    # A step is refused, and leaves the state as it was, where its loss or the norm of its gradient is
-    # not finite or above these limits (docs/failures.md).
+    # A step whose loss, or the norm of its gradient, is not finite or is above these limits is
+    # refused: it leaves the state as it was (docs/failures.md).
     c.divergence = ml_collections.ConfigDict()
     c.divergence.policy = "stop"  # then "stop", "skip" (that batch) or "rollback" (a checkpoint)
     c.divergence.max_events = 10  # refused at one place before "skip" and "rollback" stop too

@@ -25,6 +25,7 @@ from repulsor_jax.generation import SamplingError
 from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.topology import describe_machine
+from repulsor_jax.replay import replay
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 
@@ -40,11 +41,12 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate", "plan"],
+    ["train", "encode", "sample", "evaluate", "plan", "replay"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
     "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). plan: memory, "
-    "FLOPs, collectives and estimated time on --topology, which need not be here.",
+    "FLOPs, collectives and estimated time on --topology, which need not be here. replay: a batch "
+    "that training refused (--event), once more.",
 )
 _CHECKPOINT_STEP = flags.DEFINE_string(
     "checkpoint_step",
@@ -52,6 +54,7 @@ _CHECKPOINT_STEP = flags.DEFINE_string(
     "Which checkpoint to sample from or evaluate; the newest by default. evaluate also takes "
     "several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
 )
+_EVENT = flags.DEFINE_string("event", "", "replay: a file of <workdir>/divergence.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",
@@ -140,6 +143,9 @@ def main(argv: list[str]) -> None:
             return
         if _MODE.value == "evaluate":
             evaluate(config, workdir, _CHECKPOINT_STEP.value)
+            return
+        if _MODE.value == "replay":
+            replay(config, workdir, pathlib.Path(_EVENT.value).expanduser())
             return
         pictures = experiment_lib.draws_pictures(config)
         experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)

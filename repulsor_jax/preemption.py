@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
 
 
-class Preempted(Exception):  # noqa: N818
+class Preempted(Exception):
     """The run was told to stop, and its state is saved."""
 
 
