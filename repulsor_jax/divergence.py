@@ -107,7 +107,11 @@ class DivergencePolicy:
             path = self._workdir / FOLDER / f"step_{refusal.step:08d}_batch_{refusal.batch}.npz"
             content = sharding.to_host(dict(batch))
             if jax.process_index() == 0:
-                about: dict[str, Any] = {"step": refusal.step, "batch": refusal.batch, "records": records}
+                about: dict[str, Any] = {
+                    "step": refusal.step,
+                    "batch": refusal.batch,
+                    "records": records,
+                }
                 with atomic.replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, allow_pickle=False, **content, **about)
         if jax.process_index() != 0:
