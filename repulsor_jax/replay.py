@@ -17,9 +17,8 @@ from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train
 def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[str, float]:
     """Runs the step on a kept batch with the state of a checkpoint, and says what is not finite.
 
-    The state is that of the newest checkpoint before the refused step. With the policy "stop" that
-    is the state that the step had, and the same random numbers: the same loss. The training run and
-    its checkpoints are left alone.
+    The state is that of the newest checkpoint before the refused step; where that is the step right
+    before it, the numbers are the very same. The training run and its checkpoints are left alone.
 
     Args:
       config: of the run.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from repulsor_jax.data import pipeline
 from repulsor_jax.divergence import DivergedError
 from repulsor_jax.metrics import read_jsonl
 from repulsor_jax.preemption import Preempted
+from repulsor_jax.replay import replay
 from repulsor_jax.train import train
 from tests import tiny
 
@@ -267,6 +269,30 @@ def test_a_gradient_above_the_limit_is_refused(tmp_path, data_dir, uninterrupted
     first = norms.index(max(norms)) + 1
     with pytest.raises(DivergedError, match=f"step {first}: "):
         run(tmp_path, data_dir, divergence__max_grad_norm=float(limit))
+
+
+class _Loud(_Poisoned):
+    """A data iterator some of whose batches are far too large."""
+
+    def __next__(self):
+        batch = next(self._iterator)
+        self._count += 1
+        scale = 100 if self._count in self._at else 1
+        return batch | {"latents": batch["latents"] * np.float16(scale)}
+
+
+def test_a_kept_batch_replays_to_the_very_numbers(tmp_path, data_dir, monkeypatch, capsys):
+    limits = {"divergence__policy": "skip", "divergence__max_loss": 50.0, "total_steps": 8}
+    run_on(monkeypatch, _Loud, (6,), tmp_path, data_dir, **limits)
+    (event,) = read_events(tmp_path)
+    assert float(event["loss"]) > 50
+    values = tiny.digits_dict(data_dir, **MESH, **limits)
+    found = replay(config_lib.parse(values), tmp_path, pathlib.Path(event["kept"]))
+    assert found.pop("refused") == 1.0
+    assert found == {name: float(event[name]) for name in found}
+    said = capsys.readouterr().out
+    assert "batch 5, kept of step 6, on the state of step 5" in said
+    assert "every number of the state is finite" in said
 
 
 class _Signals(_Poisoned):
