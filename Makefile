@@ -9,7 +9,7 @@ WORKDIR ?= runs/digits
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast check format clean
+.PHONY: demo test test-fast drill check format clean
 
 demo: $(READY)  ## Train on the embedded digits: grid, loss curve and number, in minutes on a CPU.
 	$(BIN)/python -m repulsor_jax.main --config=configs/digits.py --workdir=$(WORKDIR)
@@ -20,6 +20,9 @@ test: $(READY)  ## The whole suite, on an 8-device CPU mesh.
 
 test-fast: $(READY)  ## The suite without its slow tests.
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 -m "not slow"
+
+drill: $(READY)  ## Kill training at random moments, over and over: an hour or more.
+	$(BIN)/python -m benchmarks.drill
 
 check: $(READY)  ## Format, lint, types, shell scripts.
 	$(BIN)/ruff format --check .
