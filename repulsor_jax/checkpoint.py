@@ -201,7 +201,7 @@ class Checkpointer:
                     config=ocp.args.JsonRestore(), latents=ocp.args.JsonRestore()
                 ),
             )
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.directory}/{step}: found no record of configuration and latents ({error}); "
                 "it was saved by an older version, or is damaged"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from repulsor_jax import flow, sde, solvers
+from repulsor_jax.untrusted import has_secret
 
 T = TypeVar("T")
 
@@ -423,6 +424,12 @@ def parse_section(schema: type[T], values: Any, path: str) -> T:
 def _check_value(key: str, value: Any, kind: Any, bounds: types.MappingProxyType[str, Any]) -> Any:
     if typing.get_origin(kind) is tuple:
         return _check_tuple(key, value, kind, bounds)
+    if isinstance(value, str) and has_secret(value):
+        raise ConfigError(
+            f"{key}: found a password or an access token in it (not shown): the configuration is "
+            "printed and saved with every checkpoint; keep secrets in the environment or in the "
+            "files of the tool that needs them, and give a path or a name here"
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

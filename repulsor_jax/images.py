@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from repulsor_jax import atomic
+from repulsor_jax.untrusted import printable
 
 PathLike = str | os.PathLike[str]
 
 _OFFSETS = {"dit": 128.0, "adm": 127.5}
+_MAX_LABEL = 100  # characters above a column
 
 
 def to_uint8(images: np.ndarray | jax.Array, rounding: str = "dit") -> np.ndarray | jax.Array:
@@ -80,6 +82,8 @@ def save_grid(
     sheet = sheet.reshape(rows * cells.shape[1], columns * cells.shape[2], channels)
     header = 0
     if column_labels is not None:
+        # PIL measures no text of several lines.
+        column_labels = [printable(label).replace("\n", " ")[:_MAX_LABEL] for label in column_labels]
         size = min(height // 3, 24)
         widest = max(ImageFont.load_default(size).getlength(label) for label in column_labels)
         font = ImageFont.load_default(max(9, min(size, int(size * width / max(widest, 1)))))

@@ -19,6 +19,7 @@ from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.generation import Guidance, Guide
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
+from repulsor_jax.untrusted import has_controls
 from repulsor_jax.weights import tensors_sha256
 
 _SHOWN_DIGITS = 16  # of a SHA-256, in reports
@@ -61,7 +62,7 @@ def open_experiment(
       ConfigError: the configuration is not one for this run, or this machine.
       CheckpointError: no such checkpoint.
     """
-    saved, record, step = checkpointer.records(step)
+    saved, record, step = _records(checkpointer, step)
     # The average is the run's, whatever the configuration says.
     ema_decay = saved["optimizer"]["ema_decay"]
     optimizer = dataclasses.replace(config.optimizer, ema_decay=ema_decay)
@@ -76,6 +77,43 @@ def open_experiment(
                     "run's own config"
                 )
     return experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _LatentsRecord:
+    """What `experiment.latents_record` gives, as read from a checkpoint."""
+
+    autoencoder: str
+    weights_sha256: str
+    shift: tuple[float, ...]
+    factor: tuple[float, ...]
+    class_names: tuple[str, ...]
+
+
+def _records(
+    checkpointer: Checkpointer, step: int | None
+) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
+    """As `Checkpointer.records`, with all that is needed here, of the right types."""
+    saved, record, step = checkpointer.records(step)
+    where = f"{checkpointer.directory}/{step}"
+    for section, keys in {**_SAME, "optimizer": ("ema_decay",)}.items():
+        found = saved.get(section) if isinstance(saved, dict) else None
+        for key in keys:
+            if not isinstance(found, dict) or not isinstance(found.get(key), int | float | str):
+                raise CheckpointError(
+                    f"{where}: its record of the configuration has no value of {section}.{key}: "
+                    "it was saved by another version, or is damaged"
+                )
+    known = [field.name for field in dataclasses.fields(_LatentsRecord)]
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if key in known}
+    checked = config_lib.parse_section(_LatentsRecord, record, f"{where}: latents")
+    if not checked.class_names or any(map(has_controls, checked.class_names)):
+        raise CheckpointError(
+            f"{where}: found the class names {list(checked.class_names)[:5]}, expected one or "
+            "more, without control characters"
+        )
+    return saved, record, step
 
 
 def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
@@ -123,7 +161,7 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
     workdir = pathlib.Path(config.sampling.guiding_run).expanduser().absolute()
     step = None if config.sampling.guiding_step == -1 else config.sampling.guiding_step
     with open_checkpoints(workdir) as checkpointer:
-        saved, record, step = checkpointer.records(step)
+        saved, record, step = _records(checkpointer, step)
         model_config = config_lib.parse_section(
             config_lib.ModelConfig, saved["model"], f"{workdir}: config.model"
         )

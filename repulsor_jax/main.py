@@ -28,6 +28,7 @@ from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.replay import replay
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
+from repulsor_jax.untrusted import printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -179,7 +180,7 @@ def _stop(message: str, code: int) -> NoReturn:
     One of several processes ends at once: leaving in order would first wait for the others, which
     wait for this one.
     """
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         sys.stdout.flush()
         os._exit(code)

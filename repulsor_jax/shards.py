@@ -92,7 +92,7 @@ class Shards:
             try:
                 with np.load(path, allow_pickle=False) as archive:
                     array = archive[name]
-            except (*_DAMAGED, ValueError, KeyError) as error:
+            except (*_DAMAGED, ValueError, KeyError, MemoryError) as error:
                 raise ValueError(
                     f"{path}: damaged ({error}): delete it, and the same command makes it anew"
                 ) from error

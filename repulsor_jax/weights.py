@@ -1,10 +1,11 @@
 """Reading pretrained tensors from files, and fitting them to Linen parameters.
 
 Nothing here imports torch. A `.pth` file is a zip of a pickle and raw storages: the pickle is read
-by an unpickler that knows how to build tensors and dictionaries, and refuses everything else.
+by an unpickler that knows how to build tensors and dictionaries, and refuses everything else. What
+it takes is bounded by the size of the file.
 """
 
-import collections
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 import ml_dtypes
@@ -204,21 +205,60 @@ def _unpickle(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndar
         raise ValueError(f"{path}: found a zip without data.pkl, expected a torch.save file")
     folder = pickles[0].removesuffix("data.pkl")
     order = folder + "byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
-        raise ValueError(f"{path}: found byte order {archive.read(order)!r}, expected little")
+    if order in archive.namelist():
+        with archive.open(_stored(archive, order)) as stream:
+            found = stream.read(16)
+        if found != b"little":
+            raise ValueError(f"{path}: found byte order {found!r}, expected little")
+    budget = _Budget(path.stat().st_size)
 
     def read(key: str, size: int, dtype: np.dtype) -> np.ndarray:
-        return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
+        entry = _stored(archive, f"{folder}data/{key}")
+        if entry.file_size != size * dtype.itemsize:
+            raise pickle.UnpicklingError(
+                f"found storage {key} with {entry.file_size // dtype.itemsize} x {dtype}, expected "
+                f"{size} x {dtype}"
+            )
+        budget.spend(entry.file_size)
+        return np.frombuffer(archive.read(entry), dtype)
 
-    with archive.open(pickles[0]) as stream:
-        try:
-            value = _Unpickler(stream, read).load()
-        except zipfile.BadZipFile:
-            raise
-        except Exception as error:
-            # A hostile or damaged pickle can make the unpickler raise nearly anything.
-            raise ValueError(f"{path}: its pickle is not one of tensors: {error}") from error
+    try:
+        with archive.open(_stored(archive, pickles[0])) as stream:
+            value = _Unpickler(stream, budget.total, read).load()
+    except zipfile.BadZipFile:
+        raise
+    except Exception as error:
+        raise _not_tensors(path, error) from error
     return _tensors_only(path, value)
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A member that takes no more memory than it takes in the file, as torch.save writes all."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"found {name} compressed, expected it stored as it is")
+    return entry
+
+
+@dataclasses.dataclass
+class _Budget:
+    """Bytes of storages that a file may ask for: as many as it has itself."""
+
+    total: int
+    spent: int = 0
+
+    def spend(self, size: int) -> None:
+        self.spent += size
+        if size < 0 or self.spent > self.total:
+            raise pickle.UnpicklingError(
+                f"found storages of {self.spent:,} bytes or more in a file of {self.total:,}"
+            )
+
+
+def _not_tensors(path: pathlib.Path, error: Exception) -> ValueError:
+    """What to say of a pickle: hostile or damaged ones make the unpickler raise nearly anything."""
+    reason = str(error) or {EOFError: "it ends early"}.get(type(error), type(error).__name__)
+    return ValueError(f"{path}: its pickle is not one of tensors: {reason}")
 
 
 def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -228,17 +268,19 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     keys in the order of their bytes, each of which follows its length.
     """
     storages: dict[str, np.ndarray] = {}
+    budget = _Budget(path.stat().st_size)
 
     def allocate(key: str, size: int, dtype: np.dtype) -> np.ndarray:
         # Tensors are views of storages whose bytes come after them.
-        if not 0 <= size * dtype.itemsize <= path.stat().st_size:
-            raise pickle.UnpicklingError(f"found storage {key} of {size} x {dtype}")
+        budget.spend(size * dtype.itemsize)
         storages[key] = np.empty(size, dtype)
         return storages[key]
 
     with path.open("rb") as file:
         try:
-            magic, _, machine, value, keys = (_Unpickler(file, allocate).load() for _ in range(5))
+            magic, _, machine, value, keys = (
+                _Unpickler(file, budget.total, allocate).load() for _ in range(5)
+            )
             if magic != _LEGACY_MAGIC or not machine["little_endian"]:
                 raise pickle.UnpicklingError("found no little-endian file of torch.save")
             for key in keys:
@@ -250,7 +292,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
                         f"storage {key} is not whole; the file is truncated, fetch it anew"
                     )
         except Exception as error:
-            raise ValueError(f"{path}: its pickle is not one of tensors: {error}") from error
+            raise _not_tensors(path, error) from error
     if set(keys) != set(storages):
         raise ValueError(f"{path}: found no bytes for some tensors, expected all; fetch it anew")
     return _tensors_only(path, value)
@@ -268,54 +310,141 @@ def _tensors_only(path: pathlib.Path, value: Any) -> dict[str, np.ndarray]:
     return dict(value)
 
 
-class _Unpickler(pickle.Unpickler):
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """The flat array that tensors are views of; only `persistent_load` makes one."""
+
+    array: np.ndarray
+
+
+def _empty_dict() -> dict[str, Any]:
+    return {}
+
+
+def _tensor(
+    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    # A view of a view could reach beyond the memory of the storage: no other array will do.
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError(f"found a tensor on a {type(storage).__name__}")
+    array = storage.array
+    if offset < 0 or min((*shape, *strides), default=0) < 0 or len(shape) != len(strides):
+        raise pickle.UnpicklingError(f"found offset {offset}, shape {shape}, strides {strides}")
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if math.prod(shape) and (last >= array.size or math.prod(shape) > array.size):
+        raise pickle.UnpicklingError(f"found shape {shape} beyond the storage's {array.size}")
+    steps = [stride * array.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(array[offset:], shape, steps, writeable=False)
+
+
+def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
+    return data
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _empty_dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGE_DTYPES.items()},
+}
+
+
+class _Opcodes(dict[int, Callable[[Any], None]]):
+    """The opcodes that a pickle of tensors needs; any other is refused."""
+
+    def __missing__(self, opcode: int) -> Callable[[Any], None]:
+        raise pickle.UnpicklingError(f"found the opcode {bytes([opcode])!r}, which is refused")
+
+
+# Python's own unpickler, not the one in C: that one allocates what a pickle of a few bytes asks
+# for, and its opcodes cannot be chosen.
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     """Builds dictionaries of tensors, and nothing else."""
 
-    def __init__(self, stream: Any, read_storage: Callable[[str, int, np.dtype], np.ndarray]):
-        super().__init__(stream)
+    def __init__(
+        self, stream: IO[bytes], size: int, read_storage: Callable[[str, int, np.dtype], np.ndarray]
+    ):
+        super().__init__(_Clipped(stream, size))
         self._read_storage = read_storage
-        self._storages: dict[str, np.ndarray] = {}
+        self._storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """The few things a state dict refers to; raises UnpicklingError for any other."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Unpickler._tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _Unpickler._parameter
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return np.dtype(_STORAGE_DTYPES[name])
-        raise pickle.UnpicklingError(f"found {module}.{name}, which is refused; nothing was run")
+        if (module, name) not in _GLOBALS:
+            raise pickle.UnpicklingError(f"found {module}.{name}, which is refused; nothing was run")
+        return _GLOBALS[module, name]
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        """The storage that a tensor is a view of, as a flat array."""
+    def persistent_load(self, pid: Any) -> _Storage:
+        """The storage that a tensor is a view of."""
         kind, dtype, key, _, size, *view = pid
         # The old format ends with a view into another storage, long unused and so None.
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
             raise pickle.UnpicklingError(f"found a persistent {kind!r}, expected a storage")
+        if type(key) is not str or type(size) is not int:
+            raise pickle.UnpicklingError("found a storage without a name and a size")
         if key not in self._storages:
-            self._storages[key] = self._read_storage(key, size, dtype)
-        storage = self._storages[key]
-        if storage.dtype != dtype or storage.size != size:
+            self._storages[key] = _Storage(self._read_storage(key, size, dtype))
+        array = self._storages[key].array
+        if array.dtype != dtype or array.size != size:
             raise pickle.UnpicklingError(
-                f"found storage {key} with {storage.size} x {storage.dtype}, expected "
-                f"{size} x {dtype}"
+                f"found storage {key} with {array.size} x {array.dtype}, expected {size} x {dtype}"
             )
-        return storage
+        return self._storages[key]
 
-    @staticmethod
-    def _tensor(
-        storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-    ) -> np.ndarray:
-        if offset < 0 or min((*shape, *strides), default=0) < 0 or len(shape) != len(strides):
-            raise pickle.UnpicklingError(f"found offset {offset}, shape {shape}, strides {strides}")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        if math.prod(shape) and last >= storage.size:
-            raise pickle.UnpicklingError(f"found shape {shape} beyond the storage's {storage.size}")
-        steps = [stride * storage.itemsize for stride in strides]
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
+    def _set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # To hash another key can take any depth of recursion.
+            if type(target) is not dict or type(key) is not str:
+                raise pickle.UnpicklingError(
+                    f"found a {type(key).__name__} as key of a {type(target).__name__}, expected "
+                    "names of tensors"
+                )
+            target[key] = value
 
-    @staticmethod
-    def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-        return data
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _load_build(self) -> None:
+        """Drops the attributes of a state dict, PyTorch's notes on versions; nothing else has any."""
+        self.stack.pop()
+        if type(self.stack[-1]) is not dict:
+            raise pickle.UnpicklingError(f"found attributes of a {type(self.stack[-1]).__name__}")
+
+    dispatch = _Opcodes(
+        {
+            opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
+            for opcode in (
+                *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE),
+                *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
+                *(pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+                *(pickle.SHORT_BINSTRING, pickle.BINSTRING, pickle.EMPTY_TUPLE, pickle.TUPLE),
+                *(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND),
+                *(pickle.APPENDS, pickle.EMPTY_DICT, pickle.BINPUT, pickle.LONG_BINPUT),
+                *(pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL),
+                *(pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BINPERSID),
+            )
+        }
+        | {
+            pickle.SETITEM[0]: _load_setitem,
+            pickle.SETITEMS[0]: _load_setitems,
+            pickle.BUILD[0]: _load_build,
+        }
+    )
+
+
+class _Clipped:
+    """A stream that is asked for no more than the file has: who asks may allocate it first."""
+
+    def __init__(self, stream: IO[bytes], size: int):
+        self._stream, self._size = stream, size
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(min(size, self._size))
+
+    def readline(self) -> bytes:
+        return self._stream.readline(self._size)

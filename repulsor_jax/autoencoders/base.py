@@ -73,7 +73,8 @@ def load_params(
     Raises:
       ValueError: a tensor is missing, superfluous or of another shape; names it and the file.
     """
-    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(image))["params"]
+    images = jax.ShapeDtypeStruct(image, jnp.float32)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     arrays = to_linen(tensors, abstract, source)
     dtype = module.dtype
     return jax.device_put(jax.tree.map(lambda a: a.astype(dtype), arrays))

@@ -4,6 +4,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from repulsor_jax.untrusted import printable
+
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -63,7 +65,7 @@ def _download(name: str, repository: str, wanted: Sequence[str]) -> pathlib.Path
         return pathlib.Path(snapshot_download(repository, allow_patterns=list(wanted)))
     except Exception as error:
         # The client raises errors of its own, of its HTTP library and of the file system.
-        reason = str(error).strip().split("\n")[0]
+        reason = printable(str(error).strip().split("\n")[0])  # its URL may hold a password
         raise FileNotFoundError(
             f"autoencoder {name!r}: its weights could not be downloaded "
             f"({type(error).__name__}: {reason}). Fetch {' and '.join(wanted)} from "

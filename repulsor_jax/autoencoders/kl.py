@@ -6,7 +6,6 @@ softmax in float32.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -25,6 +24,7 @@ from repulsor_jax.autoencoders.base import (
     method,
     upsample,
 )
+from repulsor_jax.untrusted import read_json
 from repulsor_jax.weights import read_tensors, tensors_sha256
 
 REPOSITORIES = {
@@ -76,6 +76,16 @@ class KLConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
+_MAX_LEVELS, _MAX_WIDTH, _MAX_FACTOR = 8, 8192, 1e6
+_EXPECTED = {
+    field.name: {
+        "int": f"a whole number from 1 to {_MAX_WIDTH}",
+        "float": f"a number within {_MAX_FACTOR:,.0f} of 0",
+        "bool": "true or false",
+    }.get(field.type.__name__, f"1 to {_MAX_LEVELS} whole numbers from 1 to {_MAX_WIDTH}")
+    for field in dataclasses.fields(KLConfig)
+} | {"layers_per_block": f"a whole number from 1 to {_MAX_LEVELS}"}
+
 # What diffusers takes for a key that config.json leaves out, where it is not Stable Diffusion's.
 _ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1}
 _REQUIRED = {
@@ -91,28 +101,46 @@ def read_config(path: pathlib.Path) -> KLConfig:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not JSON, or describes a model that `AutoencoderKL` is not.
+      ValueError: it is not JSON, describes a model that `AutoencoderKL` is not, or one of absurd
+        size; names the key.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: found no such file, expected the config.json of a diffusers AutoencoderKL"
         )
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: found {type(found).__name__}, expected a JSON object")
     for key, expected in _REQUIRED.items():
         values = found.get(key, expected)
-        if set([values] if isinstance(values, str) else values) != {expected}:
+        values = [values] if isinstance(values, str) else values
+        if not isinstance(values, list) or any(value != expected for value in values):
             raise ValueError(f"{path}: {key}: found {values!r}, expected {expected!r}")
     values = _ABSENT | {
         f.name: found[f.name] for f in dataclasses.fields(KLConfig) if f.name in found
     }
-    values["block_out_channels"] = tuple(values["block_out_channels"])
     values["shift_factor"] = values.get("shift_factor") or 0.0  # null means none
+    for key, value in values.items():
+        if not _is_sensible(key, value):
+            raise ValueError(f"{path}: {key}: found {value!r}, expected {_EXPECTED[key]}")
+    values["block_out_channels"] = tuple(values["block_out_channels"])
     return KLConfig(**values)
+
+
+def _is_sensible(key: str, value: Any) -> bool:
+    """Whether a model with this value can be built: the tensors are compared with it afterwards."""
+    if key == "block_out_channels":
+        return (
+            isinstance(value, list | tuple)
+            and 0 < len(value) <= _MAX_LEVELS
+            and all(type(width) is int and 0 < width <= _MAX_WIDTH for width in value)
+        )
+    if key in ("scaling_factor", "shift_factor"):
+        return type(value) in (int, float) and abs(value) < _MAX_FACTOR
+    if key in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        return type(value) is bool
+    most = _MAX_LEVELS if key == "layers_per_block" else _MAX_WIDTH
+    return type(value) is int and 0 < value <= most
 
 
 class ResidualBlock(nn.Module):

@@ -17,6 +17,7 @@ from repulsor_jax.data.latent_sources import LatentSource
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import Images, read_in_order
+from repulsor_jax.untrusted import printable
 
 _CHUNK = 16  # images that a worker process reads at a time
 _LATENTS_AT_ONCE = 256
@@ -235,8 +236,7 @@ def _fetch(
 
 
 def _skip(index: int, error: BadImageError) -> Skipped:
-    # A name may hold bytes that are not UTF-8, which a console may refuse.
-    tqdm.write(f"skipped {error}".encode(errors="backslashreplace").decode())
+    tqdm.write(printable(f"skipped {error}"))  # a name may hold what a console refuses, or obeys
     name, _, reason = str(error).partition(": ")
     return Skipped(index, name, reason)
 

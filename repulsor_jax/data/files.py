@@ -32,6 +32,7 @@ from repulsor_jax.data.listing import (
     shorten,
     suffix,
 )
+from repulsor_jax.data.preprocess import MAX_FILE_BYTES
 
 IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -45,6 +46,9 @@ _COMPRESSIONS: dict[bytes, tuple[str, Callable[[BinaryIO], Any]]] = {
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a member, or the end of an empty one
 _ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: start, lengths of name and extra fields
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_TAR_HEADER = 2**20  # bytes of a long name, or of a header of the PAX kind
+# A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
+_MAX_EXPANSION, _ALWAYS_EXPANDED = 200, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,7 @@ class ImageFolder:
         """Returns the file's bytes; OSError if it cannot be read."""
         path = os.path.join(self.root, self.names[index])
         with open(path, "rb", buffering=0) as file:
+            _check_size(os.fstat(file.fileno()).st_size, path)
             return Item(file.read(), int(self.labels[index]), path)
 
     def signature(self) -> str:
@@ -136,6 +141,7 @@ class ImageArchive:
         """Returns the member's bytes; OSError if they cannot be read or are damaged."""
         name = self.title + self.names[index]
         place = _Place(*self.places[index].tolist())
+        _check_size(place.size, name)
         read = self._read_zipped if self.is_zip else self._read_plain
         return Item(read(place, name), int(self.labels[index]), name)
 
@@ -164,6 +170,13 @@ class ImageArchive:
         if len(data) != place.size or zlib.crc32(data) != place.crc:
             raise OSError(errno.EIO, "damaged: its size or CRC-32 is not the recorded one", name)
         return data
+
+
+def _check_size(size: int, name: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise OSError(
+            errno.EFBIG, f"refused, as it has {size:,} bytes, more than {MAX_FILE_BYTES:,}", name
+        )
 
 
 class _RandomFile:
@@ -212,7 +225,8 @@ def open_archive(
 
     Raises:
       ValueError: not an archive, one that ends early or is damaged, a member whose name leads out
-        of it (absolute or with ".."), no such split, or see `open_folder`.
+        of it (absolute or with ".."), a compressed one that grows 200-fold, beyond 1 GiB, no such
+        split, or see `open_folder`.
     """
     if not path or not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "not found"
@@ -326,11 +340,16 @@ def _list_zip(path: str) -> _Members:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+    except (
+        # The last three of headers that no zip program writes.
+        *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError),
+        *(ValueError, struct.error, OverflowError),
+    ) as error:
         raise ValueError(
             f"{path}: ends early or is damaged, a zip's directory at its end is missing or wrong "
             f"({error}): fetch it again"
         ) from error
+    end = os.path.getsize(path)
     for entry in entries:
         # Some programs for Windows write backslashes.
         name = members.path(entry.filename.replace("\\", "/"))
@@ -345,11 +364,13 @@ def _list_zip(path: str) -> _Members:
             )
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
             members.add(name, None)
+        elif not 0 <= entry.header_offset <= end - entry.compress_size:
+            raise ValueError(f"{path}: damaged, {name} would reach beyond its end: fetch it again")
         else:
             place = _Place(
                 entry.header_offset,
                 entry.compress_size,
-                entry.file_size,
+                min(entry.file_size, MAX_FILE_BYTES + 1),  # which is refused when it is read
                 entry.compress_type,
                 entry.CRC,
             )
@@ -395,19 +416,20 @@ def _walk_tar(
     """Yields the members of the plain tar at [start, end) of the file, with offsets in the file.
 
     `tarfile` takes a damaged header, or no more bytes, for the end of the archive: only where a
-    block of zeros stands, as tar writes it at the end, is it the end.
+    block of zeros stands, as tar writes it at the end, is it the end. It reads headers whole, of
+    any size that they say they have: so it gets no more than `_MAX_TAR_HEADER` bytes at once.
     """
     early = f"{where}: ends early or is damaged"
     file.seek(start)
     try:
-        with tarfile.TarFile(fileobj=file, mode="r") as tar:
+        with tarfile.TarFile(fileobj=_Headers(file, where), mode="r") as tar:
             while (entry := tar.next()) is not None:
                 if entry.size < 0 or entry.offset_data + entry.size > end:
                     raise ValueError(f"{early}, in the member {entry.name}: fetch it again")
                 yield entry.name, entry
                 tar.members.clear()  # type: ignore[attr-defined]  # which would hold them all
             last = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError, OverflowError) as error:
         raise ValueError(
             f"{early}, or is no archive of a known kind (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip): "
             f"{error}"
@@ -418,6 +440,22 @@ def _walk_tar(
             f"{early}: found no end-of-archive mark at byte {last - start:,}, expected a block of "
             "zeros: fetch it again, or make it again with tar"
         )
+
+
+class _Headers:
+    """A file of which `tarfile` reads the headers."""
+
+    def __init__(self, file: BinaryIO, where: str):
+        self._file, self._where = file, where
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _MAX_TAR_HEADER:
+            raise ValueError(
+                f"{self._where}: found a header of {size:,} bytes, expected at most "
+                f"{_MAX_TAR_HEADER:,}: is this archive from a source you trust?"
+            )
+        return self._file.read(size)
 
 
 def _decompress(
@@ -447,7 +485,13 @@ def _decompress(
             tqdm(total=status.st_size, desc=title, unit="B", unit_scale=True, delay=2) as bar,
         ):
             stream = opener(file)
+            most = max(_ALWAYS_EXPANDED, _MAX_EXPANSION * status.st_size)
             while chunk := _read_chunk(stream, path, method):
+                if copy.tell() + len(chunk) > most:
+                    raise ValueError(
+                        f"{path}: refused, as its {status.st_size:,} bytes become more than "
+                        f"{most:,}: if you trust it, decompress it yourself"
+                    )
                 copy.write(chunk)
                 bar.update(file.tell() - bar.n)
         temporary.rename(target)
@@ -462,7 +506,7 @@ def _decompress(
 def _read_chunk(stream: Any, path: str, method: str) -> bytes:
     try:
         return stream.read(1 << 20)
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, MemoryError) as error:
         raise ValueError(
             f"{path}: ends early or is damaged, {method} says: {error}: fetch it again"
         ) from error

@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +26,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
+from repulsor_jax.untrusted import has_controls, is_plain_name, read_json
+
 FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 METADATA = "dataset.json"
 _LABEL_BYTES = 4
+_MAX_VALUES = 2**28  # of one latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +139,10 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
         raise FileNotFoundError(
             f"{path} not found: encode the images first, with --mode=encode and the same config"
         )
-    try:
-        content = json.loads(path.read_text())
-        version = content.pop("format_version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a latent data set's metadata ({error!r})") from error
+    content = read_json(path)
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise ValueError(f"{path}: not a latent data set's metadata, found no format_version")
+    version = content.pop("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: found format_version {version}, this version of the library reads "
@@ -161,6 +165,7 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
         ) from error
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     dataset = LatentDataset(directory=directory, **fields)
+    _check_values(path, dataset)
     total = sum(shard.records for shard in dataset.shards)
     if dataset.dtype not in DTYPES or total != dataset.num_records:
         raise ValueError(
@@ -200,8 +205,8 @@ def verify(
         stat = (dataset.directory / shard.name).stat()
         stamps[shard.name] = [stat.st_size, stat.st_mtime_ns, shard.sha256]
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(note.read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(read_json(note))
     unknown = [name for name, stamp in stamps.items() if known.get(name) != stamp]
     if not unknown:
         return
@@ -323,6 +328,47 @@ def sha256(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_values(path: pathlib.Path, dataset: LatentDataset) -> None:
+    """Checks types, and what names files, allocates or is shown: a data set may be downloaded."""
+
+    def wrong(key: str, found: Any, expected: str) -> ValueError:
+        shown = f"{found!r}"
+        return ValueError(
+            f"{path}: {key}: found {shown[:100]}{'...' if shown[100:] else ''}, expected "
+            f"{expected}: restore it from a copy, or delete the data set and encode again"
+        )
+
+    for key, kind in typing.get_type_hints(LatentDataset).items():
+        if not _fits(getattr(dataset, key), kind) and key != "directory":
+            raise wrong(key, getattr(dataset, key), f"{kind}".removeprefix("<class '")[:60])
+    for shard in dataset.shards:
+        if not is_plain_name(shard.name):
+            raise wrong("shards", shard.name, "names of files in this folder")
+    for name in dataset.class_names:
+        if has_controls(name):
+            raise wrong("class_names", name, "names without control characters")
+    sizes = [*dataset.shape, dataset.num_images, *(shard.records for shard in dataset.shards)]
+    if not dataset.shape or min(sizes) < 1 or math.prod(dataset.shape) > _MAX_VALUES:
+        raise wrong("shape", dataset.shape, f"sizes of 1 or more, of {_MAX_VALUES:,} values at most")
+    if len(dataset.mean) != len(dataset.std) or not dataset.mean:
+        raise wrong("std", dataset.std, "as many numbers as mean has, 1 or more")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type."""
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_fits(v, item) for v in value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return isinstance(value, kind) and all(  # type: ignore[arg-type]
+            _fits(getattr(value, key), hint) for key, hint in hints.items()
+        )
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is kind
 
 
 def _check_shard(path: pathlib.Path, shard: Shard, record_bytes: int) -> None:

@@ -6,7 +6,6 @@ What each kind undoes is in its function's docstring. All give float32, channels
 
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from repulsor_jax.data.listing import (
     shorten,
     subfolders,
 )
+from repulsor_jax.untrusted import read_json
 
 KINDS = ("fast-dit", "lightning-dit", "npy", "npy:moments", "npy:scaled", "repa")
 
@@ -220,8 +220,7 @@ def _repa(split: str, path: str) -> LatentSource:
         root = os.path.join(root, "vae-sd")
     file = os.path.join(root, "dataset.json")
     try:
-        with open(file, "rb") as stream:
-            pairs = json.load(stream)["labels"]
+        pairs = read_json(file)["labels"]
     except OSError as error:
         raise ValueError(
             f"{file}: cannot be read: {error.strerror}; expected the labels, as REPA's "

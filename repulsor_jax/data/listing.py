@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from repulsor_jax.untrusted import has_controls, printable
+
 UNLABELLED = "unlabelled"  # the one class of files without classes
 
 
@@ -98,8 +100,13 @@ def find_folder(path: str, split: str, kind: str) -> str:
     """Returns the folder of a split: `path/split`, or `path` itself for ".".
 
     Raises:
-      ValueError: there is no such folder; the message lists those there are.
+      ValueError: there is no such folder; the message lists those there are. Or the split leads
+        out of `path`.
     """
+    if os.path.isabs(split) or ".." in split.replace("\\", "/").split("/"):
+        raise ValueError(
+            f"{kind}: found the split {split!r}, which leads out of {path}; expected a folder in it"
+        )
     if not path:
         raise ValueError(f"{kind}: found no path, expected the folder of the data set")
     if not os.path.isdir(path):
@@ -175,7 +182,8 @@ def arrange(where: str, files: Files, what: str) -> Listing:
       what: for messages: "image", ".npy file".
 
     Raises:
-      ValueError: no file, files both in class folders and outside, or a class without files.
+      ValueError: no file, files both in class folders and outside, a class without files, or one
+        whose name holds control characters.
     """
     if not files.names:
         others = (
@@ -207,15 +215,21 @@ def arrange(where: str, files: Files, what: str) -> Listing:
     if files.others:
         logging.warning(
             "%s: left out %d files that are not %ss by their name or kind, such as %s",
-            where,
+            printable(where),
             len(files.others),
             what,
-            min(files.others),
+            printable(min(files.others)),
         )
     if flat:
         names = Names.pack(sorted(flat))
         return Listing((UNLABELLED,), names, np.zeros(len(flat), np.int32))
     class_names = sorted(classes)
+    odd = [name for name in class_names if has_controls(name)]
+    if odd:
+        raise ValueError(
+            f"{where}: found the class name {odd[0]!r}, which holds control characters; it would "
+            "go into tables and pictures: rename the folder"
+        )
     names = Names.pack(f"{c}/{rest}" for c in class_names for rest in sorted(classes[c]))
     counts = [len(classes[c]) for c in class_names]
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
+MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
 # Only what decodes pixels: PIL knows formats that run other programs (EPS) or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

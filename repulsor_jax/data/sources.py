@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,10 +12,17 @@ import numpy as np
 
 from repulsor_jax.data.files import open_archive, open_folder
 from repulsor_jax.data.listing import Item, Names, digest
+from repulsor_jax.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
 
 _Path = str | os.PathLike[str]
+
+# <name>, <name>/<config>, <name>:<version>: no community data sets, whose code would be fetched
+# and run, no arguments.
+_TFDS_NAME = re.compile(r"[a-z0-9_]+(/[\w+-]+(\.[\w+-]+)*)?(:[\d.*]+)?")
+_TFDS_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_TFDS_CLASSES = "tensorflow_datasets.core.features."
 
 
 class ImageSource(Protocol):
@@ -153,6 +162,14 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
     """A TensorFlow Datasets data set in array_record format, downloaded if it is not there yet."""
     import tensorflow_datasets as tfds
 
+    if not _TFDS_NAME.fullmatch(name):
+        raise ValueError(
+            f"image source: found 'tfds:{name}', expected the name of a data set of TensorFlow "
+            "Datasets in lower case, perhaps with a configuration and a version, as "
+            "'tfds:imagenet_v2/matched-frequency:3.0.0'; data sets with a namespace bring code "
+            "along, which is not run"
+        )
+    _check_tfds_features(path or str(tfds.core.constants.DATA_DIR), name)
     try:
         builder = tfds.builder(name, data_dir=path or None)
     except tfds.core.DatasetNotFoundError as error:
@@ -190,6 +207,47 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
         ) from error
     version = builder.info.full_name
     return _Tfds(examples, f"tfds:{name}", split, version, tuple(features["label"].names))
+
+
+def _check_tfds_features(data_dir: str, name: str) -> None:
+    """Refuses a prepared data set that has TFDS import a module of the data set's own choice.
+
+    TFDS makes the features that features.json names by importing their modules, and a data set
+    below the current folder can hold such a module.
+    """
+    from etils import epath
+
+    folder = epath.Path(data_dir).expanduser() / re.split("[/:]", name)[0]
+    for depth in ("*/features.json", "*/*/features.json"):
+        for file in folder.glob(depth):
+            try:
+                _check_tfds_classes(read_json(file))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{file}: {error}; expected features of TensorFlow Datasets itself: is this "
+                    "data set from a source you trust?"
+                ) from error
+
+
+def _check_tfds_classes(value: Any) -> None:
+    """Raises ValueError where a tree of JSON, or JSON in it as text, names another class."""
+    if isinstance(value, list):
+        for each in value:
+            _check_tfds_classes(each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if key in _TFDS_CLASS_KEYS and isinstance(each, str):
+                if "." in each and not each.startswith(_TFDS_CLASSES):
+                    raise ValueError(f"found the class {each!r}, whose module would be imported")
+            if "/" in key or "\\" in key:
+                raise ValueError(f"found the feature {key!r}, expected a name that is no path")
+            _check_tfds_classes(each)
+    elif isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            return
+        _check_tfds_classes(inner)
 
 
 _SOURCES: dict[str, Callable[[str, str, _Path | None], ImageSource]] = {

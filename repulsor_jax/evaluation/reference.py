@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ POOL_FEATURES, SPATIAL_FEATURES = 2048, 17 * 17 * 7
 _KEYS = {"mu": POOL_FEATURES, "mu_s": SPATIAL_FEATURES}
 _IMAGES = "arr_0"
 _SKIP = 2**24  # bytes read at a time on the way to an image
+_MAX_PIXELS = 2**24  # of one image, 4096 x 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ImageArray:
         count, *image_shape = self.shape
         image_bytes = int(np.prod(image_shape))
         with _reading(self.path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
-            _header(self.path, stream)
+            _header(self.path, _IMAGES, stream)
             at = 0
             for part in parts:
                 if part:
@@ -91,8 +93,8 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: not an .npz, no `arr_0`, not uint8 RGB or grey images, or images of another size;
-        names the file.
+      ValueError: not an .npz, no `arr_0`, not uint8 RGB or grey images, images of another size, or
+        of more than 4096 x 4096 pixels; names the file.
     """
     path = pathlib.Path(path)
     with _reading(path) as archive:
@@ -103,11 +105,15 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
                 "serves FID and sFID at most, not precision, recall or KID"
             )
         with archive.open(f"{_IMAGES}.npy") as stream:
-            shape, fortran, dtype = _header(path, stream)
+            shape, fortran, dtype = _header(path, _IMAGES, stream)
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0] or fortran:
         order = ", Fortran order" if fortran else ""
         raise ValueError(
             f"{path}: found {_IMAGES} {dtype} {shape}{order}, expected uint8 [N, H, W, 3 or 1]"
+        )
+    if min(shape) < 1 or shape[1] * shape[2] > _MAX_PIXELS:
+        raise ValueError(
+            f"{path}: found images of {shape[1]} x {shape[2]}, expected 1 to {_MAX_PIXELS:,} pixels"
         )
     if size is not None and shape[1:3] != tuple(size):
         raise ValueError(
@@ -143,7 +149,9 @@ def read_statistics(path: PathLike) -> ReferenceStatistics | None:
                 f"{path}: found {', '.join(sorted(names)) or 'nothing'}, expected mu and sigma "
                 f"(and mu_s and sigma_s for sFID), or images under {_IMAGES}"
             )
-        count = int(_array(path, archive, "count")) if "count" in names else None
+        count = None
+        if "count" in names:
+            count = int(_array(path, archive, "count", (), "iu", "a whole number"))
         pool = _gaussian(path, archive, names, "mu", "sigma", count)
         spatial = None
         if names & {"mu_s", "sigma_s"}:
@@ -223,12 +231,9 @@ def _gaussian(
                 f"{path}: found {', '.join(sorted(names))}, but no {key}, expected both "
                 f"{mean_key} and {covariance_key}"
             )
-        array = _array(path, archive, key)
-        if array.shape != shape or array.dtype.kind != "f":
-            raise ValueError(
-                f"{path}: {key}: found {array.dtype} {list(array.shape)}, expected floats "
-                f"{list(shape)}: statistics of Inception's features"
-            )
+        array = _array(
+            path, archive, key, shape, "f", f"floats {list(shape)}: statistics of Inception's features"
+        )
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {key}: found values that are not finite numbers")
         found.append(array.astype(np.float64))
@@ -253,13 +258,29 @@ def _reading(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, MemoryError),
+        *(NotImplementedError, RuntimeError),  # of methods and flags that zipfile does not know
+    ) as error:
         raise ValueError(
             f"{path}: found a file that is not a whole .npz ({error}); fetch it anew"
         ) from error
 
 
-def _array(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _array(
+    path: pathlib.Path,
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    kinds: str = "",
+    expected: str = "",
+) -> np.ndarray:
+    """Reads one array; another shape or kind (of NumPy's dtypes) than expected is never read."""
+    if shape is not None:
+        with archive.open(f"{name}.npy") as stream:
+            found, _, dtype = _header(path, name, stream)
+        if found != shape or dtype.kind not in kinds:
+            raise ValueError(f"{path}: {name}: found {dtype} {list(found)}, expected {expected}")
     with archive.open(f"{name}.npy") as stream:
         try:
             return np.lib.format.read_array(stream, allow_pickle=False)
@@ -267,14 +288,16 @@ def _array(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarra
             raise ValueError(f"{path}: {name}: {error}") from error
 
 
-def _header(path: pathlib.Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of the images' .npy stream, which then stands at the data."""
+def _header(
+    path: pathlib.Path, name: str, stream: IO[bytes]
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an .npy stream, which then stands at the data."""
     try:
         if np.lib.format.read_magic(stream) == (1, 0):
             return np.lib.format.read_array_header_1_0(stream)
         return np.lib.format.read_array_header_2_0(stream)
     except ValueError as error:
-        raise ValueError(f"{path}: {_IMAGES}: {error}") from error
+        raise ValueError(f"{path}: {name}: {error}") from error
 
 
 def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
