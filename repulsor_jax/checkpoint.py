@@ -6,10 +6,11 @@ number of processes. A run may go on with another batch size or number of bank r
 the data and the bank are then translated.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -51,20 +52,21 @@ class Checkpointer:
         self.directory = pathlib.Path(directory).absolute()
         if read_only and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not there: train first, or check --workdir")
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else keep_last,
-                keep_period=keep_every or None,
-                create=not read_only,
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "data": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-                "latents": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with _reading(self.directory):  # the metadata of every step
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=None if read_only else keep_last,
+                    keep_period=keep_every or None,
+                    create=not read_only,
+                ),
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                    "latents": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -142,22 +144,30 @@ class Checkpointer:
           CheckpointError: no such checkpoint, or it holds another model, head or optimizer.
         """
         step = self.resolve(step)
-        wanted = self._with_saved_bank(step, abstract_state)
-        self._check_shapes(step, wanted)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=_restore_args(wanted),
-                data=ocp.args.JsonRestore(),
-                config=ocp.args.JsonRestore(),
-            ),
-        )
+        with _reading(f"{self.directory}/{step}"):
+            wanted = self._with_saved_bank(step, abstract_state)
+            self._check_shapes(step, wanted)
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=_restore_args(wanted),
+                    data=ocp.args.JsonRestore(),
+                    config=ocp.args.JsonRestore(),
+                ),
+            )
+            saved_size = restored["config"].get("batch_size", batch_size)
+            position = restored["data"]["next_index"]
+            if (
+                type(saved_size) is not int
+                or type(position) is not int
+                or min(saved_size, position) < 0
+            ):
+                raise ValueError(f"found batch_size {saved_size!r}, next_index {position!r}")
         state, data_state, notes = restored["state"], restored["data"], []
         if wanted is not abstract_state:
             bank, note = _reslotted(state.bank, abstract_state.bank)
             state = state.replace(bank=bank)
             notes.append(note)
-        saved_size = restored["config"].get("batch_size", batch_size)
         if saved_size != batch_size:
             data_state, repeated = rescale_position(data_state, saved_size, batch_size)
             position = data_state["next_index"] * batch_size
@@ -178,10 +188,11 @@ class Checkpointer:
         """
         step = self.resolve(step)
         wanted = {"ema_params": abstract_params}
-        self._check_shapes(step, wanted)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
-        )
+        with _reading(f"{self.directory}/{step}"):
+            self._check_shapes(step, wanted)
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
+            )
         return restored["state"]["ema_params"], step
 
     def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -268,6 +279,21 @@ def _reslotted(bank: MemoryBank, wanted: Any) -> tuple[MemoryBank, str]:
         f"bank: {old_slots:,} slots of {old_batch:,} re-slotted to {num_slots:,} of {batch_size:,}"
     )
     return reslot(bank, num_slots, batch_size), note
+
+
+@contextlib.contextmanager
+def _reading(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Says of what orbax stumbles over in a damaged or hostile file where that file is."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        raise CheckpointError(
+            f"{where}: cannot be read, it is damaged ({reason}): restore it from a copy, or delete "
+            "the step"
+        ) from error
 
 
 def _restore_args(wanted: Any, **kwargs: Any) -> ocp.args.PyTreeRestore:

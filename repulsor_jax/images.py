@@ -83,7 +83,9 @@ def save_grid(
     header = 0
     if column_labels is not None:
         # PIL measures no text of several lines.
-        column_labels = [printable(label).replace("\n", " ")[:_MAX_LABEL] for label in column_labels]
+        column_labels = [
+            printable(label).replace("\n", " ")[:_MAX_LABEL] for label in column_labels
+        ]
         size = min(height // 3, 24)
         widest = max(ImageFont.load_default(size).getlength(label) for label in column_labels)
         font = ImageFont.load_default(max(9, min(size, int(size * width / max(widest, 1)))))

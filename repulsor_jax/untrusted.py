@@ -1,4 +1,4 @@
-"""Text and JSON that others wrote: names in archives, metadata of data sets, errors of libraries."""
+"""Text and JSON that others wrote: names in archives, metadata, errors of libraries."""
 
 import json
 import os
@@ -12,7 +12,9 @@ _IN_QUERY = re.compile(
     r"(?i)(?<=[?&])((?:[\w-]*(?:token|secret|password|signature|credential|api_?key))|sig|key)"
     r"=[^&\s'\"]+"
 )
-_TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA\w{16})")
+_TOKEN = re.compile(
+    r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA\w{16})"
+)
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

@@ -257,7 +257,7 @@ class _Budget:
 
 def _not_tensors(path: pathlib.Path, error: Exception) -> ValueError:
     """What to say of a pickle: hostile or damaged ones make the unpickler raise nearly anything."""
-    reason = str(error) or {EOFError: "it ends early"}.get(type(error), type(error).__name__)
+    reason = str(error) or ("it ends early" if type(error) is EOFError else type(error).__name__)
     return ValueError(f"{path}: its pickle is not one of tensors: {reason}")
 
 
@@ -358,8 +358,11 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
 
 # Python's own unpickler, not the one in C: that one allocates what a pickle of a few bytes asks
 # for, and its opcodes cannot be chosen.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Unpickler(pickle._Unpickler):
     """Builds dictionaries of tensors, and nothing else."""
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(
         self, stream: IO[bytes], size: int, read_storage: Callable[[str, int, np.dtype], np.ndarray]
@@ -371,7 +374,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def find_class(self, module: str, name: str) -> Any:
         """The few things a state dict refers to; raises UnpicklingError for any other."""
         if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(f"found {module}.{name}, which is refused; nothing was run")
+            raise pickle.UnpicklingError(
+                f"found {module}.{name}, which is refused; nothing was run"
+            )
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -410,14 +415,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._set_items(self.pop_mark())
 
     def _load_build(self) -> None:
-        """Drops the attributes of a state dict, PyTorch's notes on versions; nothing else has any."""
+        """Drops the attributes of a state dict, PyTorch's notes on versions."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise pickle.UnpicklingError(f"found attributes of a {type(self.stack[-1]).__name__}")
 
     dispatch = _Opcodes(
         {
-            opcode[0]: pickle._Unpickler.dispatch[opcode[0]]  # type: ignore[attr-defined]
+            opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
             for opcode in (
                 *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE),
                 *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),

@@ -24,11 +24,14 @@ TINY = [
 ]
 
 
+SECRET = "not-to-be-found-anywhere"
+
+
 def program(*arguments, config="configs/digits.py"):
     return subprocess.run(
         [sys.executable, "-m", "repulsor_jax.main", f"--config={config}", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET},
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,6 +50,10 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert "frechet_pixels" in trained.stdout
     for name in ("loss_curve.png", "metrics.jsonl", "samples/train_00000006.png"):
         assert (tmp_path / name).is_file()
+
+    assert SECRET not in trained.stdout + trained.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
     longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
     resumed = program(workdir, *longer)
@@ -120,6 +127,10 @@ def kill_at_work(tmp_path, pattern, *arguments):
         ("--config.optimizer.learning_rate=fast", "optimizer.learning_rate"),
         ("--config.model.patch_size=3", "error: config.model.patch_size=3 must divide"),
         ("--config.regularizer.name=attract", "error: config.regularizer.name='attract'"),
+        (
+            "--config.data.source_path=https://me:hunter2@host/x",
+            "error: config.data.source_path: f",
+        ),
     ],
 )
 def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
@@ -127,6 +138,7 @@ def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
     assert result.returncode != 0
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+    assert "hunter2" not in result.stdout + result.stderr
     assert not (tmp_path / "data").exists()
 
 

@@ -77,14 +77,16 @@ class KLConfig:
 
 
 _MAX_LEVELS, _MAX_WIDTH, _MAX_FACTOR = 8, 8192, 1e6
+_WHOLE = f"a whole number from 1 to {_MAX_WIDTH}"
 _EXPECTED = {
-    field.name: {
-        "int": f"a whole number from 1 to {_MAX_WIDTH}",
-        "float": f"a number within {_MAX_FACTOR:,.0f} of 0",
-        "bool": "true or false",
-    }.get(field.type.__name__, f"1 to {_MAX_LEVELS} whole numbers from 1 to {_MAX_WIDTH}")
-    for field in dataclasses.fields(KLConfig)
-} | {"layers_per_block": f"a whole number from 1 to {_MAX_LEVELS}"}
+    "block_out_channels": f"1 to {_MAX_LEVELS} whole numbers from 1 to {_MAX_WIDTH}",
+    "layers_per_block": f"a whole number from 1 to {_MAX_LEVELS}",
+    "scaling_factor": f"a number within {_MAX_FACTOR:,.0f} of 0",
+    "shift_factor": f"a number within {_MAX_FACTOR:,.0f} of 0",
+    "use_quant_conv": "true or false",
+    "use_post_quant_conv": "true or false",
+    "mid_block_add_attention": "true or false",
+}
 
 # What diffusers takes for a key that config.json leaves out, where it is not Stable Diffusion's.
 _ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1}
@@ -113,8 +115,8 @@ def read_config(path: pathlib.Path) -> KLConfig:
         raise ValueError(f"{path}: found {type(found).__name__}, expected a JSON object")
     for key, expected in _REQUIRED.items():
         values = found.get(key, expected)
-        values = [values] if isinstance(values, str) else values
-        if not isinstance(values, list) or any(value != expected for value in values):
+        each = [values] if isinstance(values, str) else values
+        if not isinstance(each, list) or any(value != expected for value in each):
             raise ValueError(f"{path}: {key}: found {values!r}, expected {expected!r}")
     values = _ABSENT | {
         f.name: found[f.name] for f in dataclasses.fields(KLConfig) if f.name in found
@@ -122,7 +124,9 @@ def read_config(path: pathlib.Path) -> KLConfig:
     values["shift_factor"] = values.get("shift_factor") or 0.0  # null means none
     for key, value in values.items():
         if not _is_sensible(key, value):
-            raise ValueError(f"{path}: {key}: found {value!r}, expected {_EXPECTED[key]}")
+            raise ValueError(
+                f"{path}: {key}: found {value!r}, expected {_EXPECTED.get(key, _WHOLE)}"
+            )
     values["block_out_channels"] = tuple(values["block_out_channels"])
     return KLConfig(**values)
 

@@ -422,7 +422,8 @@ def _walk_tar(
     early = f"{where}: ends early or is damaged"
     file.seek(start)
     try:
-        with tarfile.TarFile(fileobj=_Headers(file, where), mode="r") as tar:
+        headers: Any = _Headers(file, where)
+        with tarfile.TarFile(fileobj=headers, mode="r") as tar:
             while (entry := tar.next()) is not None:
                 if entry.size < 0 or entry.offset_data + entry.size > end:
                     raise ValueError(f"{early}, in the member {entry.name}: fetch it again")

@@ -351,7 +351,9 @@ def _check_values(path: pathlib.Path, dataset: LatentDataset) -> None:
             raise wrong("class_names", name, "names without control characters")
     sizes = [*dataset.shape, dataset.num_images, *(shard.records for shard in dataset.shards)]
     if not dataset.shape or min(sizes) < 1 or math.prod(dataset.shape) > _MAX_VALUES:
-        raise wrong("shape", dataset.shape, f"sizes of 1 or more, of {_MAX_VALUES:,} values at most")
+        raise wrong(
+            "shape", dataset.shape, f"sizes of 1 or more, of {_MAX_VALUES:,} values at most"
+        )
     if len(dataset.mean) != len(dataset.std) or not dataset.mean:
         raise wrong("std", dataset.std, "as many numbers as mean has, 1 or more")
 

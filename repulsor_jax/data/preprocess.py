@@ -160,7 +160,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode.startswith("I"):  # 16-bit greyscale; PIL's "I" has 32 bits for what some files hold
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(
                 f"{name}: found grey values from {values.min()} to {values.max()}, expected 16 "

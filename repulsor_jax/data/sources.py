@@ -236,9 +236,13 @@ def _check_tfds_classes(value: Any) -> None:
             _check_tfds_classes(each)
     elif isinstance(value, dict):
         for key, each in value.items():
-            if key in _TFDS_CLASS_KEYS and isinstance(each, str):
-                if "." in each and not each.startswith(_TFDS_CLASSES):
-                    raise ValueError(f"found the class {each!r}, whose module would be imported")
+            if (
+                key in _TFDS_CLASS_KEYS
+                and isinstance(each, str)
+                and "." in each
+                and not each.startswith(_TFDS_CLASSES)
+            ):
+                raise ValueError(f"found the class {each!r}, whose module would be imported")
             if "/" in key or "\\" in key:
                 raise ValueError(f"found the feature {key!r}, expected a name that is no path")
             _check_tfds_classes(each)

@@ -232,7 +232,12 @@ def _gaussian(
                 f"{mean_key} and {covariance_key}"
             )
         array = _array(
-            path, archive, key, shape, "f", f"floats {list(shape)}: statistics of Inception's features"
+            path,
+            archive,
+            key,
+            shape,
+            "f",
+            f"floats {list(shape)}: statistics of Inception's features",
         )
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {key}: found values that are not finite numbers")
