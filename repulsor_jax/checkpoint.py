@@ -160,7 +160,7 @@ class Checkpointer:
             if (
                 type(saved_size) is not int
                 or type(position) is not int
-                or min(saved_size, position) < 0
+                or min(saved_size - 1, position) < 0
             ):
                 raise ValueError(f"found batch_size {saved_size!r}, next_index {position!r}")
         state, data_state, notes = restored["state"], restored["data"], []
