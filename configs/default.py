@@ -49,9 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.regularizer.distance = "squared_l2"  # repulsor: "squared_l2" or "cosine"
     c.regularizer.pooling = "mean"  # repulsor: over tokens, "mean" or "flatten"
     c.regularizer.projection_dim = 128  # repulsor: d, length of the projected vectors
-    # repulsor: K, a multiple of batch_size; 0 is no bank. A million rows take their own memory and
-    # time in proportion; the memory of the loss does not grow, it goes through them in chunks.
-    c.regularizer.bank_rows = 65_536
+    # A million rows take their own memory and time in proportion; the memory of the loss does not
+    # grow: it goes through them in chunks.
+    c.regularizer.bank_rows = 65_536  # repulsor: K, a multiple of batch_size; 0 is no bank
     c.regularizer.bank_dtype = "bfloat16"  # repulsor: "bfloat16" or "float32"
     c.regularizer.variant = "l2"  # dispersive: "l2", "cosine", "hinge" or "covariance"
     c.regularizer.margin = 1.0  # dispersive: epsilon of the hinge variant
