@@ -119,31 +119,56 @@ class Module:
     def trip_count(self, loop: Instruction) -> int | None:
         """How often a `while` runs its body; None where that is not known before it runs.
 
-        As XLA states it, else from a condition that compares a counter, from 0 in ones, with a
-        constant: what `lax.scan` and `lax.fori_loop` compile to.
+        As XLA states it, else from a condition that compares a counter with a constant: what
+        `lax.scan` and `lax.fori_loop` compile to. The counter starts at 0 and goes in ones unless
+        the text says otherwise.
         """
         stated = _TRIP_COUNT.search(loop.attributes)
         if stated:
             return int(stated[1])
         condition = loop.attribute("condition").lstrip("%")
         root = self.root(condition)
-        operands = list(root.operands)
         scope = self.computations[condition]
+        found = [scope[name] for name in root.operands]
         if root.opcode == "fusion":
-            outer = [scope[name] for name in root.operands]
-            inner = self.computations[root.called[0]]
+            outer, inner = found, self.computations[root.called[0]]
             root = self.root(root.called[0])
             ends = [inner[name] for name in root.operands]
             found = [outer[int(e.argument)] if e.opcode == "parameter" else e for e in ends]
-        else:
-            found = [scope[name] for name in operands]
         if root.opcode != "compare" or root.attribute("direction") not in ("LT", "GT"):
             return None
-        limits = [i for i in found if i.opcode == "constant"]
+        limits = [number for i in found if (number := _constant(i)) is not None]
         counters = [i for i in found if i.opcode == "get-tuple-element"]
-        if len(limits) != 1 or len(counters) != 1 or not limits[0].argument.isdecimal():
+        if len(limits) != 1 or len(counters) != 1:
             return None
-        return int(limits[0].argument)
+        place = int(counters[0].attribute("index"))
+        first, stride = self._first(loop, place), self._stride(loop, place)
+        return max(-(-(limits[0] - first) // stride), 0)
+
+    def _first(self, loop: Instruction, place: int) -> int:
+        """The value that a loop's counter starts from."""
+        for scope in self.computations.values():
+            start = scope.get(loop.operands[0])
+            if loop.name in scope and start and start.opcode == "tuple":
+                return _constant(scope[start.operands[place]]) or 0
+        return 0
+
+    def _stride(self, loop: Instruction, place: int) -> int:
+        """What one round of a loop adds to its counter."""
+        body = loop.attribute("body").lstrip("%")
+        root, scope = self.root(body), self.computations[body]
+        if root.opcode != "tuple":
+            return 1
+        step = scope[root.operands[place]]
+        steps = [_constant(scope[name]) for name in step.operands if name in scope]
+        found = [number for number in steps if number is not None]
+        return found[0] if step.opcode == "add" and len(found) == 1 and found[0] > 0 else 1
+
+
+def _constant(instruction: Instruction) -> int | None:
+    """The value of a constant integer."""
+    known = instruction.opcode == "constant" and instruction.argument.lstrip("-").isdecimal()
+    return int(instruction.argument) if known else None
 
 
 def parse(text: str) -> Module:

@@ -127,6 +127,23 @@ ENTRY %main (x: (s32[], f32[2])) -> (s32[], f32[2]) {
 """
     module = hlo.parse(text)
     assert module.trip_count(module.root("main")) == 28
+    # A loop whose body was doubled: its counter goes in twos, from 4.
+    doubled = text.replace(
+        "ROOT %p = (s32[], f32[2]) parameter(0)\n}\n\nENTRY",
+        "%p = (s32[], f32[2]) parameter(0)\n"
+        "  %i = s32[] get-tuple-element(%p), index=0\n"
+        "  %x = f32[2] get-tuple-element(%p), index=1\n"
+        "  %two = s32[] constant(2)\n"
+        "  %next = s32[] add(%i, %two)\n"
+        "  ROOT %t = (s32[], f32[2]) tuple(%next, %x)\n}\n\nENTRY",
+    ).replace(
+        "%x = (s32[], f32[2]) parameter(0)\n  ROOT %loop = (s32[], f32[2]) while(%x)",
+        "%f = s32[] constant(4)\n  %y = f32[2] parameter(0)\n"
+        "  %s = (s32[], f32[2]) tuple(%f, %y)\n"
+        "  ROOT %loop = (s32[], f32[2]) while(%s)",
+    )
+    module = hlo.parse(doubled)
+    assert module.trip_count(module.root("main")) == 12
     unknown = hlo.parse(text.replace("constant(28)", "parameter(1)"))
     assert unknown.trip_count(unknown.root("main")) is None
 

@@ -325,3 +325,17 @@ def test_between_slices_go_the_gradients_once(tmp_path):
         programs.abstract_experiment(
             tiny.config(mesh__data=1, mesh__fsdp=8), pathlib.Path(), topology
         )
+
+
+@needs_libtpu
+def test_an_encoder_is_planned_for_one_of_several_hosts():
+    topology = open_topology("v5e:4x4")
+    c = tiny.config(
+        data__autoencoder="taesd", model__in_channels=4, data__encode_batch_per_device=2,
+        sampling__batch_size=16,
+    )  # fmt: skip
+    found = program("encode", topology, c)
+    assert not found.refusal
+    assert (found.mesh.size, found.images) == (4, 8)
+    assert found.cost.collectives == []
+    assert found.memory["batch"] == 2 * 32 * 32 * 3  # 4 latents of 8 pixels each way

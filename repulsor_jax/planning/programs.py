@@ -25,7 +25,7 @@ from repulsor_jax.data.latent_dataset import Description
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.generation import configured_guidance, make_generate
 from repulsor_jax.planning.cost import Cost, program_cost
-from repulsor_jax.planning.topology import Topology
+from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.train_state import (
     abstract_train_state,
     build_model,
@@ -209,8 +209,7 @@ def _encode(experiment: Experiment, topology: Topology) -> Built:
     config, autoencoder = experiment.config, experiment.autoencoder
     if autoencoder is None:
         raise ConfigError("config.data.autoencoder='none' cannot encode: there is no encoder")
-    process = topology.devices[0].process_index
-    devices = [device for device in topology.devices if device.process_index == process]
+    devices = one_host(topology).devices
     mesh = Mesh(np.array(devices), ("batch",))
     params = _shapes(autoencoder.params, NamedSharding(mesh, PartitionSpec()))
     count = config.data.encode_batch_per_device * len(devices)

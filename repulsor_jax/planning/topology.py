@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,20 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         device_bytes=device_bytes,
         note=note,
     )
+
+
+def one_host(topology: Topology) -> Topology:
+    """The devices of one host, as a topology: libtpu compiles for whole topologies alone."""
+    process = topology.devices[0].process_index
+    devices = [device for device in topology.devices if device.process_index == process]
+    if len(devices) == len(topology.devices):
+        return topology
+    if not topology.shape:
+        return dataclasses.replace(topology, devices=tuple(devices))
+    places: Any = zip(*(device.coords for device in devices), strict=True)
+    sides = [len(set(along)) for along in places][: len(topology.shape)]
+    kind = topology.name.rpartition(" ")[2].partition(":")[0]
+    return open_topology(f"{kind}:{'x'.join(map(str, sides))}")
 
 
 def _local() -> Topology:
