@@ -70,7 +70,10 @@ def create_mesh(
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(data, fsdp, tensor, len(devices))
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if num_slices > 1 and shape[0] % num_slices == 0:
+    if any(d.device_kind == "TPU v4" and d.core_on_chip for d in devices):
+        # A plan's v4, described core by core: mesh_utils knows whole chips alone.
+        array = np.array(devices).reshape(shape)
+    elif num_slices > 1 and shape[0] % num_slices == 0:
         array = mesh_utils.create_hybrid_device_mesh(
             (shape[0] // num_slices, *shape[1:]),
             (num_slices, 1, 1),

@@ -240,6 +240,9 @@ def test_topologies_are_what_they_are_called():
     v4 = open_topology("v4:2x2x1")
     assert (v4.num_chips, v4.devices_per_chip) == (4, 2)
     assert "cores" in v4.note
+    for topology in (v4, open_topology("tpu7x:2x2x1"), v5p):
+        mesh = sharding.create_mesh(-1, 2, 1, topology.devices)
+        assert set(mesh.devices.flat) == set(topology.devices)
     two = open_topology("v5e:2x2", 2)
     assert (two.num_chips, two.num_slices, two.num_hosts) == (8, 2, 2)
 
