@@ -37,7 +37,8 @@ class Preemption:
 
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None is a handler of native code, which Python cannot give back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def reached(self, step: int) -> bool:
         """Whether to save and leave after this step; every process gets the same answer."""
