@@ -37,5 +37,6 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
 
     c.sampling.solver = "euler"
     c.sampling.num_steps = 250
+    c.sampling.batch_size = 256
     c.sampling.cfg_channels = 3  # as SiT
     return c
