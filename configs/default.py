@@ -105,6 +105,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.every_steps = 10_000  # the last step is always saved
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
+    # Where saving fails, training goes on and tries again every every_steps / 10 steps.
+    c.checkpoint.max_lost_steps = 0  # it stops rather than lose more steps; 0: 3 x every_steps
+    c.checkpoint.patience_seconds = 300.0  # before that, and at the end, it waits and tries on
 
     # A step whose loss, or the norm of its gradient, is not finite or is above these limits is
     # refused: it leaves the state as it was (docs/failures.md).

@@ -1,30 +1,55 @@
 """Checkpoints: the state, the position in the data and the configuration, saved together.
 
-Layout: `<directory>/<step>/{state,data,config,latents}`. Saving is asynchronous and atomic: a
-checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and any
-number of processes. A run may go on with another batch size or number of bank rows: the position in
-the data and the bank are then translated.
+Layout: `<directory>/<step>/{state,data,config,latents,manifest}`. Saving is asynchronous and
+atomic: a checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and any
+number of processes, or not at all: what is read is compared with the checksums of the manifest. A
+run may go on with another batch size or number of bank rows: the position in the data and the bank
+are then translated.
+
+Storage that fails does not stop training: saving is tried again, with a warning each time, until
+more steps would be lost than allowed.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
-import orbax.checkpoint as ocp
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
-from repulsor_jax import memory_bank, sharding
+from repulsor_jax import manifest, memory_bank, sharding
+from repulsor_jax.config import CheckpointConfig
 from repulsor_jax.data.pipeline import rescale_position
 from repulsor_jax.memory_bank import MemoryBank
+from repulsor_jax.storage import (
+    DAMAGED,
+    CheckpointError,
+    DamagedCheckpointError,
+    Storage,
+)
 from repulsor_jax.train_state import TrainState
 
+__all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, or does not fit the configuration; says which."""
+Records = Mapping[str, Any]
+_LONGEST_PAUSE = 30.0  # seconds between two attempts to save at the end
+
+
+def open_for_training(workdir: pathlib.Path, config: CheckpointConfig) -> "Checkpointer":
+    """Opens `<workdir>/checkpoints` as the configuration says."""
+    return Checkpointer(
+        workdir / "checkpoints",
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        retry_steps=max(1, config.every_steps // 10),
+        max_lost_steps=config.max_lost_steps or 3 * config.every_steps,
+        patience=config.patience_seconds,
+    )
 
 
 class Checkpointer:
@@ -36,68 +61,103 @@ class Checkpointer:
         *,
         keep_last: int = 3,
         keep_every: int = 0,
+        retry_steps: int = 1,
+        max_lost_steps: int = 0,
+        patience: float = 0.0,
         read_only: bool = False,
+        read_delay: float = 1.0,
     ) -> None:
         """Opens, and creates where absent, a directory of checkpoints.
 
         Args:
           directory: the folder.
-          read_only: neither create nor delete anything, as beside a run that is training.
           keep_last: how many of the newest checkpoints to keep.
           keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
+          retry_steps: steps from a save that failed to the next attempt.
+          max_lost_steps: where the next attempt would come more steps than this after the newest
+            checkpoint, a save is waited for, and it is an error if it fails; 0: every one.
+          patience: seconds for which it is tried again before it is an error.
+          read_only: neither create nor delete anything, as beside a run that is training.
+          read_delay: seconds before what could not be read is read once more.
 
         Raises:
-          CheckpointError: the folder is not there, where it is not to be created.
+          CheckpointError: the folder is not there, where it is not to be created, or cannot be
+            written.
         """
-        self.directory = pathlib.Path(directory).absolute()
-        if read_only and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not there: train first, or check --workdir")
-        with _reading(self.directory):  # the metadata of every step
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=None if read_only else keep_last,
-                    keep_period=keep_every or None,
-                    create=not read_only,
-                ),
-                item_handlers={
-                    "state": ocp.PyTreeCheckpointHandler(),
-                    "data": ocp.JsonCheckpointHandler(),
-                    "config": ocp.JsonCheckpointHandler(),
-                    "latents": ocp.JsonCheckpointHandler(),
-                },
-            )
+        self._storage = Storage(
+            directory,
+            keep_last=None if read_only else keep_last,
+            keep_every=keep_every or None,
+            read_only=read_only,
+            read_delay=read_delay,
+        )
+        self.directory: pathlib.Path = self._storage.directory
+        self._retry_steps = retry_steps
+        self._max_lost_steps = max_lost_steps
+        self._patience = patience
+        self._pending: int | None = None  # step that is being saved
+        self._check_at: int | None = None  # step at which to look how that went
+        self._failed = False  # what was last tried is not saved
+        self._saved = max(self.steps(), default=0)  # newest step that is safe
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        self.wait()
+        self._storage.close()
+        if self._failed and kind is None:
+            raise CheckpointError(
+                f"{self.directory}: the last checkpoint was not saved, see above; the newest is "
+                f"step {self._saved}"
+            )
 
     def wait(self) -> None:
-        """Waits until what is being saved is saved."""
-        self._manager.wait_until_finished()
+        """Waits until what is being saved is saved; a failure is a warning here."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        problem = self._storage.outcome()
+        if problem and step not in self.steps():
+            self._note_failure(step, problem)
+        else:
+            self._note_success(step)
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint, or None; waits for what is being saved."""
+        self.wait()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints that are there now, ascending."""
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return self._storage.steps()
+
+    def retry_due(self, step: int) -> bool:
+        """Whether a save that failed is to be tried again after this step; ask after every step.
+
+        Costs nothing, but for a look at the pending save `retry_steps` after it began.
+        """
+        if self._check_at is None or step < self._check_at:
+            return False
+        self._check_at = step + self._retry_steps
+        if self._pending is not None and not self._storage.is_saving():
+            self.wait()
+        return self._failed and self._pending is None
 
     def save(
         self,
         step: int,
         state: TrainState,
-        data_state: Mapping[str, Any],
-        config: Mapping[str, Any],
-        latents: Mapping[str, Any],
+        data_state: Records,
+        config: Records,
+        latents: Records,
         overwrite: bool = False,
+        *,
+        patience: float | None = None,
     ) -> None:
         """Starts saving; the state may be donated to the next step right after.
+
+        Storage that fails is a warning: ask `retry_due` when to try again.
 
         Args:
           step: the state's step; saved already is no error, and does nothing unless `overwrite`.
@@ -106,27 +166,54 @@ class Checkpointer:
           config: the configuration, for the record.
           latents: what sampling needs to know of the data, `experiment.latents_record`.
           overwrite: replace a checkpoint of this step: the state is the same, the position in the
-            data has moved on.
+            data has moved on. The old one is kept until the new one is there.
+          patience: None saves in the background; a number waits until the checkpoint is there, and
+            tries again for so many seconds, as at the end of a run.
+
+        Raises:
+          CheckpointError: it failed, and more steps than allowed would be lost, or patience is out.
         """
-        if step in self._manager.all_steps():
-            if not overwrite:
+        self.wait()
+        steps = self.steps()
+        exists = step in steps
+        if exists and not overwrite:
+            return
+        newest = max(steps, default=0)
+        if newest < self._saved:
+            _warn(f"step {self._saved} is gone from {self.directory}; the newest is {newest}")
+            self._saved = newest
+        records = {"data": dict(data_state), "config": dict(config), "latents": dict(latents)}
+        records["manifest"] = manifest.describe(step, state, records)
+        last_chance = step + self._retry_steps - self._saved > self._max_lost_steps
+        waits = exists or last_chance or patience is not None
+        deadline = time.monotonic() + (self._patience if patience is None else patience)
+        pause = 1.0
+        while problem := self._try(step, state, records, replaces=exists, waits=waits):
+            self._note_failure(step, problem)
+            if not waits:
                 return
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                data=ocp.args.JsonSave(dict(data_state)),
-                config=ocp.args.JsonSave(dict(config)),
-                latents=ocp.args.JsonSave(dict(latents)),
-            ),
-        )
+            if sharding.agree(time.monotonic() + pause > deadline):
+                raise CheckpointError(
+                    f"{self.directory}: step {step} cannot be saved ({problem}). The newest "
+                    f"checkpoint is step {self._saved}: free space there or make it writable; the "
+                    "same command then goes on from it"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def restore(
-        self, abstract_state: TrainState, batch_size: int, step: int | None = None
+        self,
+        abstract_state: TrainState,
+        batch_size: int,
+        step: int | None = None,
+        *,
+        check: Callable[[Records, Records], list[str]] | None = None,
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
         """Restores a state (the newest by default) onto the shardings of `abstract_state`.
+
+        Where the newest is damaged, the one before it is taken, and so on; the damaged ones are
+        moved into `damaged/`, and nothing is where none is left. A step that is given is the only
+        one that will do.
 
         Where the run had another batch size or number of bank rows, its bank is laid out anew and
         its position in the data stays that of the same sample: `memory_bank.reslot` and
@@ -136,34 +223,147 @@ class Checkpointer:
           abstract_state: shapes with shardings, from `abstract_train_state`.
           batch_size: of the global batch from now on.
           step: which checkpoint.
+          check: called with the saved configuration and latents before any array is read; raises
+            where the run must not go on from them, and returns lines to report.
 
         Returns:
-          The state, the data iterator's state, and a line for each thing that was translated.
+          The state, the data iterator's state, and a line for each thing to report: what was
+          damaged, changed or translated.
 
         Raises:
+          DamagedCheckpointError: the step that was given, or every one, is damaged.
           CheckpointError: no such checkpoint, or it holds another model, head or optimizer.
         """
-        step = self.resolve(step)
-        with _reading(f"{self.directory}/{step}"):
-            wanted = self._with_saved_bank(step, abstract_state)
-            self._check_shapes(step, wanted)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=_restore_args(wanted),
-                    data=ocp.args.JsonRestore(),
-                    config=ocp.args.JsonRestore(),
-                ),
+        self.wait()
+        newest = self.resolve(step)
+        candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
+        problems: dict[int, str] = {}
+        for candidate in candidates:
+            try:
+                state, data_state, notes = self._restore(
+                    candidate, abstract_state, batch_size, check
+                )
+                break
+            except DamagedCheckpointError as error:
+                problems[candidate] = str(error)
+        else:
+            raise DamagedCheckpointError(
+                "; ".join(problems.values())
+                + ". No other checkpoint is left to go on from, and nothing was moved: restore one "
+                "from a copy, or start anew in another --workdir"
             )
-            saved_size = restored["config"].get("batch_size", batch_size)
-            position = restored["data"]["next_index"]
-            if (
-                type(saved_size) is not int
-                or type(position) is not int
-                or min(saved_size - 1, position) < 0
-            ):
-                raise ValueError(f"found batch_size {saved_size!r}, next_index {position!r}")
-        state, data_state, notes = restored["state"], restored["data"], []
+        moved = self._storage.set_aside(list(problems)) if problems else {}
+        said = [
+            f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[damaged].name}; going on from "
+            f"step {candidate}"
+            for damaged, problem in problems.items()
+        ]
+        self._saved, self._failed = candidate, False
+        return state, data_state, said + notes
+
+    def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+        """Restores the EMA parameters alone: no head, no bank, no optimizer state is read.
+
+        Returns:
+          The parameters, and the step that they are of.
+
+        Raises:
+          DamagedCheckpointError: it is damaged.
+          CheckpointError: no such checkpoint, or it holds another model.
+        """
+        step = self.resolve(step)
+        try:
+            about = self._records(step, ())["manifest"]
+            wanted = {"ema_params": abstract_params}
+            self._check_fits(step, about, wanted)
+            found = self._arrays(step, about, wanted, partial=True)
+        except DamagedCheckpointError as error:
+            raise self._with_advice(error) from error
+        return found["ema_params"], step
+
+    def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Reads the run's configuration and what it says of its latents, and no array.
+
+        Returns:
+          The configuration, the `experiment.latents_record`, and the step.
+
+        Raises:
+          DamagedCheckpointError: it is damaged.
+          CheckpointError: no such checkpoint.
+        """
+        step = self.resolve(step)
+        try:
+            found = self._records(step, ("config", "latents"))
+        except DamagedCheckpointError as error:
+            raise self._with_advice(error) from error
+        return found["config"], found["latents"], step
+
+    def resolve(self, step: int | None) -> int:
+        """Returns the step, or the newest for None; raises CheckpointError if it is not there."""
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.directory} holds no checkpoint: train first")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
+        return steps[-1] if step is None else step
+
+    # Saving.
+
+    def _try(
+        self, step: int, state: TrainState, records: Records, *, replaces: bool, waits: bool
+    ) -> str:
+        """One attempt; returns what went wrong, or ""."""
+        if replaces:
+            try:
+                self._storage.put_aside(step)
+            except CheckpointError as error:
+                return str(error)
+        problem = self._storage.begin(step, state, records)
+        if not problem and waits:
+            problem = self._storage.outcome()
+        if replaces:
+            self._storage.finish_replacing()
+        if problem:
+            return problem
+        if waits:
+            self._note_success(step)
+        else:
+            self._pending, self._check_at = step, step + self._retry_steps
+        return ""
+
+    def _note_success(self, step: int) -> None:
+        self._saved, self._failed, self._check_at = step, False, None
+
+    def _note_failure(self, step: int, problem: str) -> None:
+        self._failed, self._check_at = True, step + self._retry_steps
+        if jax.process_index() == 0 or problem != "another process failed":
+            _warn(
+                f"step {step} is not saved ({problem}). The newest checkpoint in {self.directory} "
+                f"is step {self._saved}: free space there or make it writable. Saving is tried "
+                f"again; training stops rather than lose more than {self._max_lost_steps:,} steps"
+            )
+
+    # Restoring.
+
+    def _restore(
+        self,
+        step: int,
+        abstract_state: TrainState,
+        batch_size: int,
+        check: Callable[[Records, Records], list[str]] | None,
+    ) -> tuple[TrainState, dict[str, Any], list[str]]:
+        found = self._records(step, ("data", "config", "latents"))
+        notes = check(found["config"], found["latents"]) if check else []
+        about = found["manifest"]
+        wanted = _with_saved_bank(about, abstract_state)
+        self._check_fits(step, about, wanted)
+        data_state = found["data"]
+        saved_size = found["config"].get("batch_size", batch_size)
+        position = data_state.get("next_index")
+        for what, number, least in (("batch_size", saved_size, 1), ("next_index", position, 0)):
+            if type(number) is not int or number < least:
+                raise DamagedCheckpointError(f"{self.directory / str(step)}: {what} is {number!r}")
+        state = self._arrays(step, about, wanted)
         if wanted is not abstract_state:
             bank, note = _reslotted(state.bank, abstract_state.bank)
             state = state.replace(bank=bank)
@@ -177,137 +377,105 @@ class Checkpointer:
             )
         return state, data_state, notes
 
-    def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
-        """Restores the EMA parameters alone: no head, no bank, no optimizer state is read.
-
-        Returns:
-          The parameters, and the step that they are of.
-
-        Raises:
-          CheckpointError: no such checkpoint, or it holds another model.
-        """
-        step = self.resolve(step)
-        wanted = {"ema_params": abstract_params}
-        with _reading(f"{self.directory}/{step}"):
-            self._check_shapes(step, wanted)
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
-            )
-        return restored["state"]["ema_params"], step
-
-    def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Reads the run's configuration and what it says of its latents, and no array.
-
-        Returns:
-          The configuration, the `experiment.latents_record`, and the step.
-
-        Raises:
-          CheckpointError: no such checkpoint, or one without these records.
-        """
-        step = self.resolve(step)
+    def _records(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
+        """The manifest and some of the other records, checked against it."""
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    config=ocp.args.JsonRestore(), latents=ocp.args.JsonRestore()
-                ),
-            )
-        except (FileNotFoundError, KeyError, ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.directory}/{step}: found no record of configuration and latents ({error}); "
-                "it was saved by an older version, or is damaged"
-            ) from error
-        return restored["config"], restored["latents"], step
+            found = self._storage.read_records(step, ("manifest", *names))
+        except DamagedCheckpointError:
+            folder = self.directory / str(step)
+            if (folder / "manifest").exists():
+                raise
+            raise DamagedCheckpointError(
+                f"{folder}: it has no manifest: an older version saved it, or it is damaged"
+            ) from None
+        problem = manifest.record_problem(
+            found["manifest"], step, {name: found[name] for name in names}
+        )
+        if problem:
+            raise DamagedCheckpointError(f"{self.directory / str(step)}: {problem}")
+        return found
 
-    def resolve(self, step: int | None) -> int:
-        """Returns the step, or the newest for None; raises CheckpointError if it is not there."""
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise CheckpointError(f"{self.directory} holds no checkpoint: train first")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
-        return steps[-1] if step is None else step
+    def _arrays(self, step: int, about: Records, wanted: Any, *, partial: bool = False) -> Any:
+        """Arrays of the state, checked against the manifest."""
+        found = self._storage.read_arrays(step, wanted, partial=partial)
+        problem = manifest.array_problem(about, found)
+        if problem:
+            raise DamagedCheckpointError(f"{self.directory / str(step)}: {problem}")
+        return found
 
-    def _with_saved_bank(self, step: int, wanted: TrainState) -> TrainState:
-        """Asks for the bank in the shape that it was saved in, where only its slots differ.
+    def _with_advice(self, error: DamagedCheckpointError) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"{error}. Choose another --checkpoint_step of {self.steps()}; --mode=verify says "
+            "which are whole"
+        )
 
-        It is then split over the features' last axis, which any change of slots leaves alone.
-        """
-        saved = _shapes(self._manager.item_metadata(step)["state"].tree).get("bank/features")
-        if wanted.bank is None or saved is None:
-            return wanted
-        features: Any = wanted.bank.features
-        if saved == features.shape or saved[2] != features.shape[2]:
-            return wanted
-        mesh = features.sharding.mesh
-        by_feature = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH_AXES))
-        if saved[2] % sharding.batch_shards(mesh):
-            by_feature = sharding.replicated(mesh)
-        features = jax.ShapeDtypeStruct(saved, features.dtype, sharding=by_feature)
-        return wanted.replace(bank=dataclasses.replace(wanted.bank, features=features))
-
-    def _check_shapes(self, step: int, wanted: Any) -> None:
-        """Compares names and shapes with the saved ones, before anything is read."""
-        saved = _shapes(self._manager.item_metadata(step)["state"].tree)
-        expected = _shapes(wanted)
-        if isinstance(wanted, TrainState):
-            unexpected = sorted(set(saved) - set(expected))
-        else:
-            unexpected = sorted(k for k in set(saved) - set(expected) if k.startswith("ema_params"))
+    def _check_fits(self, step: int, about: Records, wanted: Any) -> None:
+        """Compares names, shapes and dtypes with the saved ones, before anything is read."""
+        expected = manifest.shapes_and_dtypes(wanted)
+        saved = {
+            name: (tuple(each["shape"]), each["dtype"]) for name, each in about["arrays"].items()
+        }
         where = f"{self.directory}/{step} does not fit this configuration"
-        for name, shape in expected.items():
+        for name, (shape, dtype) in expected.items():
             if name not in saved:
                 raise CheckpointError(f"{where}: {name} is missing; use the run's own config")
-            if saved[name] != shape:
-                raise CheckpointError(
-                    f"{where}: {name} has shape {saved[name]}, expected {shape}; "
-                    "use the run's own config"
-                )
+            for what, one, other in zip(
+                ("shape", "dtype"), saved[name], (shape, dtype), strict=True
+            ):
+                if one != other:
+                    raise CheckpointError(
+                        f"{where}: {name} has {what} {one}, expected {other}; use the run's own "
+                        "config"
+                    )
+        parts = {name.split("/")[0] for name in expected}
+        everything = isinstance(wanted, TrainState)
+        unexpected = sorted(
+            name for name in set(saved) - set(expected) if everything or name.split("/")[0] in parts
+        )
         if unexpected:
             raise CheckpointError(
                 f"{where}: it also holds {unexpected[0]}; use the run's own config"
             )
 
 
+def _warn(message: str) -> None:
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    tqdm.write(f"warning: {who}{message}")
+
+
+def _with_saved_bank(about: Records, wanted: TrainState) -> TrainState:
+    """Asks for the bank in the shape and dtype that it was saved in, where it is the same queue.
+
+    It is then split over the features' last axis, which any change of slots leaves alone.
+    """
+    saved = about["arrays"].get("bank/features")
+    if wanted.bank is None or saved is None:
+        return wanted
+    features: Any = wanted.bank.features
+    shape, dtype = tuple(saved["shape"]), jnp.dtype(saved["dtype"])
+    if (shape, dtype) == (features.shape, features.dtype) or shape[2:] != features.shape[2:]:
+        return wanted
+    mesh = features.sharding.mesh
+    by_feature = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH_AXES))
+    if shape[2] % sharding.batch_shards(mesh):
+        by_feature = sharding.replicated(mesh)
+    features = jax.ShapeDtypeStruct(shape, dtype, sharding=by_feature)
+    return wanted.replace(bank=dataclasses.replace(wanted.bank, features=features))
+
+
 def _reslotted(bank: MemoryBank, wanted: Any) -> tuple[MemoryBank, str]:
-    """The bank in the shape and shards of `wanted`, and a line that says so."""
+    """The bank in the shape, dtype and shards of `wanted`, and a line that says so."""
     old_slots, old_batch, _ = bank.features.shape
     num_slots, batch_size, _ = wanted.features.shape
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    reslot = jax.jit(memory_bank.reslot, static_argnums=(1, 2), out_shardings=shardings)
+
+    def reslot(bank: MemoryBank) -> MemoryBank:
+        found = memory_bank.reslot(bank, num_slots, batch_size)
+        return dataclasses.replace(found, features=found.features.astype(wanted.features.dtype))
+
     note = (
         f"bank: {old_slots:,} slots of {old_batch:,} re-slotted to {num_slots:,} of {batch_size:,}"
     )
-    return reslot(bank, num_slots, batch_size), note
-
-
-@contextlib.contextmanager
-def _reading(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Says of what orbax stumbles over in a damaged or hostile file where that file is."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
-        raise CheckpointError(
-            f"{where}: cannot be read, it is damaged ({reason}): restore it from a copy, or delete "
-            "the step"
-        ) from error
-
-
-def _restore_args(wanted: Any, **kwargs: Any) -> ocp.args.PyTreeRestore:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    return ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, **kwargs)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array; a random key counts as its data, as orbax stores it."""
-    shapes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not hasattr(leaf, "shape"):
-            continue
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        shapes[jax.tree_util.keystr(path, simple=True, separator="/")] = tuple(leaf.shape)
-    return shapes
+    if bank.features.dtype != wanted.features.dtype:
+        note += f", as {wanted.features.dtype}"
+    return jax.jit(reslot, out_shardings=shardings)(bank), note

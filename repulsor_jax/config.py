@@ -147,6 +147,8 @@ class CheckpointConfig:
     every_steps: int = _at_least(1)
     keep_last: int = _at_least(1)
     keep_every: int = _at_least(0)
+    max_lost_steps: int = _at_least(0)
+    patience_seconds: float = _at_least(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,6 +334,11 @@ def _check_consistency(c: Config) -> None:
         raise ConfigError(
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} leaves no step of "
             f"config.total_steps={c.total_steps} to the cosine schedule"
+        )
+    if 0 < c.checkpoint.max_lost_steps < c.checkpoint.every_steps:
+        raise ConfigError(
+            f"config.checkpoint.max_lost_steps={c.checkpoint.max_lost_steps} must be at least "
+            f"config.checkpoint.every_steps={c.checkpoint.every_steps}, or 0"
         )
     profiled = c.log.profile_steps
     if profiled and (len(profiled) != 2 or profiled[0] > profiled[1]):

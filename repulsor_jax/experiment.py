@@ -34,6 +34,7 @@ class Experiment:
       latent_format: how stored latents become the model's, and back.
       latents_sha256: digest of the weights that made the latents; "" where they are not known.
       class_names: label k is `class_names[k]`.
+      dataset: what identifies the data set that is, or was, trained on, `latent_dataset.identity`.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Experiment:
     latent_format: LatentFormat
     latents_sha256: str
     class_names: tuple[str, ...]
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def prepare(
@@ -100,6 +102,7 @@ def prepare(
         autoencoder=autoencoder,
         latent_format=LatentFormat(dataset.stochastic, shift, factor),
         latents_sha256=dataset.weights_sha256,
+        dataset=latent_dataset.identity(dataset),
         class_names=dataset.class_names,
     )
     return experiment, dataset
@@ -113,6 +116,7 @@ def latents_record(experiment: Experiment) -> dict[str, Any]:
         "shift": experiment.latent_format.shift.tolist(),
         "factor": experiment.latent_format.factor.tolist(),
         "class_names": list(experiment.class_names),
+        "dataset": dict(experiment.dataset),
     }
 
 
@@ -151,6 +155,7 @@ def prepare_sampling(
         autoencoder=autoencoder,
         latent_format=LatentFormat(False, shift, factor),
         latents_sha256=record["weights_sha256"],
+        dataset=record.get("dataset", {}),
         class_names=tuple(record["class_names"]),
     )
 

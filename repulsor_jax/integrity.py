@@ -36,9 +36,11 @@ def fingerprints(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     arrays = [_plain(leaf) for _, leaf in leaves]
-    sums = jax.device_get(_sums(arrays))
     found = {}
-    for name, array, lanes in zip(names, arrays, sums, strict=True):
+    for name, array in zip(names, arrays, strict=True):
+        # One at a time: what has the same shape is compiled once, and virtual CPU devices, which
+        # share few threads, do not get stuck in many all-reduces at once.
+        lanes = jax.device_get(_sum(array))
         about = f"{array.dtype}{list(array.shape)}".encode()
         prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
         value = prefix ^ (int(lanes[0]) << 32 | int(lanes[1]))
@@ -65,10 +67,6 @@ def _plain(leaf: Any) -> Any:
 
 
 @jax.jit
-def _sums(arrays: list[Array]) -> list[Array]:
-    return [_sum(array) for array in arrays]
-
-
 def _sum(array: Array) -> Array:
     """uint32 `[2]`: in each lane the sum, modulo 2^32, of the mixed elements."""
     words = _words(array)

@@ -29,6 +29,7 @@ from repulsor_jax.replay import replay
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 from repulsor_jax.untrusted import printable
+from repulsor_jax.verify import verify
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -42,12 +43,18 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate", "plan", "replay"],
+    ["train", "encode", "sample", "evaluate", "plan", "replay", "verify"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
     "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). plan: memory, "
     "FLOPs, collectives and estimated time on --topology, which need not be here. replay: a batch "
-    "that training refused (--event), once more.",
+    "that training refused (--event), once more. verify: reads every checkpoint and says which are "
+    "whole.",
+)
+_FORCE = flags.DEFINE_bool(
+    "force",
+    False,
+    "train: go on with other data, or another flow or regulariser, than the run was trained with.",
 )
 _CHECKPOINT_STEP = flags.DEFINE_string(
     "checkpoint_step",
@@ -148,6 +155,10 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "replay":
             replay(config, workdir, pathlib.Path(_EVENT.value).expanduser())
             return
+        if _MODE.value == "verify":
+            if not verify(workdir):
+                _stop("error: some checkpoints are damaged, see above", 1)
+            return
         pictures = experiment_lib.draws_pictures(config)
         experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
         monitor = make_monitor(experiment) if pictures else None
@@ -157,7 +168,7 @@ def main(argv: list[str]) -> None:
         _stop("interrupted; the same command goes on from here", 130)
 
     try:
-        train(experiment, dataset, monitor, _CONFIG.value.to_dict())
+        train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)
     except (
         DivergedError,
         CheckpointError,

@@ -218,3 +218,10 @@ def agree(value: Any) -> Any:
     if jax.process_count() == 1:
         return np.asarray(value)
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; the same answer on all, which ask together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

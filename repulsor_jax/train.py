@@ -11,8 +11,8 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import images, regularizers, sharding
-from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax import images, regularizers, resuming, sharding
+from repulsor_jax.checkpoint import open_for_training
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.divergence import DivergedError, DivergencePolicy
@@ -50,6 +50,8 @@ def train(
     dataset: LatentDataset,
     monitor: Monitor | None,
     config_record: Mapping[str, Any],
+    *,
+    force: bool = False,
 ) -> TrainState:
     """Trains to `config.total_steps`, going on from the newest checkpoint where there is one.
 
@@ -58,11 +60,14 @@ def train(
       dataset: likewise; what is trained on.
       monitor: draws grids and evaluates on the way; None draws nothing.
       config_record: the configuration as plain values, kept with every checkpoint.
+      force: go on with other data or another task than the run's, see `resuming.check`.
 
     Returns:
       The final state.
 
     Raises:
+      ConfigError: the run that is there was trained otherwise.
+      CheckpointError: what is there does not fit or is damaged, or nothing can be saved any more.
       DivergedError: after saving the last good state.
       Preempted: after saving, when the process was told to stop.
     """
@@ -102,19 +107,21 @@ def train(
     )
     say(f"compiled the step for mesh {dict(mesh.shape)} in {time.perf_counter() - started:.1f} s")
 
-    with Checkpointer(
-        workdir / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-    ) as checkpointer:
+    check = functools.partial(resuming.check, config_record, latents, force=force)
+    patience = config.checkpoint.patience_seconds
+    with open_for_training(workdir, config.checkpoint) as checkpointer:
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """That of the newest checkpoint with its position in the data, or a fresh one."""
             if checkpointer.latest_step() is None:
                 return create_train_state(*parts, mesh), None
-            state, position, notes = checkpointer.restore(abstract_state, config.batch_size)
+            state, position, notes = checkpointer.restore(
+                abstract_state, config.batch_size, check=check
+            )
             for note in notes:
                 say(note)
+            if is_main:
+                resuming.write_down(workdir, int(jax.device_get(state.step)), notes)
             return state, position
 
         state, position = newest_state()
@@ -160,6 +167,7 @@ def train(
                 draws = monitor and _due(config.sampling.grid_every_steps, step, total_steps)
                 evaluates = monitor and _due(config.evaluation.every_steps, step, total_steps)
                 saves = told or _due(config.checkpoint.every_steps, step, total_steps)
+                saves = saves or checkpointer.retry_due(step)
                 if draws or evaluates or saves:
                     refused += recorder.settle()
 
@@ -171,7 +179,9 @@ def train(
                         # The state is the last good one; the data have moved on.
                         step = int(jax.device_get(state.step))
                         position = data.get_state()
-                        checkpointer.save(step, state, position, config_record, latents, True)
+                        checkpointer.save(
+                            step, state, position, config_record, latents, True, patience=patience
+                        )
                         raise DivergedError(
                             f"{error}. The last good state is saved as step {step} in "
                             f"{checkpointer.directory}; the same command goes on from it with the "
@@ -199,7 +209,15 @@ def train(
                         if saves:
                             watchdog.beat("save", step)
                             position = data.get_state()
-                            checkpointer.save(step, state, position, config_record, latents)
+                            ends = told or step == total_steps
+                            checkpointer.save(
+                                step,
+                                state,
+                                position,
+                                config_record,
+                                latents,
+                                patience=patience if ends else None,
+                            )
                 if told and step < total_steps:
                     raise Preempted(f"told to stop: saved step {step} of {total_steps}")
 

@@ -98,12 +98,16 @@ def learning_rate(config: config_lib.Config) -> optax.Schedule:
 
 
 def build_optimizer(config: config_lib.Config) -> optax.GradientTransformation:
-    """AdamW with the schedule, after clipping by the global norm where configured."""
+    """AdamW with the schedule, after clipping by the global norm where configured.
+
+    Its state has the same structure with and without clipping: a run may go on with the other.
+    """
     c = config.optimizer
     adamw = optax.adamw(
         learning_rate(config), b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw) if c.clip_norm else adamw
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)
 
 
 def init_model_params(model: DiT, key: Array) -> Any:

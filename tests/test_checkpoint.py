@@ -1,3 +1,7 @@
+import collections
+import contextlib
+import os
+import re
 import shutil
 
 import jax
@@ -5,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import corrupt_checkpoint
 from repulsor_jax import regularizers
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from repulsor_jax.train_state import (
     abstract_train_state,
     build_model,
@@ -141,9 +146,168 @@ def test_records_are_read_without_arrays_and_missed_by_name(saved, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "2" / "latents")
     with (
         Checkpointer(tmp_path / "copy", read_only=True) as checkpointer,
-        pytest.raises(CheckpointError, match=r"copy/2: found no record of .* latents"),
+        pytest.raises(CheckpointError, match=r"copy/2: latents cannot be read.*mode=verify"),
     ):
         checkpointer.records(2)
     with pytest.raises(CheckpointError, match="nowhere is not there: train first"):
         Checkpointer(tmp_path / "nowhere", read_only=True)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_another_dtype_of_the_bank_is_cast_and_any_other_refused(saved):
+    _, folder, expected = saved
+    abstract, _ = abstract_train_state(*parts(tiny.config()), tiny.mesh(2, 4))
+    with Checkpointer(folder) as checkpointer:
+        state, _, notes = checkpointer.restore(abstract, tiny.BATCH)
+        assert notes == ["bank: 3 slots of 16 re-slotted to 3 of 16, as float32"]
+        assert state.bank.features.dtype == jnp.float32
+        np.testing.assert_array_equal(
+            state.bank.features, expected.bank.features.astype(np.float32)
+        )
+        half = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+            abstract.ema_params,
+        )
+        with pytest.raises(CheckpointError, match="has dtype float32, expected bfloat16"):
+            checkpointer.restore_ema(half)
+
+
+def flip(path):
+    """Changes one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def largest(folder):
+    """The file that most of the arrays are in."""
+    files = (path for path in (folder / "state").rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "arrays changed": (lambda step: flip(largest(step)), "came back otherwise|cannot be read"),
+    "arrays gone": (lambda step: shutil.rmtree(step / "state"), "state cannot be read"),
+    "arrays cut": (lambda step: os.truncate(largest(step), 100), "state cannot be read"),
+    "record changed": (
+        lambda step: (step / "data" / "metadata").write_text('{"next_index": 3}'),
+        "its record 'data' was changed",
+    ),
+    "record cut": (lambda step: os.truncate(step / "config" / "metadata", 3), "config cannot be"),
+    "manifest changed": (
+        lambda step: rewrite(step / "manifest" / "metadata", '"step": 2', '"step": 3'),
+        "its manifest was changed",
+    ),
+    "manifest gone": (lambda step: shutil.rmtree(step / "manifest"), "it has no manifest"),
+}
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def saved_twice(saved, tmp_path_factory):
+    """Steps 1 and 2 with different values."""
+    c, _, _ = saved
+    folder = tmp_path_factory.mktemp("twice")
+    state = create_train_state(*parts(c), tiny.mesh())
+    with Checkpointer(folder) as checkpointer:
+        for step in (1, 2):
+            state = state.replace(step=jnp.int32(step))
+            checkpointer.save(step, state, {"next_index": step}, {"batch_size": tiny.BATCH}, {})
+    return c, folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(
+    saved_twice, tmp_path, damage
+):
+    c, folder = saved_twice
+    damaging, message = DAMAGE[damage]
+    shutil.copytree(folder, tmp_path / "copy")
+    damaging(tmp_path / "copy" / "2")
+    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    # One who only looks says so, and moves nothing; the position in the data is not looked at.
+    with (
+        Checkpointer(tmp_path / "copy", read_only=True, read_delay=0) as checkpointer,
+        contextlib.nullcontext()
+        if damage == "record changed"
+        else pytest.raises(DamagedCheckpointError, match=rf"copy/2: .*({message}).*--mode=verify"),
+    ):
+        checkpointer.records()
+        checkpointer.restore_ema(abstract.ema_params)
+    with Checkpointer(tmp_path / "copy", read_delay=0) as checkpointer:
+        assert checkpointer.steps() == [1, 2]
+        with pytest.raises(DamagedCheckpointError, match=message):
+            checkpointer.restore(abstract, tiny.BATCH, step=2)
+        state, data_state, (note,) = checkpointer.restore(abstract, tiny.BATCH)
+        assert (int(state.step), data_state) == (1, {"next_index": 1})
+        assert re.search(f"DAMAGED: .*copy/2: .*({message}).*going on from step 1", note)
+        assert checkpointer.steps() == [1]
+        checkpointer.save(2, state, {}, {}, {})  # its place is free
+    (moved,) = (tmp_path / "copy" / "damaged").iterdir()
+    assert moved.name.startswith("2-")
+
+
+def test_nothing_is_moved_where_no_whole_checkpoint_is_left(saved_twice, tmp_path):
+    c, folder = saved_twice
+    shutil.copytree(folder, tmp_path / "copy")
+    for step in ("1", "2"):
+        flip(tmp_path / "copy" / step / "manifest" / "metadata")
+    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    with (
+        Checkpointer(tmp_path / "copy", read_delay=0) as checkpointer,
+        pytest.raises(DamagedCheckpointError, match="copy/2.*copy/1.*nothing was moved"),
+    ):
+        checkpointer.restore(abstract, tiny.BATCH)
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_damaged(saved_twice, tmp_path):
+    _, folder = saved_twice
+    shutil.copytree(folder, tmp_path / "copy")
+    other, _ = abstract_train_state(*parts(tiny.config(model__hidden_size=64)), tiny.mesh())
+    with (
+        Checkpointer(tmp_path / "copy") as checkpointer,
+        pytest.raises(CheckpointError, match="copy/2 does not fit this configuration") as error,
+    ):
+        checkpointer.restore(other, tiny.BATCH)
+    assert not isinstance(error.value, DamagedCheckpointError)
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["1", "2"]
+
+
+def test_the_saved_records_are_checked_before_arrays_are_read(saved_twice, tmp_path):
+    c, folder = saved_twice
+    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+
+    def refuse(config, latents):
+        assert (config, latents) == ({"batch_size": tiny.BATCH}, {})
+        raise ValueError("another data set")
+
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "2" / "state")
+    with (
+        Checkpointer(tmp_path / "copy") as checkpointer,
+        pytest.raises(ValueError, match="another data set"),
+    ):
+        checkpointer.restore(abstract, tiny.BATCH, check=refuse)
+    with Checkpointer(folder) as checkpointer:
+        _, _, notes = checkpointer.restore(abstract, tiny.BATCH, check=lambda *unused: ["noted"])
+    assert notes == ["noted"]
+
+
+def test_random_corruptions_are_detected_or_harmless(tmp_path):
+    """A part of `python -m benchmarks.corrupt_checkpoint`."""
+    config = corrupt_checkpoint.small_config()
+    states = corrupt_checkpoint.save_two(tmp_path / "checkpoints", config)
+    abstract = corrupt_checkpoint.abstract_state(config)
+    rounds = corrupt_checkpoint.damages(tmp_path / "checkpoints", np.random.default_rng(0))
+    verdicts = collections.Counter()
+    for _, (what, copy) in zip(range(20), rounds, strict=False):
+        verdict, said = corrupt_checkpoint.outcome(copy, abstract, states)
+        assert verdict != "silent", (what, said)
+        verdicts[verdict] += 1
+    assert verdicts["detected"] > 5

@@ -239,6 +239,24 @@ def verify(
         note.write_text(json.dumps(stamps))
 
 
+def identity(dataset: LatentDataset) -> dict[str, Any]:
+    """What identifies a data set wherever it lies, as plain values: no file is read.
+
+    Two data sets with the same identity hold the same records in the same order.
+    """
+    shards = [[shard.records, shard.sha256] for shard in dataset.shards]
+    return {
+        "images": dataset.num_images,
+        "flipped": dataset.flipped,
+        "shape": list(dataset.shape),
+        "dtype": dataset.dtype,
+        "autoencoder": dataset.autoencoder,
+        "weights_sha256": dataset.weights_sha256,
+        "class_names_sha256": hashlib.sha256(json.dumps(dataset.class_names).encode()).hexdigest(),
+        "shards_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+    }
+
+
 def decode_records(
     records: Sequence[bytes], shape: tuple[int, ...], dtype: str
 ) -> dict[str, np.ndarray]:

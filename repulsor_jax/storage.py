@@ -1,0 +1,342 @@
+"""Where checkpoints lie: orbax's manager, made to fail in two ways only, of reading and of writing.
+
+orbax reports a failed asynchronous save at some later call, keeps what was half written, and its
+manager is then not to be relied on: here an outcome is asked for, what is half written is removed,
+and the manager is made anew.
+
+Several processes act together: whatever fails on one of them fails on all, at the same call. Those
+that wait for one that failed give up after `BARRIER_SECONDS`; none of them waits for ever.
+"""
+
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from repulsor_jax import sharding
+
+RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
+DAMAGED = "damaged"  # the folder of checkpoints that were set aside
+BARRIER_SECONDS = 600
+_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of orbax's temporary folders
+_REPLACED = ".replaced"  # ends the name of a checkpoint that is being replaced
+_READ_ATTEMPTS = 2
+_PROBE_BYTES = 1 << 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, cannot be saved, or does not fit; says which and why."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read, or came back otherwise than it was saved."""
+
+
+class Storage:
+    """The checkpoints of one directory."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None,
+        keep_every: int | None,
+        read_only: bool,
+        read_delay: float = 1.0,
+    ) -> None:
+        """Opens the directory, and creates it where absent unless `read_only`.
+
+        Args:
+          directory: the folder.
+          keep_last: how many of the newest checkpoints to keep; None keeps all.
+          keep_every: keep those whose step is a multiple of this as well; None keeps no more.
+          read_only: neither create nor delete anything.
+          read_delay: seconds before what could not be read is read once more.
+
+        Raises:
+          CheckpointError: the folder is not there, or cannot be made.
+        """
+        self.directory = pathlib.Path(directory).absolute()
+        self.read_only = read_only
+        self._read_delay = read_delay
+        self._keep = {"max_to_keep": keep_last, "keep_period": keep_every}
+        self._opened = 0
+        self._seen: list[int] = []
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not there: train first, or check --workdir")
+        if not read_only:
+            problem = self._tidy() or self._probe()
+            if problem:
+                raise CheckpointError(f"{self.directory} cannot be written ({problem})")
+        self._open()
+
+    def close(self) -> None:
+        """Waits for what is being saved, and closes; call `outcome` first to learn how it went."""
+        self._waiter.shutdown()
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that are there now, ascending, as the first process sees them.
+
+        While the directory cannot be read, those that were there last.
+        """
+        try:
+            self._seen = sorted(int(p.name) for p in self.directory.iterdir() if _is_step(p))
+        except FileNotFoundError:
+            self._seen = []
+        except OSError:
+            pass
+        count = int(sharding.agree(len(self._seen)))
+        steps = np.resize(np.array(self._seen, np.int64), count)
+        return sharding.agree(steps).tolist() if count else []
+
+    # Writing.
+
+    def begin(self, step: int, state: Any, records: Mapping[str, Any]) -> str:
+        """Starts saving; the state may be donated right after.
+
+        Call `outcome` first, where something was begun before.
+
+        Returns:
+          What went wrong already, or "".
+        """
+        items = {name: ocp.args.JsonSave(dict(values)) for name, values in records.items()}
+        # Most failures are found here, by all at once: in orbax, others would wait for the first.
+        problem = self._probe()
+        if problem:
+            return problem
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **items)
+            )
+        except Exception as error:  # of orbax, tensorstore, the file system
+            problem = one_line(error)
+        problem = agreed(problem)
+        if problem:
+            self._recover()
+        else:
+            # orbax says what went wrong to the thread that waits.
+            self._pending = self._waiter.submit(self._manager.wait_until_finished)
+        return problem
+
+    def is_saving(self) -> bool:
+        """Whether any process is still writing; does not wait for it."""
+        busy = self._pending is not None and not self._pending.done()
+        return sharding.any_process(busy)
+
+    def outcome(self) -> str:
+        """Waits for what was begun; returns what went wrong, or ""."""
+        if self._pending is None:
+            return ""
+        error = self._pending.exception()
+        self._pending = None
+        problem = agreed(one_line(error) if error else "")
+        if problem:
+            self._recover()
+        self.steps()
+        return problem
+
+    def put_aside(self, step: int) -> None:
+        """Renames a checkpoint that is to be replaced; `finish_replacing` ends it.
+
+        Raises:
+          CheckpointError: it cannot be renamed.
+        """
+        self._rename({step: self.directory / f"{step}{_REPLACED}"})
+
+    def finish_replacing(self) -> None:
+        """Drops what `put_aside` renamed, or brings it back where nothing took its place."""
+        self._recover()
+
+    def set_aside(self, steps: Sequence[int]) -> dict[int, pathlib.Path]:
+        """Moves damaged checkpoints into `damaged/`; returns where each went.
+
+        Raises:
+          CheckpointError: one cannot be moved.
+        """
+        now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        moves = {step: self.directory / DAMAGED / f"{step}-{now}" for step in steps}
+        self._rename(moves)
+        return moves
+
+    # Reading.
+
+    def read_records(self, step: int, names: Sequence[str] = RECORDS) -> dict[str, Any]:
+        """Reads the JSON records of a checkpoint.
+
+        Raises:
+          DamagedCheckpointError: one cannot be read.
+        """
+        found = {}
+        for name in names:
+            args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+            value = self._read(step, name, args)
+            if not isinstance(value, dict):
+                raise DamagedCheckpointError(f"{self.directory / str(step)}: {name} is no record")
+            found[name] = value
+        return found
+
+    def read_arrays(self, step: int, wanted: Any, *, partial: bool = False) -> Any:
+        """Reads arrays onto the shardings of `wanted`, a tree of `jax.ShapeDtypeStruct`.
+
+        Args:
+          step: of the checkpoint.
+          wanted: shapes with shardings.
+          partial: `wanted` is only a part of what was saved.
+
+        Raises:
+          DamagedCheckpointError: they cannot be read. What came back otherwise is not noticed here.
+        """
+        args = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=partial,
+        )
+        return self._read(step, "state", ocp.args.Composite(state=args))
+
+    def structure(self, step: int) -> Any:
+        """The tree of the saved state, as orbax knows it: its leaves are no arrays.
+
+        Raises:
+          DamagedCheckpointError: it cannot be read.
+        """
+        return self._attempts(
+            step, "state", lambda: self._manager.item_metadata(step)["state"].tree
+        )
+
+    def _read(self, step: int, name: str, args: ocp.args.Composite) -> Any:
+        return self._attempts(step, name, lambda: self._manager.restore(step, args=args)[name])
+
+    def _attempts(self, step: int, name: str, read: Callable[[], Any]) -> Any:
+        problem = ""
+        for attempt in range(_READ_ATTEMPTS):
+            if attempt:
+                time.sleep(self._read_delay)  # a network file system may be back
+            found = None
+            try:
+                found = read()
+                problem = "" if found is not None else "nothing there"
+            except Exception as error:  # of orbax, tensorstore, JSON, the file system
+                problem = one_line(error)
+            problem = agreed(problem)
+            if not problem:
+                return found
+        raise DamagedCheckpointError(
+            f"{self.directory / str(step)}: {name} cannot be read ({problem})"
+        )
+
+    # Within.
+
+    def _open(self) -> None:
+        count = jax.process_count()
+        together = ocp.options.MultiprocessingOptions(
+            # Named processes meet at barriers that end some time, and not in a collective.
+            active_processes=set(range(count)) if count > 1 else None,
+            # Those of a manager that failed may have stopped at different places.
+            barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
+        )
+        self._opened += 1
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                **self._keep,
+                create=False,
+                multiprocessing_options=together,
+                async_options=ocp.options.AsyncOptions(
+                    timeout_secs=BARRIER_SECONDS,
+                    # Else threads wait five minutes for a directory that could not be made.
+                    create_directories_asynchronously=False,
+                ),
+            ),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=together),
+                **{
+                    name: ocp.JsonCheckpointHandler(multiprocessing_options=together)
+                    for name in RECORDS
+                },
+            },
+        )
+
+    def _reopen(self) -> None:
+        with contextlib.suppress(Exception):  # it may say once more what went wrong
+            self._manager.close()
+        self._open()
+
+    def _recover(self) -> None:
+        """Frees what a failed save took, and makes a new manager."""
+        self._tidy()
+        self._reopen()
+
+    def _tidy(self) -> str:
+        """Removes what a save that failed or was killed left; returns what went wrong, or ""."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for path in self.directory.iterdir():
+                    replaced = path.with_name(path.name.removesuffix(_REPLACED))
+                    if _UNFINISHED in path.name or (replaced != path and replaced.exists()):
+                        shutil.rmtree(path, ignore_errors=True)
+                    elif replaced != path:
+                        path.rename(replaced)
+            except OSError as error:
+                problem = one_line(error)
+        return agreed(problem)
+
+    def _probe(self) -> str:
+        """Writes a small file; returns what went wrong, or ""."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.directory) as file:
+                    file.write(bytes(_PROBE_BYTES))
+            except OSError as error:
+                problem = one_line(error)
+        return agreed(problem)
+
+    def _rename(self, moves: Mapping[int, pathlib.Path]) -> None:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                for step, target in moves.items():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (self.directory / str(step)).rename(target)
+            except OSError as error:
+                problem = one_line(error)
+        problem = agreed(problem)
+        if problem:
+            raise CheckpointError(
+                f"{self.directory}: cannot move step {', '.join(map(str, moves))} ({problem}); "
+                "make the directory writable"
+            )
+        self._reopen()
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of readable length."""
+    text = " ".join(str(error).split()) or repr(error)
+    return f"{text[:240]} [...] {text[-120:]}" if len(text) > 380 else text
+
+
+def agreed(problem: str) -> str:
+    """This process's problem, or that another one has one, or ""; the same truth on all."""
+    if sharding.any_process(bool(problem)):
+        return problem or "another process failed"
+    return ""
+
+
+def _is_step(path: pathlib.Path) -> bool:
+    return path.name.isdecimal() and path.is_dir()

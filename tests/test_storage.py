@@ -1,0 +1,261 @@
+"""Storage that fails: full, read-only, gone, and back again."""
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repulsor_jax import storage as storage_lib
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.storage import Storage
+
+RECORDS = ({"next_index": 1}, {"batch_size": 16}, {"shift": [0.5]})
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 3 MB of our own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Full:
+    """Fills the disk to the last byte, and frees it."""
+
+    def __init__(self, disk):
+        self.path = disk / "filler"
+
+    def on(self):
+        file = os.open(self.path, os.O_CREAT | os.O_WRONLY)
+        try:
+            while True:
+                os.write(file, bytes(4096))
+        except OSError:
+            os.close(file)
+
+    def off(self):
+        self.path.unlink()
+
+
+class NearlyFull(Full):
+    """Leaves room for names and records, but not for arrays."""
+
+    def on(self):
+        free = os.statvfs(self.path.parent)
+        self.path.write_bytes(bytes(free.f_bavail * free.f_bsize - 200_000))
+
+
+class ReadOnly:
+    def __init__(self, disk):
+        self.disk = disk
+
+    def on(self):
+        subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], check=True)
+
+    def off(self):
+        subprocess.run(["mount", "-o", "remount,rw", str(self.disk)], check=True)
+
+
+class InTheWay:
+    """A file where the directory was; needs no mount."""
+
+    def __init__(self, disk):
+        self.folder, self.kept = disk / "checkpoints", disk / "kept"
+
+    def on(self):
+        self.folder.rename(self.kept)
+        self.folder.write_text("no directory")
+
+    def off(self):
+        self.folder.unlink()
+        self.kept.rename(self.folder)
+
+
+FAILURES = {
+    "full": (Full, "No space left"),
+    "nearly full": (NearlyFull, "No space left"),
+    "read-only": (ReadOnly, "Read-only file system"),
+    "a file in its place": (InTheWay, "directory|exists"),
+}
+
+
+@pytest.fixture(params=FAILURES)
+def failure(request, tmp_path):
+    """A disk, a way in which it fails, and what is said of it."""
+    kind, said = FAILURES[request.param]
+    disk = tmp_path if kind is InTheWay else request.getfixturevalue("disk")
+    return disk, kind(disk), said
+
+
+def state(step):
+    """Half a megabyte that does not compress."""
+    rng = np.random.default_rng(step)
+    return {"step": jnp.int32(step), "w": jnp.asarray(rng.standard_normal(125_000), jnp.float32)}
+
+
+def opened(disk, **options):
+    options = {"retry_steps": 2, "max_lost_steps": 20} | options
+    return Checkpointer(disk / "checkpoints", **options)
+
+
+def look(checkpointer, first, last):
+    """The first step after which the loop is told to save again, or None."""
+    checkpointer._storage._waiter.submit(lambda: None).result()  # what is pending has come to rest
+    return next((step for step in range(first, last) if checkpointer.retry_due(step)), None)
+
+
+def restored(disk, step):
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(step)
+    )
+    storage = Storage(disk / "checkpoints", keep_last=None, keep_every=None, read_only=True)
+    found = storage.read_arrays(step, wanted)
+    storage.close()
+    return found
+
+
+def test_training_goes_on_and_saves_when_it_can_again(failure, capsys):
+    disk, trouble, said = failure
+    with opened(disk) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        trouble.on()
+        checkpointer.save(12, state(12), *RECORDS)
+        assert look(checkpointer, 13, 18) == 14
+        checkpointer.save(14, state(14), *RECORDS)
+        assert look(checkpointer, 15, 18) == 16
+        out = capsys.readouterr().out
+        assert out.count("warning: ") == 2
+        assert "step 14 is not saved" in out
+        assert f"The newest checkpoint in {disk}/checkpoints is step 10" in out
+        assert re.search(said, out)
+        trouble.off()
+        checkpointer.save(18, state(18), *RECORDS)
+        assert look(checkpointer, 19, 30) is None
+        assert checkpointer.steps() == [10, 18]
+    assert sorted(p.name for p in (disk / "checkpoints").iterdir()) == ["10", "18"]
+    jax.tree.map(np.testing.assert_array_equal, restored(disk, 18), state(18))
+
+
+def test_training_stops_before_more_is_lost_than_allowed(failure):
+    disk, trouble, said = failure
+    message = rf"step 29 cannot be saved \(.*({said}).*newest checkpoint is step 10"
+    checkpointer = opened(disk)
+    checkpointer.save(10, state(10), *RECORDS)
+    checkpointer.wait()
+    trouble.on()
+    checkpointer.save(28, state(28), *RECORDS)  # 30 would not be too late: a warning
+    with pytest.raises(CheckpointError, match=message):
+        checkpointer.save(29, state(29), *RECORDS)  # the next attempt would be after 31
+    trouble.off()
+    jax.tree.map(np.testing.assert_array_equal, restored(disk, 10), state(10))
+
+
+def test_at_the_end_saving_is_tried_until_it_works(tmp_path, capsys):
+    trouble = InTheWay(tmp_path)
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        trouble.on()
+        threading.Timer(0.5, trouble.off).start()
+        checkpointer.save(11, state(11), *RECORDS, patience=60.0)
+        assert checkpointer.steps() == [10, 11]
+    assert "step 11 is not saved" in capsys.readouterr().out
+
+
+def test_leaving_without_the_last_checkpoint_is_an_error(tmp_path):
+    trouble = InTheWay(tmp_path)
+    checkpointer = opened(tmp_path)
+    checkpointer.save(10, state(10), *RECORDS)
+    checkpointer.wait()
+    trouble.on()
+    checkpointer.save(12, state(12), *RECORDS)
+    message = "last checkpoint was not saved.*newest is step 10"
+    with pytest.raises(CheckpointError, match=message), checkpointer:
+        pass
+
+
+def test_a_directory_that_was_removed_is_made_again(tmp_path, capsys):
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpointer.save(12, state(12), *RECORDS)
+        assert "step 10 is gone from" in capsys.readouterr().out
+        checkpointer.save(14, state(14), *RECORDS)
+    jax.tree.map(np.testing.assert_array_equal, restored(tmp_path, 14), state(14))
+
+
+def test_what_is_replaced_is_kept_until_the_new_is_there(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "begin", lambda *unused: "No space left")
+            with pytest.raises(CheckpointError, match="step 10 cannot be saved"):
+                checkpointer.save(10, state(11), *RECORDS, overwrite=True)
+        np.testing.assert_array_equal(restored(tmp_path, 10)["w"], state(10)["w"])
+        checkpointer.save(10, state(11), *RECORDS, overwrite=True)
+        np.testing.assert_array_equal(restored(tmp_path, 10)["w"], state(11)["w"])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_what_a_kill_left_is_cleared_or_brought_back(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+    (folder / "12.orbax-checkpoint-tmp").mkdir()
+    (folder / "10").rename(folder / "10.replaced")
+    assert Checkpointer(folder, read_only=True).steps() == []
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [10]
+    assert [p.name for p in folder.iterdir()] == ["10"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, disk):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/checkpoints cannot be written"):
+        opened(tmp_path / "file")
+    trouble = ReadOnly(disk)
+    (disk / "checkpoints").mkdir()
+    trouble.on()
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*Read-only file system"):
+        opened(disk)
+    assert Checkpointer(disk / "checkpoints", read_only=True).steps() == []
+
+
+def test_a_read_that_fails_once_is_no_damage(tmp_path):
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+    storage = Storage(
+        tmp_path / "checkpoints", keep_last=None, keep_every=None, read_only=True, read_delay=0.0
+    )
+    answers = iter([OSError("Input/output error"), {"a": 1}])
+
+    def read():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage._attempts(10, "data", read) == {"a": 1}
+    storage.close()
+
+
+def test_messages_are_one_line_of_readable_length():
+    error = ValueError("RESOURCE_EXHAUSTED: Error\n  writing " + "x" * 1000 + "\nNo space left")
+    said = storage_lib.one_line(error)
+    assert "\n" not in said
+    assert len(said) < 400
+    assert said.startswith("RESOURCE_EXHAUSTED: Error writing x")
+    assert said.endswith("No space left")
