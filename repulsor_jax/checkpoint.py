@@ -1,10 +1,10 @@
 """Checkpoints: the state, the position in the data and the configuration, saved together.
 
 Layout: `<directory>/<step>/{state,data,config,latents,manifest}`. Saving is asynchronous and
-atomic: a checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and any
-number of processes, or not at all: what is read is compared with the checksums of the manifest. A
-run may go on with another batch size or number of bank rows: the position in the data and the bank
-are then translated.
+atomic: a checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and
+any number of processes, or not at all: what is read is compared with the checksums of the manifest.
+A run may go on with another batch size or number of bank rows: the position in the data and the
+bank are then translated.
 
 Storage that fails does not stop training: saving is tried again, with a warning each time, until
 more steps would be lost than allowed.
@@ -78,7 +78,7 @@ class Checkpointer:
             checkpoint, a save is waited for, and it is an error if it fails; 0: every one.
           patience: seconds for which it is tried again before it is an error.
           read_only: neither create nor delete anything, as beside a run that is training.
-          read_delay: seconds before what could not be read is read once more.
+          read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
           CheckpointError: the folder is not there, where it is not to be created, or cannot be
@@ -236,7 +236,9 @@ class Checkpointer:
         """
         self.wait()
         newest = self.resolve(step)
-        candidates = [s for s in reversed(self.steps()) if s <= newest] if step is None else [step]
+        candidates = [newest]
+        if step is None and not self._storage.read_only:
+            candidates = self.steps()[::-1]
         problems: dict[int, str] = {}
         for candidate in candidates:
             try:

@@ -117,6 +117,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
+    # orbax prints the traceback of what it raises, too.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by JAX where it finds no TPU
         describe_machine()
     try:

@@ -60,10 +60,10 @@ class Storage:
           keep_last: how many of the newest checkpoints to keep; None keeps all.
           keep_every: keep those whose step is a multiple of this as well; None keeps no more.
           read_only: neither create nor delete anything.
-          read_delay: seconds before what could not be read is read once more.
+          read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
-          CheckpointError: the folder is not there, or cannot be made.
+          CheckpointError: the folder is not there, or cannot be made or written.
         """
         self.directory = pathlib.Path(directory).absolute()
         self.read_only = read_only
@@ -220,19 +220,20 @@ class Storage:
         return self._attempts(step, name, lambda: self._manager.restore(step, args=args)[name])
 
     def _attempts(self, step: int, name: str, read: Callable[[], Any]) -> Any:
-        problem = ""
         for attempt in range(_READ_ATTEMPTS):
-            if attempt:
-                time.sleep(self._read_delay)  # a network file system may be back
+            problem, passes = "", False
             found = None
             try:
                 found = read()
                 problem = "" if found is not None else "nothing there"
             except Exception as error:  # of orbax, tensorstore, JSON, the file system
-                problem = one_line(error)
+                problem, passes = one_line(error), _may_pass(error)
             problem = agreed(problem)
             if not problem:
                 return found
+            if attempt == _READ_ATTEMPTS - 1 or not sharding.any_process(passes):
+                break
+            time.sleep(self._read_delay)
         raise DamagedCheckpointError(
             f"{self.directory / str(step)}: {name} cannot be read ({problem})"
         )
@@ -253,6 +254,7 @@ class Storage:
             options=ocp.CheckpointManagerOptions(
                 **self._keep,
                 create=False,
+                lightweight_initialize=True,  # else one damaged step hides all
                 multiprocessing_options=together,
                 async_options=ocp.options.AsyncOptions(
                     timeout_secs=BARRIER_SECONDS,
@@ -326,9 +328,21 @@ class Storage:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of readable length."""
+    """What an exception says, in one line of readable length.
+
+    A process that failed, and did not meet the others, says why it failed.
+    """
+    while error.__context__ is not None and "Barrier timed out" in str(error):
+        error = error.__context__
     text = " ".join(str(error).split()) or repr(error)
     return f"{text[:240]} [...] {text[-120:]}" if len(text) > 380 else text
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether reading once more may help: a disk or network in trouble, not what a file holds."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"))
 
 
 def agreed(problem: str) -> str:

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import images, inference, main, untrusted, weights
+from repulsor_jax import images, inference, integrity, main, untrusted, weights
 from repulsor_jax.autoencoders import files as weight_files
 from repulsor_jax.autoencoders import kl
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
@@ -610,7 +610,14 @@ def test_files_of_a_checkpoint_that_are_hostile(run, content):
 def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
     file = run[0] / "checkpoints" / "2" / item / "metadata"
     whole = file.read_text()
-    file.write_text(json.dumps(json.loads(whole) | changes))
+    values = json.loads(whole) | changes
+    file.write_text(json.dumps(values))
+    manifest = run[0] / "checkpoints" / "2" / "manifest" / "metadata"
+    whole_manifest = manifest.read_text()
+    about = json.loads(whole_manifest)
+    del about["digest"]
+    about["records"][item] = integrity.digest(values)
+    manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
     try:
         with (
             inference.open_checkpoints(run[0]) as checkpointer,
@@ -618,8 +625,42 @@ def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
         ):
             inference._records(checkpointer, 2)
         assert "\x1b" not in str(error.value)
+        assert "manifest" not in str(error.value)
+        assert "was changed" not in str(error.value)
     finally:
         file.write_text(whole)
+        manifest.write_text(whole_manifest)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arrays": 3},
+        {"arrays": {"ema_params/a": {"shape": "4", "dtype": "float32", "fingerprint": ""}}},
+        {"arrays": {"ema_params/a": {"shape": [4], "dtype": CONTROLS, "fingerprint": ""}}},
+        {"arrays": {"ema_params/a": {"shape": [-4], "dtype": "float32", "fingerprint": ""}}},
+        {"records": []},
+        {"step": "2"},
+        {"format": None},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_manifests_that_are_hostile(run, changes):
+    """Whoever can write files can make digests, too."""
+    folder, params = run
+    manifest = folder / "checkpoints" / "2" / "manifest" / "metadata"
+    whole = manifest.read_text()
+    about = json.loads(whole) | changes
+    del about["digest"]
+    manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
+    try:
+        with (
+            inference.open_checkpoints(folder) as checkpointer,
+            pytest.raises(CheckpointError, match="checkpoints/2: its manifest is none"),
+        ):
+            checkpointer.restore_ema(params)
+    finally:
+        manifest.write_text(whole)
 
 
 # Data sets of TensorFlow Datasets.

@@ -259,3 +259,9 @@ def test_messages_are_one_line_of_readable_length():
     assert len(said) < 400
     assert said.startswith("RESOURCE_EXHAUSTED: Error writing x")
     assert said.endswith("No space left")
+
+
+def test_a_process_that_others_waited_for_says_why_it_failed():
+    error = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: ...")
+    error.__context__ = OSError("No space left on device")
+    assert storage_lib.one_line(error) == "No space left on device"

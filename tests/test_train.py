@@ -22,6 +22,7 @@ from repulsor_jax.divergence import DivergedError
 from repulsor_jax.metrics import read_jsonl
 from repulsor_jax.preemption import Preempted
 from repulsor_jax.replay import replay
+from repulsor_jax.storage import Storage
 from repulsor_jax.train import train
 from tests import tiny
 
@@ -93,13 +94,52 @@ def test_another_batch_size_goes_on_with_the_bank_and_the_data(tmp_path, data_di
     """10 batches of 16 are 160 samples: 6 batches of 24, and 16 samples that are read again."""
     run(tmp_path, data_dir, total_steps=10, checkpoint__every_steps=10)
     capsys.readouterr()
-    state = run(tmp_path, data_dir, total_steps=11, batch_size=24, regularizer__bank_rows=48)
+    changes = {"batch_size": 24, "regularizer.bank_rows": 48, "optimizer.clip_norm": 0.0}
+    state = run(tmp_path, data_dir, total_steps=11, **changes)
     said = capsys.readouterr().out
+    assert "config.optimizer.clip_norm: 1.0 -> 0.0" in said
+    (line,) = read_jsonl(tmp_path / "resumes.jsonl")
+    assert line["step"] == 10
+    assert "config.batch_size: 16 -> 24" in line["notes"]
     assert "bank: 4 slots of 16 re-slotted to 2 of 24" in said
     assert "batches of 16 are now of 24, from sample 144 on; 16 are read again" in said
     assert (int(state.step), state.bank.features.shape[:2]) == (11, (2, 24))
     saved = json.loads((tmp_path / "checkpoints" / "11" / "data" / "metadata").read_text())
     assert saved == {"next_index": 7}
+
+
+def test_failing_storage_and_a_damaged_checkpoint(
+    tmp_path, data_dir, uninterrupted, monkeypatch, capsys
+):
+    """Step 5 cannot be saved but 6 can, 10 is damaged: the run goes on from 6 and ends the same."""
+    reference, expected = uninterrupted
+    probe, answers = Storage._probe, iter(["", "No space left on device", ""])
+    monkeypatch.setattr(Storage, "_probe", lambda self: next(answers, "") or probe(self))
+    run(tmp_path, data_dir, total_steps=10)
+    said = capsys.readouterr().out
+    assert said.count("warning: step 5 is not saved (No space left on device)") == 1
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["10", "6"]
+    (folder / "10" / "data" / "metadata").write_text('{"next_index": 11}')
+
+    state = run(tmp_path, data_dir)
+    said = capsys.readouterr().out
+    assert "DAMAGED: " in said
+    assert "step 6 of 12" in said
+    assert losses(tmp_path) == losses(reference)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+    assert [p.name[:3] for p in (folder / "damaged").iterdir()] == ["10-"]
+
+
+def test_another_data_set_is_refused_by_name(tmp_path, data_dir):
+    run(tmp_path / "run", data_dir, total_steps=1)
+    shutil.copytree(data_dir, tmp_path / "data")
+    for about in (tmp_path / "data").glob("*/dataset.json"):
+        values = json.loads(about.read_text())
+        values["class_names"][0] = "nought"
+        about.write_text(json.dumps(values))
+    with pytest.raises(config_lib.ConfigError, match="data set: class_names_sha256.*--force"):
+        run(tmp_path / "run", tmp_path / "data", total_steps=1)
 
 
 def test_keeps_the_last_and_every_nth_checkpoint(tmp_path, data_dir):
