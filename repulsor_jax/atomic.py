@@ -73,3 +73,32 @@ def write_text(path: PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+class Appender:
+    """Appends whole pieces to a file; what cannot be written now is kept and written later."""
+
+    def __init__(self, path: PathLike) -> None:
+        """Nothing is written before the first piece; folders are made where absent."""
+        self._path = pathlib.Path(path)
+        self._size: int | None = None  # of the pieces that are there whole
+        self._kept: list[bytes] = []
+
+    def append(self, piece: bytes) -> None:
+        """Writes a piece after those that were kept.
+
+        Raises:
+          OSError: not now; the piece is kept.
+        """
+        self._kept.append(piece)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            # What an attempt that failed has written of a piece is taken back.
+            self._size = end if self._size is None else min(self._size, end)
+            file.truncate(self._size)
+            left = memoryview(b"".join(self._kept))
+            while left:
+                left = left[file.write(left) :]
+            self._size = file.tell()
+        self._kept.clear()

@@ -64,6 +64,7 @@ class DivergencePolicy:
         """
         self._config = config
         self._workdir = workdir
+        self._events = atomic.Appender(workdir / EVENTS)
         self._records_of = records_of
         self._in_a_row = 0
         self._last_step = -1
@@ -112,8 +113,12 @@ class DivergencePolicy:
                     "batch": refusal.batch,
                     "records": records,
                 }
-                with atomic.replacing(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, allow_pickle=False, **content, **about)
+                try:
+                    with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+                        np.savez(file, allow_pickle=False, **content, **about)
+                except OSError as error:  # no reason to lose the run
+                    tqdm.write(f"warning: the refused batch is not kept ({error})")
+                    path = None
         if jax.process_index() != 0:
             return
         event = {
@@ -126,8 +131,10 @@ class DivergencePolicy:
             "kept": str(path) if path else "",
             "records": records.tolist(),
         }
-        with (self._workdir / EVENTS).open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        try:
+            self._events.append((json.dumps(event) + "\n").encode())
+        except OSError as error:
+            tqdm.write(f"warning: {EVENTS} cannot be written now, and is kept ({error})")
         tqdm.write(
             f"warning: {refusal} was refused; policy {self._config.policy!r}"
             + (f"; study it with --mode=replay --event={path}" if path else "")

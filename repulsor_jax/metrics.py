@@ -4,14 +4,18 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
+import struct
 import time
-from collections.abc import Iterator, Mapping
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
 
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from repulsor_jax import atomic
@@ -36,51 +40,77 @@ class MetricWriter:
         if not enabled:
             return
         self._workdir = pathlib.Path(workdir)
+        self._complained = False
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
         path = self._workdir / JSONL_NAME
         kept = [line for line in read_jsonl(path) if line["step"] <= first_step]
         atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = path.open("a")
-        self._events = SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
-        )
+        self._lines = atomic.Appender(path)
+        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
+        self._events = atomic.Appender(self._workdir / "tensorboard" / name)
+        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._write(self._events, _record(version))
+        if first_step:  # hides what an interrupted run wrote after it
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            after = event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+            self._write(self._events, _record(after))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused: object) -> None:
         if self._enabled:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):
+                self._write(file, b"")  # what is kept, if that works now
 
     def rewind(self, step: int) -> None:
         """Drops what was written after a step, to go on from there."""
         if self._enabled:
-            self._lines.close()
-            self._events.close()
             self._open(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per scalar; `step` counts finished optimizer steps."""
         if not self._enabled:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._write(self._lines, (json.dumps({"step": step, **values}) + "\n").encode())
+        self._add(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes a text, as it stands, to the event file."""
         if self._enabled:
-            self._events.add_text(name, f"```\n{text}\n```", step)
+            self._add(step, [summary.text(name, f"```\n{text}\n```")])
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
         """Writes a picture file to the event file."""
         if self._enabled:
             picture = np.asarray(Image.open(path).convert("RGB"))
-            self._events.add_image(name, picture, step, dataformats="HWC")
+            self._add(step, [summary.image(name, picture, dataformats="HWC")])
+
+    def _add(self, step: int, summaries: Iterable[Any]) -> None:
+        events = [
+            event_pb2.Event(wall_time=time.time(), step=step, summary=each) for each in summaries
+        ]
+        self._write(self._events, b"".join(map(_record, events)))
+
+    def _write(self, file: atomic.Appender, piece: bytes) -> None:
+        """A disk that is full is no reason to lose the run: what is not written is kept."""
+        try:
+            file.append(piece)
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                tqdm.write(f"warning: metrics cannot be written now, and are kept ({error})")
+            self._complained = True
+
+
+def _record(event: Any) -> bytes:
+    """An event as an event file holds it: length, checksum, content, checksum."""
+    content = event.SerializeToString()
+    length = struct.pack("<Q", len(content))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    return length + sums[0] + content + sums[1]
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, float]]:

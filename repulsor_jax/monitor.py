@@ -48,8 +48,11 @@ class Monitor:
             return
         if jax.process_index() == 0:
             path = self.experiment.workdir / "samples" / f"train_{step:08d}.png"
-            generation.write_grid(self.experiment, path, *samples)
-            writer.image(step, "samples", path)
+            try:
+                generation.write_grid(self.experiment, path, *samples)
+                writer.image(step, "samples", path)
+            except OSError as error:  # no reason to lose the run
+                _say(f"step {step}: no grid: {error}")
 
     def evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
         """Evaluates with `config.evaluation.training_samples`, as the evaluate mode does.

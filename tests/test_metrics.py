@@ -116,3 +116,23 @@ def events(folder):
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
             data = data[16 + length :]
     return found
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(tmp_path, capsys):
+    with metrics.MetricWriter(tmp_path, 0) as writer:
+        writer.scalars(1, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").rename(tmp_path / "kept.jsonl")
+        (tmp_path / "tensorboard").rename(tmp_path / "kept")
+        (tmp_path / "metrics.jsonl").mkdir()
+        (tmp_path / "tensorboard").write_text("")
+        writer.scalars(2, {"loss": 2.0})
+        writer.scalars(3, {"loss": 3.0})
+        assert capsys.readouterr().out.count("warning: metrics cannot be written") == 1
+        (tmp_path / "metrics.jsonl").rmdir()
+        (tmp_path / "tensorboard").unlink()
+        (tmp_path / "kept.jsonl").rename(tmp_path / "metrics.jsonl")
+        (tmp_path / "kept").rename(tmp_path / "tensorboard")
+        writer.scalars(4, {"loss": 4.0})
+    lines = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0]
+    assert events(tmp_path)["loss"] == [(k, float(k)) for k in (1, 2, 3, 4)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repulsor_jax import atomic
 from repulsor_jax import storage as storage_lib
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.storage import Storage
@@ -265,3 +266,17 @@ def test_a_process_that_others_waited_for_says_why_it_failed():
     error = RuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: ...")
     error.__context__ = OSError("No space left on device")
     assert storage_lib.one_line(error) == "No space left on device"
+
+
+def test_pieces_of_a_file_are_whole_after_a_full_disk(disk):
+    file = atomic.Appender(disk / "lines")
+    file.append(b"first\n")
+    trouble = Full(disk)
+    trouble.on()
+    pieces = [bytes([65 + k]) * 5000 + b"\n" for k in range(3)]
+    for piece in pieces[:2]:
+        with pytest.raises(OSError, match="No space left"):
+            file.append(piece)
+    trouble.off()
+    file.append(pieces[2])
+    assert (disk / "lines").read_bytes() == b"first\n" + b"".join(pieces)
