@@ -179,6 +179,14 @@ def flip(path):
     path.write_bytes(content)
 
 
+def spoil(folder):
+    """Changes bytes all over the file that most of the arrays are in."""
+    path = largest(folder)
+    content = bytearray(path.read_bytes())
+    content[::100] = bytes(byte ^ 0x10 for byte in content[::100])
+    path.write_bytes(content)
+
+
 def largest(folder):
     """The file that most of the arrays are in."""
     files = (path for path in (folder / "state").rglob("*") if path.is_file())
@@ -186,7 +194,7 @@ def largest(folder):
 
 
 DAMAGE = {
-    "arrays changed": (lambda step: flip(largest(step)), "came back otherwise|cannot be read"),
+    "arrays changed": (spoil, "came back otherwise|cannot be read"),
     "arrays gone": (lambda step: shutil.rmtree(step / "state"), "state cannot be read"),
     "arrays cut": (lambda step: os.truncate(largest(step), 100), "state cannot be read"),
     "record changed": (

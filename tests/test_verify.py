@@ -8,7 +8,7 @@ from repulsor_jax import verify as verify_lib
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.verify import verify
 from tests import tiny
-from tests.test_checkpoint import flip, largest
+from tests.test_checkpoint import flip, spoil
 
 
 def test_every_checkpoint_is_read_and_what_is_damaged_named(tmp_path, capsys, monkeypatch):
@@ -21,7 +21,7 @@ def test_every_checkpoint_is_read_and_what_is_damaged_named(tmp_path, capsys, mo
     assert re.search(r"^ +3  whole    143 arrays, 0\.\d MB.*\n +5  whole ", said, re.M)
 
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    flip(largest(tmp_path / "checkpoints" / "3"))
+    spoil(tmp_path / "checkpoints" / "3")
     assert not verify(tmp_path)
     said = capsys.readouterr().out
     assert re.search(r"^ +3  DAMAGED  .*checkpoints/3: .*\n +5  whole ", said, re.M)
