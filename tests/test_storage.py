@@ -1,9 +1,12 @@
 """Storage that fails: full, read-only, gone, and back again."""
 
 import os
+import pathlib
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import threading
 
 import jax
@@ -16,6 +19,7 @@ from repulsor_jax import storage as storage_lib
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.storage import Storage
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ({"next_index": 1}, {"batch_size": 16}, {"shift": [0.5]})
 
 
@@ -280,3 +284,29 @@ def test_pieces_of_a_file_are_whole_after_a_full_disk(disk):
     trouble.off()
     file.append(pieces[2])
     assert (disk / "lines").read_bytes() == b"first\n" + b"".join(pieces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_processes_agree_where_one_of_them_cannot_write(tmp_path, failing):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.run_failing_process", address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "checkpoints"), str(failing)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    for text in said:
+        assert "steps before the next attempt: [10]" in text
+        assert "saved True" in text
+    assert re.search(r"process \d: step 12 is not saved \(.*File too large", said[failing])
+    assert [process.returncode for process in processes] == [0, 0]
