@@ -6,6 +6,8 @@ several, JAX's preemption service hears SIGTERM on any of them, and all learn of
 
 import os
 import signal
+import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
+_ONE_REQUEST = 1.0  # seconds; `timeout` and some launchers signal a process and then its group
 
 
 class Preempted(Exception):
@@ -20,14 +23,20 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Hears the signals while it is entered; the second one ends the process at once."""
+    """Hears the signals while it is entered; the second one ends the process at once.
+
+    Of several processes each hears the second one once all have agreed on the step. Python lets the
+    main thread alone handle signals: in another, as of a notebook or a test, nothing is heard.
+    """
 
     def __init__(self) -> None:
         """Nothing is installed before it is entered."""
-        self._told = False
+        self._told_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         if jax.process_count() == 1:
             self._listen(signal.SIGTERM, self._remember)
             self._listen(signal.SIGUSR1, self._remember)
@@ -43,17 +52,24 @@ class Preemption:
     def reached(self, step: int) -> bool:
         """Whether to save and leave after this step; every process gets the same answer."""
         if jax.process_count() == 1:
-            return self._told
-        return multihost_utils.reached_preemption_sync_point(step)
+            return self._told_at is not None
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached and self._before:  # the service has done its work, and would swallow the next
+            self._listen(signal.SIGTERM, signal.SIG_DFL)
+            self._listen(signal.SIGUSR1, signal.SIG_DFL)
+        return reached
 
     def _listen(self, number: signal.Signals, handler: Any) -> None:
-        self._before[number] = signal.signal(number, handler)
+        before = signal.signal(number, handler)
+        self._before.setdefault(number, before or signal.SIG_DFL)  # None: not of Python
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._told:
-            # What is being saved is not listed until it is whole: nothing is harmed.
-            os._exit(128 + number)
-        self._told = True
+        if self._told_at is not None:
+            if time.monotonic() - self._told_at > _ONE_REQUEST:
+                # What is being saved is not listed until it is whole: nothing is harmed.
+                os._exit(128 + number)
+            return
+        self._told_at = time.monotonic()
         os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
 
 

@@ -1,6 +1,7 @@
 """The replay mode: a batch that was refused goes through the step once more, for study."""
 
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
@@ -36,11 +37,11 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
             kept = {name: archive[name] for name in archive.files}
         step, records = int(kept.pop("step")), kept.pop("records")
         number = int(kept.pop("batch"))
-    except (OSError, ValueError, KeyError) as error:
+        latents, labels = kept["latents"], kept["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"--event={event}: found no kept batch ({error}); they are in {workdir / 'divergence'}"
         ) from error
-    latents = kept["latents"]
     if len(latents) != config.batch_size:
         raise ConfigError(
             f"--event={event}: found a batch of {len(latents)}, but "
@@ -74,8 +75,7 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
     bad_rows = np.flatnonzero(~np.isfinite(latents).reshape(len(latents), -1).all(axis=1))
     for row in bad_rows[:8]:
         lines.append(
-            f"latents of row {row} are not finite: record {records[row]}, label "
-            f"{kept['labels'][row]}"
+            f"latents of row {row} are not finite: record {records[row]}, label {labels[row]}"
         )
     largest = np.nanmax(np.abs(latents.astype(np.float32)).reshape(len(latents), -1), axis=1)
     row = int(np.nanargmax(largest)) if np.isfinite(largest).any() else 0
