@@ -45,7 +45,8 @@ def remove_stale(path: PathLike) -> None:
 def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
     """Holds the lock of `path` among the jobs on it; waits, and says so, while another has it.
 
-    A lock is a file in `.locks` beside the path; that of a job that was killed is free.
+    A lock is a file in `.locks` beside the path; that of a job that was killed is free. Where none
+    can be had, in a folder that is read-only or on storage without locks, a warning says so.
 
     Args:
       path: what is made; it need not be there.
@@ -56,13 +57,16 @@ def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
         return
     path = pathlib.Path(path)
     file = path.parent / ".locks" / path.name
-    file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for another job that makes {path}", flush=True)
-        lock.acquire()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"waiting for another job that makes {path}", flush=True)
+            lock.acquire()
+    except OSError as error:
+        print(f"warning: no lock on {path} ({error}): run one job on it at a time", flush=True)
     try:
         yield
     finally:

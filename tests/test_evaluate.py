@@ -285,6 +285,8 @@ def test_all_checkpoints_with_their_protocol(workdir, capsys, monkeypatch):
     assert len(table.splitlines()) == 5
     for cell in ("frechet_pixels", "| 0.9 ", "| heunx3 ", "| off ", "| 60 ", "| balanced, 0 "):
         assert cell in table, cell
+    for path, row in zip(sorted(folder.glob("step_*.json")), table.splitlines()[2:], strict=True):
+        assert f"| dit      | {path.name} |" in row
     assert f"| {records[0]['protocol']['weights_sha256'][:8]} " in table
     assert [(step, tag) for step, tag, _ in events(workdir)] == [
         (step, "evaluation/frechet_pixels") for step in (1, 3, 5)

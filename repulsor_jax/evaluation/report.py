@@ -37,8 +37,9 @@ def read(folder: pathlib.Path, name: str) -> Record | None:
 
 
 def read_all(folder: pathlib.Path) -> list[Record]:
-    """All records of a folder, by step, then by guidance."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """All records of a folder, by step, then by guidance; with the name of its file in each."""
+    paths = sorted(folder.glob("*.json"))
+    records = [json.loads(path.read_text()) | {"file": path.name} for path in paths]
     return sorted(records, key=_order)
 
 
@@ -48,7 +49,11 @@ def _order(record: Record) -> tuple:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table, a row for each record: the metrics, and beside them their protocol."""
+    """A Markdown table, a row for each record: the metrics, their protocol, and where it is whole.
+
+    Args:
+      records: from `read_all`.
+    """
     known = [m for m in _METRICS if any(m in record["metrics"] for record in records)]
     header = [*known, *_PROTOCOL]
     rows = []
@@ -105,6 +110,8 @@ _PROTOCOL = {
     "weights": lambda r: r["protocol"].get("weights_sha256", r["protocol"].get("images", ""))[:8],
     "reference": lambda r: f"{r['reference']['name']} {r['reference']['digest'][:8]}",
     "features": lambda r: f"{r['features']['name']} {r['features']['digest'][:8]}".strip(),
+    "rounding": lambda r: r["protocol"].get("rounding", ""),
+    "all of it": lambda r: r["file"],
 }
 
 
