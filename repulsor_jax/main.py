@@ -121,6 +121,9 @@ def main(argv: list[str]) -> None:
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by JAX where it finds no TPU
         describe_machine()
+    if _MODE.value != "train":
+        # It would hear SIGTERM and end nothing; what these modes have made is kept without it.
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         joined = distributed.join(
             _DISTRIBUTED.value,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from repulsor_jax import generation
+from repulsor_jax import generation, sharding
 from repulsor_jax.evaluate import Evaluator, evaluate_params
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.generation import (
@@ -18,7 +20,7 @@ from repulsor_jax.generation import (
     make_generator,
 )
 from repulsor_jax.inference import load_guide, params_sha256
-from repulsor_jax.metrics import MetricWriter
+from repulsor_jax.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from repulsor_jax.yardstick import make_yardstick
 
 
@@ -36,6 +38,60 @@ class Monitor:
     generator: Generator
     evaluator: Evaluator | None
 
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be drawn after a step."""
+        return self._grid_is_due(step) or self._evaluation_is_due(step)
+
+    def look(
+        self,
+        step: int,
+        params: Any,
+        writer: MetricWriter,
+        beat: Callable[[str, int], None],
+        *,
+        missing: bool = False,
+    ) -> None:
+        """Draws a grid and evaluates, each where it is due; every process of the job takes part.
+
+        Args:
+          step: that the parameters are of.
+          params: EMA parameters.
+          writer: of the run.
+          beat: told of each phase, "grid" and "evaluate", and the step, as it begins.
+          missing: only what is not there yet, as after a restart.
+        """
+        if self._grid_is_due(step) and not (missing and self._has_grid(step)):
+            beat("grid", step)
+            self.write_grid(step, params, writer)
+        if self._evaluation_is_due(step) and not (missing and self._has_evaluation(step)):
+            beat("evaluate", step)
+            self.evaluate(step, params, writer)
+
+    def _grid_is_due(self, step: int) -> bool:
+        config = self.experiment.config
+        return is_due(config.sampling.grid_every_steps, step, config.total_steps)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.experiment.config
+        return is_due(config.evaluation.every_steps, step, config.total_steps)
+
+    def _has_grid(self, step: int) -> bool:
+        return bool(sharding.agree(int(self._grid_path(step).is_file())))
+
+    def _has_evaluation(self, step: int) -> bool:
+        found = any(
+            line["step"] == step and any(name.endswith(self._suffix()) for name in line)
+            for line in read_jsonl(self.experiment.workdir / JSONL_NAME)
+        )
+        return bool(sharding.agree(int(found)))
+
+    def _grid_path(self, step: int) -> pathlib.Path:
+        return self.experiment.workdir / "samples" / f"train_{step:08d}.png"
+
+    def _suffix(self) -> str:
+        """Ends the name of every metric of an evaluation."""
+        return f"_{self.experiment.config.evaluation.training_samples}"
+
     def write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:
         """Draws `config.sampling.grid_samples` samples as `<workdir>/samples/train_<step>.png`."""
         c = self.experiment.config.sampling
@@ -47,7 +103,7 @@ class Monitor:
             _say(f"step {step}: no grid: {error}")
             return
         if jax.process_index() == 0:
-            path = self.experiment.workdir / "samples" / f"train_{step:08d}.png"
+            path = self._grid_path(step)
             try:
                 generation.write_grid(self.experiment, path, *samples)
                 writer.image(step, "samples", path)
@@ -75,10 +131,14 @@ class Monitor:
             _say(f"step {step}: not evaluated: {error}")
             return
         if record:
-            count = config.evaluation.training_samples
-            named = {f"{name}_{count}": value for name, value in record["metrics"].items()}
+            named = {name + self._suffix(): value for name, value in record["metrics"].items()}
             writer.scalars(step, named)
             writer.text(step, "evaluation/protocol", json.dumps(record, indent=2))
+
+
+def is_due(every_steps: int, step: int, total_steps: int) -> bool:
+    """Whether something done every so many steps, and after the last one, is due; 0 is never."""
+    return every_steps > 0 and (step % every_steps == 0 or step == total_steps)
 
 
 def make_monitor(experiment: Experiment) -> Monitor:

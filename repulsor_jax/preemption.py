@@ -61,7 +61,7 @@ class Preemption:
 
     def _listen(self, number: signal.Signals, handler: Any) -> None:
         before = signal.signal(number, handler)
-        self._before.setdefault(number, before or signal.SIG_DFL)  # None: not of Python
+        self._before.setdefault(number, before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._told_at is not None:

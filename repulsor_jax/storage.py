@@ -41,6 +41,17 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint that cannot be read, or came back otherwise than it was saved."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX's preemption service, as orbax does at every save, with the step.
+
+    The service takes the number it was last asked with for the place of this process, and has all
+    stop after the furthest; it is the training loop that asks, and it counts otherwise.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Storage:
     """The checkpoints of one directory."""
 
@@ -249,7 +260,7 @@ class Storage:
             barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
         )
         self._opened += 1
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 **self._keep,

@@ -23,7 +23,7 @@ from repulsor_jax.metrics import (
     StepRecorder,
     read_jsonl,
 )
-from repulsor_jax.monitor import Monitor
+from repulsor_jax.monitor import Monitor, is_due
 from repulsor_jax.preemption import Preempted, Preemption
 from repulsor_jax.profiling import Profiler, step_annotation
 from repulsor_jax.throughput import training_throughput
@@ -109,7 +109,11 @@ def train(
 
     check = functools.partial(resuming.check, config_record, latents, force=force)
     patience = config.checkpoint.patience_seconds
-    with open_for_training(workdir, config.checkpoint) as checkpointer:
+    with (
+        Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
+        Preemption() as preemption,
+        open_for_training(workdir, config.checkpoint) as checkpointer,  # on leaving, it waits
+    ):
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """That of the newest checkpoint with its position in the data, or a fresh one."""
@@ -124,6 +128,12 @@ def train(
                 resuming.write_down(workdir, int(jax.device_get(state.step)), notes)
             return state, position
 
+        def save(step: int, state: TrainState, **options: Any) -> None:
+            watchdog.beat("save", step)
+            position = data.get_state()
+            checkpointer.save(step, state, position, config_record, latents, **options)
+
+        watchdog.beat("restore", 0)
         state, position = newest_state()
         if position is not None:
             data.set_state(position)
@@ -144,9 +154,10 @@ def train(
                 enabled=is_main,
             ) as recorder,
             Profiler(workdir, config.log.profile_steps) as profiler,
-            Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
-            Preemption() as preemption,
         ):
+            if monitor and first_step:  # stopped after it saved, before it had looked
+                with recorder.pause():
+                    monitor.look(first_step, state.ema_params, writer, watchdog.beat, missing=True)
             step, turn, told = first_step, 0, False
             recent: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
             while step < total_steps:
@@ -164,11 +175,10 @@ def train(
                 refused = recorder.push(number, step_metrics)  # reads those of the step before
 
                 told = told or preemption.reached(turn)
-                draws = monitor and _due(config.sampling.grid_every_steps, step, total_steps)
-                evaluates = monitor and _due(config.evaluation.every_steps, step, total_steps)
-                saves = told or _due(config.checkpoint.every_steps, step, total_steps)
+                saves = told or is_due(config.checkpoint.every_steps, step, total_steps)
                 saves = saves or checkpointer.retry_due(step)
-                if draws or evaluates or saves:
+                looks = monitor is not None and monitor.is_due(step)
+                if refused or saves or looks:
                     refused += recorder.settle()
 
                 if refused:
@@ -177,11 +187,7 @@ def train(
                         rolls_back = divergence.rolls_back(refused, recent)
                     except DivergedError as error:
                         # The state is the last good one; the data have moved on.
-                        step = int(jax.device_get(state.step))
-                        position = data.get_state()
-                        checkpointer.save(
-                            step, state, position, config_record, latents, True, patience=patience
-                        )
+                        save(step, state, overwrite=True, patience=patience)
                         raise DivergedError(
                             f"{error}. The last good state is saved as step {step} in "
                             f"{checkpointer.directory}; the same command goes on from it with the "
@@ -189,7 +195,6 @@ def train(
                         ) from error
                     if rolls_back:
                         del state, step_metrics  # makes room for the other
-                        checkpointer.wait()
                         state, _ = newest_state()  # the data go on past the batch
                         step = int(jax.device_get(state.step))
                         recorder.rewind(step)
@@ -198,37 +203,19 @@ def train(
 
                 if saves:
                     recorder.flush()
-                if draws or evaluates or saves:
                     with recorder.pause():
-                        if monitor and draws:
-                            watchdog.beat("grid", step)
-                            monitor.write_grid(step, state.ema_params, writer)
-                        if monitor and evaluates:
-                            watchdog.beat("evaluate", step)
-                            monitor.evaluate(step, state.ema_params, writer)
-                        if saves:
-                            watchdog.beat("save", step)
-                            position = data.get_state()
-                            ends = told or step == total_steps
-                            checkpointer.save(
-                                step,
-                                state,
-                                position,
-                                config_record,
-                                latents,
-                                patience=patience if ends else None,
-                            )
+                        ends = told or step == total_steps
+                        save(step, state, patience=patience if ends else None)
                 if told and step < total_steps:
                     raise Preempted(f"told to stop: saved step {step} of {total_steps}")
+                if monitor and looks:  # after saving: it may take longer than there is
+                    with recorder.pause():
+                        monitor.look(step, state.ema_params, writer, watchdog.beat)
+        watchdog.beat("save", step)
 
     if is_main:
         _write_loss_curve(workdir)
     return state
-
-
-def _due(every_steps: int, step: int, total_steps: int) -> bool:
-    """Whether something done every so many steps, and after the last one, is due; 0 is never."""
-    return every_steps > 0 and (step % every_steps == 0 or step == total_steps)
 
 
 def _write_loss_curve(workdir: pathlib.Path) -> None:

@@ -42,7 +42,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, phase: str, step: int) -> None:
-        """Says that a phase begins: "data", "step", "save", "evaluate"; costs nothing."""
+        """Says that a phase begins, as "data", "step" or "save"; costs nothing."""
         self._beat = (phase, step, time.monotonic())
 
     def _watch(self) -> None:

@@ -357,6 +357,63 @@ def test_told_to_stop_it_saves_and_resuming_is_invisible(
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
+def frechet_lines(workdir):
+    return [
+        line for line in read_jsonl(workdir / "metrics.jsonl") if "frechet_pixels_32" in line
+    ]
+
+
+def test_what_was_not_drawn_before_the_end_is_drawn_on_going_on(
+    tmp_path, data_dir, monkeypatch, uninterrupted
+):
+    """Told to stop where an evaluation is due, it saves and leaves; killed in one, it has saved."""
+    reference, expected = uninterrupted
+    draws = {"sampling__grid_every_steps": 5, "evaluation__every_steps": 5}
+    with pytest.raises(Preempted, match="saved step 5 of 12"):
+        run_on(monkeypatch, _Signals, (5,), tmp_path, data_dir, **draws)
+    assert not (tmp_path / "samples").exists()
+
+    def killed(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(monitor, "evaluate_params", killed)
+        run(tmp_path, data_dir, **draws)
+    assert (tmp_path / "samples" / "train_00000005.png").is_file()
+    assert frechet_lines(tmp_path) == []
+    drawn = (tmp_path / "samples" / "train_00000005.png").stat().st_mtime_ns
+
+    state = run(tmp_path, data_dir, **draws)
+    assert [line["step"] for line in frechet_lines(tmp_path)] == [5, 10, 12]
+    run(tmp_path, data_dir, **draws)  # all is there
+    assert [line["step"] for line in frechet_lines(tmp_path)] == [5, 10, 12]
+    assert (tmp_path / "samples" / "train_00000005.png").stat().st_mtime_ns == drawn
+    assert losses(tmp_path) == losses(reference)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+
+
+def test_told_to_stop_where_a_step_is_refused(tmp_path, data_dir, monkeypatch):
+    """The signal comes with a bad batch, which does not count: the next one does, and is saved."""
+
+    class Both(_Signals):
+        def __next__(self):
+            batch = super().__next__()
+            if self._count in self._at:
+                batch = batch | {"latents": np.full_like(batch["latents"], np.nan)}
+            return batch
+
+    with pytest.raises(Preempted, match="saved step 7 of 12"):
+        run_on(monkeypatch, Both, (7,), tmp_path / "a", data_dir, divergence__policy="skip")
+    state = run(tmp_path / "a", data_dir)
+    expected = run_on(monkeypatch, _Without, (7,), tmp_path / "b", data_dir)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(tiny.raw(state)),
+        jax.device_get(tiny.raw(expected)),
+    )
+
+
 class _Slow(_Poisoned):
     """A data iterator that takes its time over some batches."""
 
