@@ -8,9 +8,12 @@ from repulsor_jax import atomic
 
 def test_a_lock_is_held_by_one(tmp_path):
     path = tmp_path / "made"
-    with atomic.locked(path), (tmp_path / ".locks" / "made").open() as other:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (
+        atomic.locked(path),
+        (tmp_path / ".locks" / "made").open() as other,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with (tmp_path / ".locks" / "made").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

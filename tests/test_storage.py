@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from repulsor_jax import atomic
 from repulsor_jax import storage as storage_lib
@@ -118,6 +119,15 @@ def look(checkpointer, first, last):
     """The first step after which the loop is told to save again, or None."""
     checkpointer._storage._waiter.submit(lambda: None).result()  # what is pending has come to rest
     return next((step for step in range(first, last) if checkpointer.retry_due(step)), None)
+
+
+def test_the_preemption_service_is_left_to_the_loop(tmp_path, monkeypatch):
+    """It takes the last number it was asked with, of anyone, for the place of this process."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(5, state(5), *RECORDS)
+    assert (checkpointer.latest_step(), asked) == (5, [])
 
 
 def restored(disk, step):

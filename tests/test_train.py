@@ -358,9 +358,7 @@ def test_told_to_stop_it_saves_and_resuming_is_invisible(
 
 
 def frechet_lines(workdir):
-    return [
-        line for line in read_jsonl(workdir / "metrics.jsonl") if "frechet_pixels_32" in line
-    ]
+    return [line for line in read_jsonl(workdir / "metrics.jsonl") if "frechet_pixels_32" in line]
 
 
 def test_what_was_not_drawn_before_the_end_is_drawn_on_going_on(
@@ -376,9 +374,10 @@ def test_what_was_not_drawn_before_the_end_is_drawn_on_going_on(
     def killed(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(monitor, "evaluate_params", killed)
-        run(tmp_path, data_dir, **draws)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data_dir, **draws)
     assert (tmp_path / "samples" / "train_00000005.png").is_file()
     assert frechet_lines(tmp_path) == []
     drawn = (tmp_path / "samples" / "train_00000005.png").stat().st_mtime_ns
