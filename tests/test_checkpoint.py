@@ -180,23 +180,28 @@ def flip(path):
 
 
 def spoil(folder):
-    """Changes bytes all over the file that most of the arrays are in."""
-    path = largest(folder)
-    content = bytearray(path.read_bytes())
-    content[::100] = bytes(byte ^ 0x10 for byte in content[::100])
-    path.write_bytes(content)
+    """Changes bytes all over the arrays."""
+    for path in array_files(folder):
+        content = bytearray(path.read_bytes())
+        content[::100] = bytes(byte ^ 0x10 for byte in content[::100])
+        path.write_bytes(content)
 
 
-def largest(folder):
-    """The file that most of the arrays are in."""
-    files = (path for path in (folder / "state").rglob("*") if path.is_file())
-    return max(files, key=lambda path: path.stat().st_size)
+def cut(folder):
+    """Leaves the beginning of the arrays only."""
+    for path in array_files(folder):
+        os.truncate(path, path.stat().st_size // 10)
+
+
+def array_files(folder):
+    """Every file with arrays; which of them holds which is different in every checkpoint."""
+    return [path for path in (folder / "state").rglob("d/*") if path.is_file()]
 
 
 DAMAGE = {
     "arrays changed": (spoil, "came back otherwise|cannot be read"),
     "arrays gone": (lambda step: shutil.rmtree(step / "state"), "state cannot be read"),
-    "arrays cut": (lambda step: os.truncate(largest(step), 100), "state cannot be read"),
+    "arrays cut": (cut, "state cannot be read"),
     "record changed": (
         lambda step: (step / "data" / "metadata").write_text('{"next_index": 3}'),
         "its record 'data' was changed",

@@ -104,8 +104,12 @@ class Launch:
         return path
 
     def start(self, launcher: str, *words: str) -> subprocess.Popen[str]:
+        # A shell that these tests run in the background of has them ignore ctrl-C, and bash cannot
+        # trap what it was started to ignore.
+        default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(
             ["bash", str(REPO / "launch" / f"{launcher}.sh"), *words],
+            preexec_fn=default,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
