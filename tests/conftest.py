@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly.
@@ -11,6 +13,21 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Many tests compile the same tiny program: all workers of one run, children of one process, share
+# a cache of them.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_RUN = os.getppid() if _IS_WORKER else os.getpid()
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"repulsor_jax_tests_{_RUN}"
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure() -> None:
+    if not _IS_WORKER:
+        shutil.rmtree(_CACHE, ignore_errors=True)
+
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -4,6 +4,7 @@ A stand-in notes the words it was called with and answers what the test tells it
 called.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -307,9 +308,13 @@ def interrupt(launch: Launch, launcher: str, command: str, when: str) -> tuple[i
         if re.search(when, calls):
             break
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    return process.returncode, err
+    for _ in range(6):
+        # A person presses it again where the shell was between two commands and did not take it.
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, err = process.communicate(timeout=4)
+            return process.returncode, err
+    raise AssertionError("ctrl-C six times did not end it")
 
 
 GIT_ARCHIVE = (
