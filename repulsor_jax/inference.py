@@ -17,6 +17,7 @@ from repulsor_jax.checkpoint import Checkpointer, CheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.generation import Guidance, Guide
+from repulsor_jax.integrity import named_leaves
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
 from repulsor_jax.untrusted import has_controls
@@ -138,11 +139,7 @@ def params_sha256(params: Any) -> str:
 
     16 hexadecimal digits of `weights.tensors_sha256`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.to_host(leaf)
-        for path, leaf in leaves
-    }
+    named = {name: sharding.to_host(leaf) for name, leaf in named_leaves(params).items()}
     return tensors_sha256(named)[:_SHOWN_DIGITS]
 
 

@@ -33,11 +33,9 @@ def fingerprints(tree: Any) -> dict[str, str]:
     Returns:
       name, as "params/model/final/kernel", to fingerprint; the same on every process.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    arrays = [_plain(leaf) for _, leaf in leaves]
     found = {}
-    for name, array in zip(names, arrays, strict=True):
+    for name, leaf in named_leaves(tree).items():
+        array = _plain(leaf)
         # One at a time: what has the same shape is compiled once, and virtual CPU devices, which
         # share few threads, do not get stuck in many all-reduces at once.
         lanes = jax.device_get(_sum(array))
@@ -48,10 +46,12 @@ def fingerprints(tree: Any) -> dict[str, str]:
     return found
 
 
-def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
-    """Names whose fingerprints differ, or that only one of the two has; sorted."""
-    names = found.keys() | expected.keys()
-    return sorted(name for name in names if found.get(name) != expected.get(name))
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, in its order, by the names that manifests and digests have for them."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def digest(values: Any) -> str:
@@ -88,9 +88,7 @@ def _words(array: Array) -> Array:
     array = jnp.asarray(array)
     if array.dtype == jnp.bool_:
         return array.astype(jnp.uint32)
-    if array.dtype.itemsize == 4:
-        return jax.lax.bitcast_convert_type(array, jnp.uint32)
-    if array.dtype.itemsize == 8:
+    if array.dtype.itemsize in (4, 8):
         return jax.lax.bitcast_convert_type(array, jnp.uint32)
     narrow = {1: jnp.uint8, 2: jnp.uint16}[array.dtype.itemsize]
     return jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)

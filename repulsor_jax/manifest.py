@@ -50,8 +50,8 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
 def shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array by its name; the dtype of a random key is as "key<fry>"."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        name: (tuple(leaf.shape), str(leaf.dtype))
+        for name, leaf in integrity.named_leaves(tree).items()
     }
 
 

@@ -8,8 +8,6 @@ do not depend on which other shards were missing.
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import pathlib
 import shutil
@@ -23,7 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repulsor_jax import atomic, sharding
+from repulsor_jax import atomic, integrity, sharding
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
@@ -119,7 +117,7 @@ def whole_batches(per_shard: int, batch_size: int) -> int:
 
 def digest(description: Any) -> str:
     """A name for what plain values describe: 12 hexadecimal digits of their SHA-256."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+    return integrity.digest(description)[:12]
 
 
 def fill(

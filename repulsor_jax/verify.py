@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from repulsor_jax import manifest, sharding
+from repulsor_jax.integrity import named_leaves
 from repulsor_jax.storage import CheckpointError, DamagedCheckpointError, Storage
 
 _GROUP_BYTES = 256 << 20  # read at a time
@@ -72,7 +73,7 @@ def check(storage: Storage, step: int, bar: Any = None) -> str:
     if problem:
         raise DamagedCheckpointError(f"{where}: {problem}")
     structure = storage.structure(step)
-    missing = about["arrays"].keys() - set(_names(structure))
+    missing = about["arrays"].keys() - named_leaves(structure).keys()
     if missing:
         raise DamagedCheckpointError(f"{where}: {min(missing)} is missing")
     total = sum(_bytes(each) for each in about["arrays"].values())
@@ -80,7 +81,7 @@ def check(storage: Storage, step: int, bar: Any = None) -> str:
     for names in _groups(about["arrays"]):
         wanted = _abstract(structure, about["arrays"], names)
         tree = storage.read_arrays(step, wanted)
-        read = dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
+        read = named_leaves(tree)
         arrays = {name: read[name] for name in names}
         problem = manifest.array_problem(about, arrays)
         if problem:
@@ -116,14 +117,9 @@ def _abstract(structure: Any, arrays: dict[str, Any], names: list[str]) -> Any:
         )
         if name in names
         else ocp.PLACEHOLDER
-        for name in _names(structure)
+        for name in named_leaves(structure)
     ]
     return jax.tree.unflatten(jax.tree.structure(structure), wanted)
-
-
-def _names(structure: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(structure)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def _dtype(each: dict[str, Any]) -> Any:

@@ -440,27 +440,29 @@ def test_a_tfds_reference(workdir, tmp_path_factory):
     assert record["reference"]["images"] == 6
 
 
+def picture_reference(folder, mesh, space, extract, batch_size):
+    """The reference that the pictures are, cached in the folder."""
+    path = folder / "real.npz"
+    save_samples(path, [PICTURES], np.zeros(90))
+    return image_reference(
+        npz_images(path),
+        keep=90,
+        batch_size=batch_size,
+        space=space,
+        extract=extract,
+        mesh=mesh,
+        cache=folder / "cache",
+    )
+
+
 def test_a_killed_reference_is_not_continued_with_other_features(tmp_path, monkeypatch):
     """Half of the features of one weight, then all of another: none of the first is used."""
     monkeypatch.setattr("repulsor_jax.evaluation.measure._PER_SHARD", 8)
-    path = tmp_path / "real.npz"
-    save_samples(path, [PICTURES], np.zeros(90))
     mesh = tiny.mesh(8)
 
     def space(weight):
         apply = lambda params, images: {"pool": params * images.reshape(len(images), -1)}
         return FeatureSpace("pixels", str(weight), jnp.float32(weight), apply)
-
-    def reference(space, extract):
-        return image_reference(
-            npz_images(path),
-            keep=90,
-            batch_size=8,
-            space=space,
-            extract=extract,
-            mesh=mesh,
-            cache=tmp_path / "cache",
-        )
 
     calls = []
 
@@ -471,15 +473,13 @@ def test_a_killed_reference_is_not_continued_with_other_features(tmp_path, monke
         return make_extractor(space(1), mesh)(images)
 
     with pytest.raises(KeyboardInterrupt):
-        reference(space(1), killed)
-    found = reference(space(2), make_extractor(space(2), mesh))
+        picture_reference(tmp_path, mesh, space(1), killed, 8)
+    found = picture_reference(tmp_path, mesh, space(2), make_extractor(space(2), mesh), 8)
     np.testing.assert_allclose(found.features, 2.0 * PICTURES.reshape(90, -1))
 
 
 def test_two_jobs_compute_a_reference_once(tmp_path):
     """As a run that evaluates and another that follows it do."""
-    path = tmp_path / "real.npz"
-    save_samples(path, [PICTURES], np.zeros(90))
     mesh, space = tiny.mesh(), pixel_space(DIM)
     started, go_on, calls = threading.Event(), threading.Event(), []
 
@@ -489,21 +489,11 @@ def test_two_jobs_compute_a_reference_once(tmp_path):
         assert go_on.wait(60)
         return make_extractor(space, mesh)(images)
 
-    def reference():
-        return image_reference(
-            npz_images(path),
-            keep=90,
-            batch_size=45,
-            space=space,
-            extract=extract,
-            mesh=mesh,
-            cache=tmp_path / "cache",
-        )
-
+    arguments = (tmp_path, mesh, space, extract, 45)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(reference)
+        first = pool.submit(picture_reference, *arguments)
         assert started.wait(60)
-        second = pool.submit(reference)
+        second = pool.submit(picture_reference, *arguments)
         time.sleep(0.2)  # it waits meanwhile
         go_on.set()
         found = first.result(60), second.result(60)

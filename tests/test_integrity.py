@@ -80,7 +80,7 @@ def test_every_single_bit_counts():
 )
 def test_other_changes_are_found(change):
     changed = integrity.fingerprints({"x": np.ascontiguousarray(change(TREE["a"]))})
-    assert integrity.differences(changed, integrity.fingerprints({"x": TREE["a"]})) == ["x"]
+    assert changed["x"] != integrity.fingerprints({"x": TREE["a"]})["x"]
 
 
 def test_keys_and_zeros():
