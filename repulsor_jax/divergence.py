@@ -1,7 +1,8 @@
 """What to do with a step whose loss or gradient is not finite, or too large.
 
 The step itself refuses such an update: parameters, moments, average and bank stay as they were (see
-`train_step.py`). Here it is logged, its batch kept for study, and the run stopped, or not.
+`train_step.py`). Here it is logged, its batch kept for study, and the run stopped, or not. Where
+the state itself is no longer finite, no batch can follow: it takes a checkpoint to go on.
 """
 
 import dataclasses
@@ -70,38 +71,53 @@ class DivergencePolicy:
         self._last_step = -1
 
     def rolls_back(
-        self, refusals: Sequence[Refusal], recent: Iterable[tuple[int, Mapping[str, jax.Array]]]
+        self,
+        step: int,
+        refusals: Sequence[Refusal],
+        spoiled: str,
+        recent: Iterable[tuple[int, Mapping[str, jax.Array]]],
     ) -> bool:
-        """Takes note of refused steps; every process of the job takes part.
+        """Takes note of refused steps and of a state that is not finite; all processes take part.
 
         Args:
+          step: of the state.
           refusals: in their order.
+          spoiled: what of the state is not finite, `integrity.not_finite`; "" where all is.
           recent: number and content of the batches of late, those of the refusals among them.
 
         Returns:
-          True where the state is to be that of the newest checkpoint; False to go on as it is.
+          True where the state is to be that of the newest checkpoint, by the policy "rollback" or
+          because this one is not finite; False to go on as it is.
 
         Raises:
           DivergedError: by the policy "stop", or as one time too many of another.
         """
         batches = dict(recent)
         for refusal in refusals:
-            # Steps of a run that gets nowhere; one that moved on starts to count anew.
-            moved_on = refusal.step > self._last_step
-            self._in_a_row = 1 if moved_on else self._in_a_row + 1
-            self._last_step = max(self._last_step, refusal.step)
-            self._log(refusal, batches.get(refusal.batch))
-        newest = refusals[-1]
+            self._count(refusal.step)
+            self._log_refusal(refusal, batches.get(refusal.batch))
+        what = f"{refusals[-1]} was refused" if refusals else ""
+        if spoiled:
+            if not refusals:
+                self._count(step)
+            problem = f"the state of step {step} is not finite: {spoiled}"
+            self._log(problem, {"event": "not finite", "step": step, "arrays": spoiled})
+            what = f"{what}; {problem}" if what else problem
         if self._config.policy == "stop":
-            raise DivergedError(f"{newest} was refused")
+            raise DivergedError(what)
         if self._in_a_row > self._config.max_events:
             raise DivergedError(
-                f"{newest} was refused, as {self._in_a_row - 1} times before it: "
+                f"{what}, as {self._in_a_row - 1} times before it: "
                 f"config.divergence.max_events={self._config.max_events}"
             )
-        return self._config.policy == "rollback"
+        return bool(spoiled) or self._config.policy == "rollback"
 
-    def _log(self, refusal: Refusal, batch: Mapping[str, jax.Array] | None) -> None:
+    def _count(self, step: int) -> None:
+        """Counts for a run that gets nowhere; one that moved on starts to count anew."""
+        self._in_a_row = 1 if step > self._last_step else self._in_a_row + 1
+        self._last_step = max(self._last_step, step)
+
+    def _log_refusal(self, refusal: Refusal, batch: Mapping[str, jax.Array] | None) -> None:
         records = self._records_of(refusal.batch)
         path = None
         if batch is not None and self._config.keep_batches:
@@ -119,23 +135,25 @@ class DivergencePolicy:
                 except OSError as error:  # no reason to lose the run
                     tqdm.write(f"warning: the refused batch is not kept ({error})")
                     path = None
+        study = f"; study it with --mode=replay --event={path}" if path else ""
+        self._log(
+            f"{refusal} was refused{study}",
+            {
+                "event": "refused",
+                "step": refusal.step,
+                "batch": refusal.batch,
+                **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
+                "kept": str(path) if path else "",
+                "records": records.tolist(),
+            },
+        )
+
+    def _log(self, message: str, event: Mapping[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        event = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "event": "refused",
-            "policy": self._config.policy,
-            "step": refusal.step,
-            "batch": refusal.batch,
-            **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
-            "kept": str(path) if path else "",
-            "records": records.tolist(),
-        }
+        about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "policy": self._config.policy}
         try:
-            self._events.append((json.dumps(event) + "\n").encode())
+            self._events.append((json.dumps(about | dict(event)) + "\n").encode())
         except OSError as error:
             tqdm.write(f"warning: {EVENTS} cannot be written now, and is kept ({error})")
-        tqdm.write(
-            f"warning: {refusal} was refused; policy {self._config.policy!r}"
-            + (f"; study it with --mode=replay --event={path}" if path else "")
-        )
+        tqdm.write(f"warning: {message}; policy {self._config.policy!r}")

@@ -46,6 +46,24 @@ def fingerprints(tree: Any) -> dict[str, str]:
     return found
 
 
+def not_finite(tree: Any) -> str:
+    """Names arrays with numbers that are not finite: such a state is none to go on from.
+
+    Args:
+      tree: arrays on the devices, on any mesh; every device reads its own shards once.
+
+    Returns:
+      As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
+    """
+    found = []
+    for name, leaf in named_leaves(tree).items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            count = int(_count_not_finite(leaf))  # one at a time, as above
+            found += [f"{name} ({count:,} number{'s' * (count > 1)})"] * (count > 0)
+    more = len(found) - 1
+    return "".join(found[:1]) + (f" and {more} more array{'s' * (more > 1)}" if more > 0 else "")
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """The leaves of a tree, in its order, by the names that manifests and digests have for them."""
     return {
@@ -81,6 +99,11 @@ def _sum(array: Array) -> Array:
         mixed = _mix(words ^ _mix(place * np.uint32(step) + np.uint32(start)))
         lanes.append(mixed.sum(dtype=jnp.uint32))
     return jnp.stack(lanes)
+
+
+@jax.jit
+def _count_not_finite(array: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(array))
 
 
 def _words(array: Array) -> Array:

@@ -79,7 +79,7 @@ def record_problem(manifest: Mapping[str, Any], step: int, records: Mapping[str,
 
 
 def array_problem(manifest: Mapping[str, Any], tree: Any) -> str:
-    """Which arrays came back otherwise than they were saved; "" where none did.
+    """Which arrays came back otherwise than saved, or are not finite; "" where all is well.
 
     Args:
       manifest: whose own digest was checked.
@@ -92,7 +92,8 @@ def array_problem(manifest: Mapping[str, Any], tree: Any) -> str:
     }
     changed = sorted(name for name in found if found[name] != manifest["arrays"][name])
     if not changed:
-        return ""
+        spoiled = integrity.not_finite(tree)  # training saves no such state; older versions did
+        return f"not finite: {spoiled}" if spoiled else ""
     more = f" and {len(changed) - 1} more" if changed[1:] else ""
     return f"{changed[0]}{more} came back otherwise than saved"
 

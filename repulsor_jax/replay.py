@@ -2,10 +2,8 @@
 
 import pathlib
 import zipfile
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax import inference, regularizers, sharding
@@ -71,7 +69,6 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
     own = np.concatenate([np.arange(run.start, run.stop) for run in rows])
     batch = sharding.to_global({name: array[own] for name, array in kept.items()}, mesh)
     lines = [f"batch {number}, kept of step {step}, on the state of step {before[-1]}"]
-    lines += _not_finite(state)
     bad_rows = np.flatnonzero(~np.isfinite(latents).reshape(len(latents), -1).all(axis=1))
     for row in bad_rows[:8]:
         lines.append(
@@ -86,23 +83,3 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
     if jax.process_index() == 0:
         print("\n".join(lines))
     return values
-
-
-def _not_finite(state: Any) -> list[str]:
-    """A line for every part of the state that holds a number that is not finite."""
-    parts = {
-        "params": state.params,
-        "ema_params": state.ema_params,
-        "opt_state": state.opt_state,
-        "bank": state.bank,
-    }
-
-    @jax.jit
-    def count(tree: Any) -> jax.Array:
-        floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum((~jnp.isfinite(x)).sum() for x in floats) + jnp.int32(0)
-
-    counts = {name: int(count(tree)) for name, tree in parts.items()}
-    return [f"{name}: {n:,} numbers are not finite" for name, n in counts.items() if n] or [
-        "every number of the state is finite"
-    ]

@@ -11,7 +11,7 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import images, regularizers, resuming, sharding
+from repulsor_jax import images, integrity, regularizers, resuming, sharding
 from repulsor_jax.checkpoint import open_for_training
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
@@ -181,18 +181,26 @@ def train(
                 if refused or saves or looks:
                     refused += recorder.settle()
 
-                if refused:
+                spoiled = ""
+                if refused or saves:  # a step that is refused keeps what came before, good or not
+                    with recorder.pause():
+                        spoiled = integrity.not_finite(state)
+
+                if refused or spoiled:
                     step -= len(refused)  # they did not count
                     try:
-                        rolls_back = divergence.rolls_back(refused, recent)
+                        rolls_back = divergence.rolls_back(step, refused, spoiled, recent)
                     except DivergedError as error:
-                        # The state is the last good one; the data have moved on.
-                        save(step, state, overwrite=True, patience=patience)
-                        raise DivergedError(
-                            f"{error}. The last good state is saved as step {step} in "
-                            f"{checkpointer.directory}; the same command goes on from it with the "
-                            f"next batches. {_ADVICE}"
-                        ) from error
+                        if not spoiled:  # the last good state; the data have moved on
+                            save(step, state, overwrite=True, patience=patience)
+                        newest = checkpointer.latest_step()
+                        good = "No good state is saved; the same command starts anew"
+                        if newest is not None:
+                            good = (
+                                f"The last good state is saved as step {newest} in "
+                                f"{checkpointer.directory}; the same command goes on from it"
+                            )
+                        raise DivergedError(f"{error}. {good}. {_ADVICE}") from error
                     if rolls_back:
                         del state, step_metrics  # makes room for the other
                         state, _ = newest_state()  # the data go on past the batch

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -263,6 +264,24 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(
         checkpointer.save(2, state, {}, {}, {})  # its place is free
     (moved,) = (tmp_path / "copy" / "damaged").iterdir()
     assert moved.name.startswith("2-")
+
+
+def test_a_state_that_is_not_finite_is_none_to_go_on_from(saved, tmp_path):
+    """As an older version saved it: training takes the one before, sampling reads its EMA."""
+    c, folder, _ = saved
+    shutil.copytree(folder, tmp_path / "run")
+    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        state, *_ = checkpointer.restore(abstract, tiny.BATCH)
+        features = state.bank.features.at[0, 3, 5].set(jnp.nan)
+        bank = dataclasses.replace(state.bank, features=features)
+        records = ({"next_index": 3}, {"batch_size": tiny.BATCH}, {"shift": [0.5]})
+        checkpointer.save(3, state.replace(bank=bank), *records)
+        assert checkpointer.latest_step() == 3
+        assert checkpointer.restore_ema(abstract.ema_params)[1] == 3
+        state, data_state, (note,) = checkpointer.restore(abstract, tiny.BATCH)
+    assert re.search(r"3: not finite: bank/features \(1 number\)\. Moved .* from step 2", note)
+    assert (int(state.step), data_state) == (2, {"next_index": 2})
 
 
 def test_nothing_is_moved_where_no_whole_checkpoint_is_left(saved_twice, tmp_path):

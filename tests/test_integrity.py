@@ -90,6 +90,17 @@ def test_keys_and_zeros():
     assert zeros != integrity.fingerprints({"x": -np.zeros(8, np.float32)})
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_arrays_that_are_not_finite_are_named(value):
+    spread = NamedSharding(tiny.mesh(8), PartitionSpec(None, "data"))
+    tree = TREE | {"a": jax.device_put(TREE["a"], spread), "key": jax.random.key(0)}
+    assert integrity.not_finite(tree) == ""
+    tree["a"] = tree["a"].at[5, 7, :2].set(value)
+    assert integrity.not_finite(tree) == "a (2 numbers)"
+    tree["b"] = {"half": jnp.asarray(TREE["b"]["half"]).at[0, 0].set(value)}
+    assert integrity.not_finite(tree) == "a (2 numbers) and 1 more array"
+
+
 def test_nothing_but_two_integers_travels():
     mesh = tiny.mesh(8)
     array = jax.device_put(TREE["a"], NamedSharding(mesh, PartitionSpec(None, "data")))

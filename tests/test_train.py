@@ -1,14 +1,17 @@
 """The loop as a whole. Invariant 4 lives here: resume is invisible."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import signal
 import time
+import unittest.mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import generation, monitor
 from repulsor_jax import train as train_lib
+from repulsor_jax import train_step as train_step_lib
 from repulsor_jax.data import pipeline
 from repulsor_jax.divergence import DivergedError
 from repulsor_jax.metrics import read_jsonl
@@ -332,7 +336,139 @@ def test_a_kept_batch_replays_to_the_very_numbers(tmp_path, data_dir, monkeypatc
     assert found == {name: float(event[name]) for name in found}
     said = capsys.readouterr().out
     assert "batch 5, kept of step 6, on the state of step 5" in said
-    assert "every number of the state is finite" in said
+
+
+def bad_gradients(train_step):
+    """The step, with one number of the gradients nan, and the loss and the batch as they are."""
+    real = train_step_lib.accumulate
+
+    def accumulate(*arguments):
+        grads, others = real(*arguments)
+        bias = grads["model"]["final"]["bias"]
+        grads["model"]["final"]["bias"] = bias.at[0].set(jnp.nan)
+        return grads, others
+
+    def bad(state, batch):
+        with unittest.mock.patch.object(train_step_lib, "accumulate", accumulate):
+            return train_step(state, batch)
+
+    return bad
+
+
+def bad_state(part):
+    """The step, after which one number of a part of the state is nan."""
+
+    def spoil(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf.at[(-1,) * leaf.ndim].set(jnp.nan) if name == part else leaf
+
+    def fault(train_step):
+        def bad(state, batch):
+            state, metrics = train_step(state, batch)
+            return jax.tree_util.tree_map_with_path(spoil, state), metrics
+
+        return bad
+
+    return fault
+
+
+def run_with_fault(monkeypatch, fault, at, workdir, data_dir, **overrides):
+    """A run some of whose steps, of these numbers (from 1) of all that are tried, have a fault."""
+
+    def compile_both(train_step, *arguments):
+        good, bad = (
+            train_step_lib.compile_train_step(step, *arguments)
+            for step in (train_step, fault(train_step))
+        )
+        numbers = itertools.count(1)
+        return lambda *inputs: (bad if next(numbers) in at else good)(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lib, "compile_train_step", compile_both)
+        return run(workdir, data_dir, **overrides)
+
+
+def assert_same_runs(one, other, state, expected):
+    assert losses(one) == losses(other)
+    assert [line["step"] for line in losses(one)] == list(range(1, 13))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(tiny.raw(state)),
+        jax.device_get(tiny.raw(expected)),
+    )
+
+
+@pytest.mark.parametrize(("policy", "missing"), [("skip", (7,)), ("rollback", (6, 7, 8))])
+def test_a_run_goes_on_past_gradients_that_are_not_finite(
+    tmp_path, data_dir, monkeypatch, policy, missing
+):
+    """Bit for bit as one whose data never held the batches that came to nothing."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    policy = {"divergence__policy": policy}
+    state = run_with_fault(monkeypatch, bad_gradients, (7,), one, data_dir, **policy)
+    expected = run_on(monkeypatch, _Without, missing, other, data_dir)
+    assert_same_runs(one, other, state, expected)
+    (event,) = read_events(one)
+    assert np.isfinite(float(event["loss"]))
+    assert event["grad_norm"] == "nan"
+
+
+def test_gradients_that_are_not_finite_stop_with_the_last_good_state(
+    tmp_path, data_dir, monkeypatch
+):
+    one, other = tmp_path / "one", tmp_path / "other"
+    with pytest.raises(DivergedError, match=r"step 7: .*grad_norm nan.*saved as step 7"):
+        run_with_fault(monkeypatch, bad_gradients, (7,), one, data_dir)
+    expected = run_on(monkeypatch, _Without, (7,), other, data_dir)
+    assert_same_runs(one, other, run(one, data_dir), expected)
+
+
+BANK, NU, EMA = "bank/features", "opt_state/1/0/nu/model/final/bias", "ema_params/final/bias"
+
+
+@pytest.mark.parametrize(
+    ("policy", "part", "at", "missing"),
+    [
+        ("skip", BANK, 7, (6, 7, 8, 9)),  # 8 is refused, and 9 was tried before that was known
+        ("rollback", BANK, 5, (1, 2, 3, 4, 5)),  # found where it was to be saved
+        ("rollback", BANK, 12, (11, 12)),
+        ("skip", NU, 7, (6, 7, 8, 9, 10)),  # 8 takes it into the parameters, 9 is refused
+        ("rollback", EMA, 6, (6, 7, 8, 9, 10)),  # no step reads it
+    ],
+)
+def test_a_run_goes_back_to_before_its_state_was_spoiled(
+    tmp_path, data_dir, monkeypatch, policy, part, at, missing
+):
+    """Bit for bit as one whose data never held the batches that came to nothing."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    policy = {"divergence__policy": policy}
+    state = run_with_fault(monkeypatch, bad_state(part), (at,), one, data_dir, **policy)
+    expected = run_on(monkeypatch, _Without, missing, other, data_dir)
+    assert_same_runs(one, other, state, expected)
+    event = read_events(one)[-1]
+    assert (event["event"], "number" in event["arrays"]) == ("not finite", True)
+
+
+@pytest.mark.parametrize(("part", "at"), [(BANK, 5), (BANK, 7), (NU, 7), (EMA, 6)])
+def test_a_spoiled_state_is_never_saved(tmp_path, data_dir, monkeypatch, uninterrupted, part, at):
+    """Training stops, and the same command ends as if nothing had been."""
+    reference, expected = uninterrupted
+    with pytest.raises(DivergedError, match=r"state of step \d+ is not finite: ") as error:
+        run_with_fault(monkeypatch, bad_state(part), (at,), tmp_path, data_dir)
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert steps == ([5] if at > 5 else [])
+    assert ("saved as step 5 in" if steps else "starts anew") in str(error.value)
+    assert_same_runs(tmp_path, reference, run(tmp_path, data_dir), expected)
+
+
+def test_a_state_that_is_spoiled_each_time_stops_the_run(
+    tmp_path, data_dir, monkeypatch, uninterrupted
+):
+    reference, expected = uninterrupted
+    limits = {"divergence__policy": "skip", "divergence__max_events": 3}
+    with pytest.raises(DivergedError, match=r"is not finite: .*max_events=3.*saved as step 5 in"):
+        run_with_fault(monkeypatch, bad_state(BANK), range(7, 99), tmp_path, data_dir, **limits)
+    assert_same_runs(tmp_path, reference, run(tmp_path, data_dir), expected)
 
 
 class _Signals(_Poisoned):
