@@ -6,8 +6,10 @@ import os
 import pathlib
 import secrets
 from collections.abc import Iterator
+from typing import Self
 
 import filelock
+from tqdm import tqdm
 
 PathLike = str | os.PathLike[str]
 
@@ -87,6 +89,26 @@ class Appender:
         self._path = pathlib.Path(path)
         self._size: int | None = None  # of the pieces that are there whole
         self._kept: list[bytes] = []
+        self._complained = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._kept:
+            self.append_or_keep(b"")
+
+    def append_or_keep(self, piece: bytes) -> None:
+        """As `append`; that it cannot be done now is a warning, once until it can be again."""
+        try:
+            self.append(piece)
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                tqdm.write(
+                    f"warning: {self._path.name} cannot be written now, and is kept ({error})"
+                )
+            self._complained = True
 
     def append(self, piece: bytes) -> None:
         """Writes a piece after those that were kept.
@@ -106,3 +128,16 @@ class Appender:
                 left = left[file.write(left) :]
             self._size = file.tell()
         self._kept.clear()
+
+    def cut(self, size: int) -> None:
+        """Drops all but the first `size` bytes, of the file and of what is kept.
+
+        It is done with the next piece that is written, an empty one for example.
+        """
+        written = size if self._size is None else min(size, self._size)
+        kept = b"".join(self._kept)[: size - written]
+        self._size, self._kept = written, [kept] if kept else []
+
+    def size(self) -> int:
+        """Bytes that are there, or kept, after the first piece or `cut`."""
+        return (self._size or 0) + sum(map(len, self._kept))

@@ -54,18 +54,20 @@ class DivergencePolicy:
         self,
         config: DivergenceConfig,
         workdir: pathlib.Path,
+        events: atomic.Appender,
         records_of: Callable[[int], np.ndarray],
     ) -> None:
         """Nothing is written before something is refused.
 
         Args:
           config: of the run.
-          workdir: lines go to `<workdir>/events.jsonl`, batches to `<workdir>/divergence`.
+          workdir: batches go to `<workdir>/divergence`.
+          events: the file that lines go to, as `<workdir>/events.jsonl`.
           records_of: number of a batch -> numbers of its records in the data set.
         """
         self._config = config
         self._workdir = workdir
-        self._events = atomic.Appender(workdir / EVENTS)
+        self._events = events
         self._records_of = records_of
         self._in_a_row = 0
         self._last_step = -1
@@ -152,8 +154,5 @@ class DivergencePolicy:
         if jax.process_index() != 0:
             return
         about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "policy": self._config.policy}
-        try:
-            self._events.append((json.dumps(about | dict(event)) + "\n").encode())
-        except OSError as error:
-            tqdm.write(f"warning: {EVENTS} cannot be written now, and is kept ({error})")
+        self._events.append_or_keep((json.dumps(about | dict(event)) + "\n").encode())
         tqdm.write(f"warning: {message}; policy {self._config.policy!r}")

@@ -10,6 +10,8 @@ missed with a probability of 2^-64.
 
 import hashlib
 import json
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -75,6 +77,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def digest(values: Any) -> str:
     """SHA-256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(leaf: Any) -> Any:

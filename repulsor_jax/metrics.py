@@ -39,23 +39,14 @@ class MetricWriter:
         self._enabled = enabled
         if not enabled:
             return
-        self._workdir = pathlib.Path(workdir)
-        self._complained = False
-        self._open(first_step)
-
-    def _open(self, first_step: int) -> None:
-        path = self._workdir / JSONL_NAME
-        kept = [line for line in read_jsonl(path) if line["step"] <= first_step]
-        atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        path = pathlib.Path(workdir) / JSONL_NAME
         self._lines = atomic.Appender(path)
+        self._ends = _ends(path)
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
-        self._events = atomic.Appender(self._workdir / "tensorboard" / name)
+        self._events = atomic.Appender(path.parent / "tensorboard" / name)
         version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
-        self._write(self._events, _record(version))
-        if first_step:  # hides what an interrupted run wrote after it
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            after = event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start)
-            self._write(self._events, _record(after))
+        self._events.append_or_keep(_record(version))
+        self.rewind(first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -63,18 +54,26 @@ class MetricWriter:
     def __exit__(self, *unused: object) -> None:
         if self._enabled:
             for file in (self._lines, self._events):
-                self._write(file, b"")  # what is kept, if that works now
+                file.append_or_keep(b"")  # what is kept, if that works now
 
     def rewind(self, step: int) -> None:
         """Drops what was written after a step, to go on from there."""
-        if self._enabled:
-            self._open(step)
+        if not self._enabled:
+            return
+        while self._ends and self._ends[-1][0] > step:
+            self._ends.pop()
+        self._lines.cut(self._ends[-1][1] if self._ends else 0)
+        self._lines.append_or_keep(b"")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        hides = event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start)
+        self._events.append_or_keep(_record(hides))  # what this and other files have after the step
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per scalar; `step` counts finished optimizer steps."""
         if not self._enabled:
             return
-        self._write(self._lines, (json.dumps({"step": step, **values}) + "\n").encode())
+        self._lines.append_or_keep((json.dumps({"step": step, **values}) + "\n").encode())
+        self._ends.append((step, self._lines.size()))
         self._add(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -92,17 +91,7 @@ class MetricWriter:
         events = [
             event_pb2.Event(wall_time=time.time(), step=step, summary=each) for each in summaries
         ]
-        self._write(self._events, b"".join(map(_record, events)))
-
-    def _write(self, file: atomic.Appender, piece: bytes) -> None:
-        """A disk that is full is no reason to lose the run: what is not written is kept."""
-        try:
-            file.append(piece)
-            self._complained = False
-        except OSError as error:
-            if not self._complained:
-                tqdm.write(f"warning: metrics cannot be written now, and are kept ({error})")
-            self._complained = True
+        self._events.append_or_keep(b"".join(map(_record, events)))
 
 
 def _record(event: Any) -> bytes:
@@ -111,6 +100,19 @@ def _record(event: Any) -> bytes:
     length = struct.pack("<Q", len(content))
     sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
     return length + sums[0] + content + sums[1]
+
+
+def _ends(path: pathlib.Path) -> list[tuple[int, int]]:
+    """Step of each line of a metrics file, in their order, and the size of the file up to there."""
+    ends: list[tuple[int, int]] = []
+    size = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for raw, line in zip(lines, read_jsonl(path), strict=False):  # which stops at a torn one
+        if not raw.endswith(b"\n"):
+            break
+        size += len(raw)
+        ends.append((int(line["step"]), size))
+    return ends
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, float]]:

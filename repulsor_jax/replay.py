@@ -65,8 +65,7 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
         config.batch_size,
         mesh,
     )
-    rows = sharding.local_rows(mesh, config.batch_size)
-    own = np.concatenate([np.arange(run.start, run.stop) for run in rows])
+    own = sharding.local_row_numbers(mesh, config.batch_size)
     batch = sharding.to_global({name: array[own] for name, array in kept.items()}, mesh)
     lines = [f"batch {number}, kept of step {step}, on the state of step {before[-1]}"]
     bad_rows = np.flatnonzero(~np.isfinite(latents).reshape(len(latents), -1).all(axis=1))

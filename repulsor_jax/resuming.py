@@ -1,11 +1,11 @@
 """Going on with a run in another configuration: what may change, what is noted, what is refused."""
 
 import json
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from repulsor_jax.atomic import Appender
 from repulsor_jax.config import ConfigError
 
 FREE = "free"  # changes nothing of what is learnt
@@ -112,13 +112,12 @@ def kind_of_change(key: str) -> str:
     return NOTED  # a section of another version
 
 
-def write_down(workdir: pathlib.Path, step: int, notes: Sequence[str]) -> None:
-    """Appends what changed when a run went on to `<workdir>/resumes.jsonl`; nothing for nothing."""
+def write_down(file: Appender, step: int, notes: Sequence[str]) -> None:
+    """Appends what changed when a run went on to its `resumes.jsonl`; nothing for nothing."""
     if not notes:
         return
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": step}
-    with (workdir / JSONL_NAME).open("a") as file:
-        file.write(json.dumps(line | {"notes": list(notes)}) + "\n")
+    file.append_or_keep((json.dumps(line | {"notes": list(notes)}) + "\n").encode())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -185,6 +185,11 @@ def local_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) ->
     return tuple(found)
 
 
+def local_row_numbers(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of `local_rows`, one by one, for this process: int `[b]`."""
+    return np.concatenate([np.arange(run.start, run.stop) for run in local_rows(mesh, batch_size)])
+
+
 def to_global(batch: Any, mesh: Mesh) -> Any:
     """Host arrays with this process's rows -> global arrays `[B, ...]`.
 
@@ -192,7 +197,7 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
     """
     sharding = batch_sharding(mesh)
     count = batch_shards(mesh)
-    held = [shard for run in local_rows(mesh, count) for shard in run]
+    held = local_row_numbers(mesh, count).tolist()
 
     def place(x: np.ndarray) -> jax.Array:
         shard_size = len(x) // len(held)

@@ -11,11 +11,11 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import images, integrity, regularizers, resuming, sharding
+from repulsor_jax import atomic, images, integrity, regularizers, resuming, sharding
 from repulsor_jax.checkpoint import open_for_training
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
-from repulsor_jax.divergence import DivergedError, DivergencePolicy
+from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record
 from repulsor_jax.metrics import (
     JSONL_NAME,
@@ -83,16 +83,11 @@ def train(
         dataset,
         global_batch_size=config.batch_size,
         seed=config.seed,
-        rows=sharding.local_rows(mesh, config.batch_size),
+        rows=sharding.local_row_numbers(mesh, config.batch_size),
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
     )
     latents = latents_record(experiment)
-    divergence = DivergencePolicy(
-        config.divergence,
-        workdir,
-        functools.partial(batch_records, dataset, config.batch_size, config.seed),
-    )
     say(parameter_overview.get_parameter_overview(abstract_state.params, include_stats=False))
 
     # Compile before the loop, so that what cannot run fails here.
@@ -113,7 +108,15 @@ def train(
         Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
         Preemption() as preemption,
         open_for_training(workdir, config.checkpoint) as checkpointer,  # on leaving, it waits
+        atomic.Appender(workdir / EVENTS) as events,
+        atomic.Appender(workdir / resuming.JSONL_NAME) as resumes,
     ):
+        divergence = DivergencePolicy(
+            config.divergence,
+            workdir,
+            events,
+            functools.partial(batch_records, dataset, config.batch_size, config.seed),
+        )
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """That of the newest checkpoint with its position in the data, or a fresh one."""
@@ -125,7 +128,7 @@ def train(
             for note in notes:
                 say(note)
             if is_main:
-                resuming.write_down(workdir, int(jax.device_get(state.step)), notes)
+                resuming.write_down(resumes, int(jax.device_get(state.step)), notes)
             return state, position
 
         def save(step: int, state: TrainState, **options: Any) -> None:

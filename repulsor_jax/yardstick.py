@@ -28,6 +28,7 @@ from repulsor_jax.evaluation.image_sets import (
 )
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment, check_weights
+from repulsor_jax.integrity import file_sha256
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"
@@ -111,7 +112,7 @@ def open_yardstick(
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set; the images beside them are some of it.
-        digest = images.digest if images else reference_lib.file_sha256(path)[:16]
+        digest = images.digest if images else file_sha256(path)[:16]
         description = {"name": path.name, "digest": digest}
         found = Reference(
             description

@@ -101,9 +101,15 @@ def test_arrays_that_are_not_finite_are_named(value):
     assert integrity.not_finite(tree) == "a (2 numbers) and 1 more array"
 
 
-def test_nothing_but_two_integers_travels():
+@pytest.mark.parametrize("program", [integrity._sum, integrity._count_not_finite])
+def test_nothing_but_sums_travels(program):
     mesh = tiny.mesh(8)
     array = jax.device_put(TREE["a"], NamedSharding(mesh, PartitionSpec(None, "data")))
-    text = integrity._sum.lower(array).compile().as_text()
+    text = program.lower(array).compile().as_text()
     assert "all-gather" not in text
     assert "all-reduce" in text
+
+
+def test_file_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
+    assert integrity.file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")

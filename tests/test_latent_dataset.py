@@ -104,8 +104,8 @@ def test_shards_of_another_data_set_are_found(tmp_path):
 def test_what_was_verified_is_not_read_again_until_it_changes(tmp_path, monkeypatch):
     dataset = write(tmp_path / "d", make_batches()[2], 23, num_shards=2)
     read = []
-    digest = ld.sha256
-    monkeypatch.setattr(ld, "sha256", lambda path: read.append(path.name) or digest(path))
+    digest = ld.file_sha256
+    monkeypatch.setattr(ld, "file_sha256", lambda path: read.append(path.name) or digest(path))
     ld.verify(dataset)
     ld.verify(dataset)
     names = [s.name for s in dataset.shards]

@@ -85,6 +85,27 @@ def test_rewinding_drops_what_came_after(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 1.5), (4, 8.0)]
 
 
+@pytest.mark.parametrize(
+    ("back_to", "expected"),
+    [(4, [1.0, 2.0, 3.0, 4.0, 50.0]), (3, [1.0, 2.0, 3.0, 50.0]), (2, [1.0, 2.0, 50.0])],
+)
+def test_rewinding_while_nothing_can_be_written(tmp_path, back_to, expected):
+    """Lines 1 to 3 are written, 4 and 5 are kept."""
+    path = tmp_path / "metrics.jsonl"
+    with metrics.MetricWriter(tmp_path, 0) as writer:
+        for step in (1, 2, 3):
+            writer.scalars(step, {"loss": float(step)})
+        path.rename(tmp_path / "away")
+        path.mkdir()
+        for step in (4, 5):
+            writer.scalars(step, {"loss": float(step)})
+        writer.rewind(back_to)
+        writer.scalars(back_to + 1, {"loss": 50.0})
+        path.rmdir()
+        (tmp_path / "away").rename(path)
+    assert [line["loss"] for line in metrics.read_jsonl(path)] == expected
+
+
 def test_pauses_do_not_count_as_stepping(tmp_path, monkeypatch):
     clock = iter([0.0, 10.0, 110.0, 120.0])  # start, pause from 10 to 110, means at 120
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
@@ -127,7 +148,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(tmp_path, capsys):
         (tmp_path / "tensorboard").write_text("")
         writer.scalars(2, {"loss": 2.0})
         writer.scalars(3, {"loss": 3.0})
-        assert capsys.readouterr().out.count("warning: metrics cannot be written") == 1
+        assert capsys.readouterr().out.count("warning: metrics.jsonl cannot be written") == 1
         (tmp_path / "metrics.jsonl").rmdir()
         (tmp_path / "tensorboard").unlink()
         (tmp_path / "kept.jsonl").rename(tmp_path / "metrics.jsonl")

@@ -174,8 +174,3 @@ def test_cache(tmp_path):
     assert reference.read_cache(folder, content) is None
     reference.write_cache(folder, content, arrays)
     assert file.read_bytes() == whole
-
-
-def test_file_sha256(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
-    assert reference.file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from repulsor_jax import resuming
+from repulsor_jax import atomic, resuming
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latent_dataset
 from tests import tiny
@@ -100,10 +100,12 @@ def test_keys_of_another_version_are_noted():
 
 
 def test_changes_are_written_down(tmp_path):
-    resuming.write_down(tmp_path, 5, [])
+    with atomic.Appender(tmp_path / "resumes.jsonl") as file:
+        resuming.write_down(file, 5, [])
     assert not (tmp_path / "resumes.jsonl").exists()
-    resuming.write_down(tmp_path, 5, ["one"])
-    resuming.write_down(tmp_path, 9, ["two", "three"])
+    with atomic.Appender(tmp_path / "resumes.jsonl") as file:
+        resuming.write_down(file, 5, ["one"])
+        resuming.write_down(file, 9, ["two", "three"])
     lines = [json.loads(line) for line in (tmp_path / "resumes.jsonl").read_text().splitlines()]
     assert [(line["step"], line["notes"]) for line in lines] == [
         (5, ["one"]),

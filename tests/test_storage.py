@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from repulsor_jax import atomic
 from repulsor_jax import storage as storage_lib
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.metrics import MetricWriter, read_jsonl
 from repulsor_jax.storage import Storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -294,6 +295,30 @@ def test_pieces_of_a_file_are_whole_after_a_full_disk(disk):
     trouble.off()
     file.append(pieces[2])
     assert (disk / "lines").read_bytes() == b"first\n" + b"".join(pieces)
+
+
+def test_metrics_are_rewound_on_a_full_disk(disk):
+    trouble = Full(disk)
+    with MetricWriter(disk, 0) as writer:
+        for step in (1, 2, 3):
+            writer.scalars(step, {"loss": float(step)})
+        trouble.on()
+        writer.rewind(1)
+        writer.scalars(2, {"loss": 20.0})
+        trouble.off()
+    found = read_jsonl(disk / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in found] == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_log_is_completed_on_leaving(disk, capsys):
+    trouble = Full(disk)
+    with atomic.Appender(disk / "lines") as file:
+        trouble.on()
+        for line in (b"one\n", b"two\n"):
+            file.append_or_keep(line * 1000)
+        trouble.off()
+    assert (disk / "lines").read_bytes() == b"one\n" * 1000 + b"two\n" * 1000
+    assert capsys.readouterr().out.count("warning: lines cannot be written now, and is kept") == 1
 
 
 @pytest.mark.slow

@@ -449,7 +449,7 @@ def test_a_run_goes_back_to_before_its_state_was_spoiled(
     assert (event["event"], "number" in event["arrays"]) == ("not finite", True)
 
 
-@pytest.mark.parametrize(("part", "at"), [(BANK, 5), (BANK, 7), (NU, 7), (EMA, 6)])
+@pytest.mark.parametrize(("part", "at"), [(BANK, 5), (BANK, 7), (EMA, 6)])
 def test_a_spoiled_state_is_never_saved(tmp_path, data_dir, monkeypatch, uninterrupted, part, at):
     """Training stops, and the same command ends as if nothing had been."""
     reference, expected = uninterrupted

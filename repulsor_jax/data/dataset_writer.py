@@ -34,8 +34,8 @@ from repulsor_jax.data.latent_dataset import (
     Skipped,
     open_latent_dataset,
     record_dtype,
-    sha256,
 )
+from repulsor_jax.integrity import file_sha256
 
 _JOB = "job.json"
 
@@ -104,7 +104,7 @@ class DatasetWriter:
         atomic.remove_stale(path)
         with atomic.replacing(path) as partial:
             summary = self._write_records(partial, shard, batches)
-            summary["sha256"] = sha256(partial)
+            summary["sha256"] = file_sha256(partial)
         atomic.write_text(self._summary_path(shard), json.dumps(summary))
 
     def finish(self) -> LatentDataset:

@@ -26,6 +26,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
+from repulsor_jax.integrity import file_sha256
 from repulsor_jax.untrusted import has_controls, is_plain_name, read_json
 
 FORMAT_VERSION = 2
@@ -224,7 +225,7 @@ def verify(
         ) as bar,
         concurrent.futures.ThreadPoolExecutor() as pool,  # hashing lets go of the interpreter
     ):
-        found = pool.map(sha256, [dataset.directory / name for name in unknown])
+        found = pool.map(file_sha256, [dataset.directory / name for name in unknown])
         for name, digest in zip(unknown, found, strict=True):
             if digest != stamps[name][2]:
                 damaged.append(name)
@@ -340,12 +341,6 @@ def record_dtype(shape: tuple[int, ...], dtype: str) -> np.dtype:
 
 def _shard_paths(dataset: LatentDataset) -> list[pathlib.Path]:
     return [dataset.directory / shard.name for shard in dataset.shards]
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_values(path: pathlib.Path, dataset: LatentDataset) -> None:

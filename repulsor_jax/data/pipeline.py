@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -20,7 +20,7 @@ def training_iterator(
     *,
     global_batch_size: int,
     seed: int,
-    rows: Sequence[range] | None = None,
+    rows: np.ndarray | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
@@ -38,7 +38,8 @@ def training_iterator(
       dataset: the data set.
       global_batch_size: rows of a global batch; it may exceed the data set.
       seed: of the order of records; 0 or more.
-      rows: which rows of each global batch to read, as `sharding.local_rows` says; None is all.
+      rows: numbers of the rows of each global batch to read, as `sharding.local_row_numbers` has
+        them; None is all.
       num_threads: threads that read batches ahead; 0 reads in the caller.
       prefetch: batches to read ahead; 0 reads in the caller.
 
@@ -52,10 +53,9 @@ def training_iterator(
     """
     if global_batch_size < 1:
         raise ValueError(f"found a global batch size of {global_batch_size}, expected 1 or more")
-    runs = [range(global_batch_size)] if rows is None else rows
-    own = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+    own = np.arange(global_batch_size) if rows is None else rows
     if own.min() < 0 or own.max() >= global_batch_size:
-        raise ValueError(f"found rows {runs}, expected rows of a batch of {global_batch_size}")
+        raise ValueError(f"found rows {own}, expected rows of a batch of {global_batch_size}")
     if seed < 0:
         raise ValueError(f"data seed: found {seed}, expected 0 or more")
     source = dataset.open()

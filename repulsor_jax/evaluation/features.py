@@ -16,6 +16,7 @@ import pooch
 
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.evaluation import inception
+from repulsor_jax.integrity import file_sha256
 
 Array = jax.Array
 
@@ -151,8 +152,7 @@ def download_inception(folder: pathlib.Path | None = None, url: str = inception.
                 "--config.evaluation.features='autoencoder' or 'pixels' gives a Fréchet distance "
                 "that is not FID"
             ) from error
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if not found.startswith(inception.WEIGHTS_SHA256):
         if is_new:  # a page of a proxy, perhaps
             path.unlink()

@@ -20,6 +20,7 @@ from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order
 from repulsor_jax.evaluation import reference
 from repulsor_jax.images import to_uint8
+from repulsor_jax.integrity import file_sha256
 from repulsor_jax.shards import in_batches
 
 Array = jax.Array
@@ -55,7 +56,7 @@ def npz_images(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     images = reference.open_images(path, size=size)
     return ImageSet(
         name=images.path.name,
-        digest=reference.file_sha256(images.path)[:16],
+        digest=file_sha256(images.path)[:16],
         count=len(images),
         shape=images.shape[1:],
         dtype=np.uint8,

@@ -169,12 +169,6 @@ def write_statistics(path: PathLike, statistics: ReferenceStatistics) -> None:
     _write(pathlib.Path(path), arrays)
 
 
-def file_sha256(path: PathLike) -> str:
-    """Hex SHA-256 of a file, for caches and reports."""
-    with pathlib.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_cache(folder: PathLike, content: Sequence[str]) -> dict[str, np.ndarray] | None:
     """Arrays that `write_cache` kept, by name; None where there are none.
 
