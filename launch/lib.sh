@@ -28,13 +28,20 @@ quote() {
   printf '%s' "$line"
 }
 
+# attend PROGRAM...: runs it and waits. By `wait`, which ctrl-C ends at once: in the foreground, a
+# program that was not there yet when ctrl-C came does not hear it and is waited for.
+attend() {
+  (trap - INT && exec "$@") <&0 &
+  wait "$!"
+}
+
 # Prints a command, then runs it; with --dry-run prints it only. The one way to a platform's tools.
 run() {
   if ((DRY_RUN)); then
     printf '$ %s\n' "$(quote "$@")"
   else
     say "\$ $(quote "$@")"
-    "$@"
+    attend "$@"
   fi
 }
 
@@ -44,7 +51,7 @@ retry() {
   for ((try = 0; try <= RETRIES; try++)); do
     if ((try)); then
       say "failed with code $code; again in $wait s ($try of $RETRIES)"
-      sleep "$wait"
+      attend sleep "$wait"
       wait=$((2 * wait))
     fi
     code=0
@@ -158,10 +165,15 @@ stop_background() {
   BACKGROUND=''
 }
 
-# A temporary directory that goes when the script ends.
+# A temporary directory that goes when the script ends, as all do that it still runs.
 make_scratch() {
   SCRATCH=$(mktemp -d)
-  trap 'stop_background; rm -rf "$SCRATCH"' EXIT
+  trap 'stop_background; stop_attended; rm -rf "$SCRATCH"' EXIT
+}
+
+stop_attended() {
+  local pid
+  for pid in $(jobs -pr); do kill -TERM "$pid" 2>/dev/null || true; done
 }
 
 need() {

@@ -26,7 +26,10 @@ TEXT
 }
 
 # Numbers of the jobs of this name that are queued or running, in JOBS.
-look() { JOBS=$(squeue --me "--name=$NAME" --noheader --format=%i); }
+look() {
+  attend squeue --me "--name=$NAME" --noheader --format=%i >"$SCRATCH/jobs" || return
+  JOBS=$(<"$SCRATCH/jobs")
+}
 
 submit() {
   local command=(sbatch --parsable "--job-name=$NAME" "--chdir=$REPO"
@@ -58,10 +61,10 @@ watch() {
   touch "$LOG" # empty while the job waits
   in_background tail -n 50 -F "$LOG"
   while :; do
-    sleep "$POLL_SECONDS"
+    attend sleep "$POLL_SECONDS"
     if look && [[ -z $JOBS ]]; then break; fi
   done
-  sleep 1 # for the last lines
+  attend sleep 1 # for the last lines
   [[ $(tail -n 1 "$LOG") == *"the run is complete"* ]] || die "the job ended before the run was complete: see the end of $LOG"
 }
 

@@ -30,15 +30,15 @@ VM=(gcloud compute tpus tpu-vm)
 
 # State of the request, in STATE, ABSENT where there is none; and its slices, in NODES.
 look() {
-  local answer nodes
+  local nodes
   local command=("${QR[@]}" describe "$NAME" "${PLACE[@]}"
     '--format=value[separator=" "](state.state,tpu.nodeSpec[].nodeId.list(separator=" "))')
   if ((DRY_RUN)); then
     run "${command[@]}"
     return
   fi
-  if answer=$("${command[@]}" 2>"$SCRATCH/error"); then
-    read -r STATE nodes <<<"$answer"
+  if attend "${command[@]}" >"$SCRATCH/answer" 2>"$SCRATCH/error"; then
+    read -r STATE nodes <"$SCRATCH/answer" || true # an empty answer
     if [[ -n $nodes ]]; then read -r -a NODES <<<"$nodes"; fi
     return
   fi
@@ -117,7 +117,7 @@ bring_up() {
         ;;
     esac
     seen=1
-    if ! ((DRY_RUN)); then sleep "$POLL_SECONDS"; fi
+    if ! ((DRY_RUN)); then attend sleep "$POLL_SECONDS"; fi
     retry look || die "the request cannot be read, see above"
   done
 }
@@ -195,7 +195,7 @@ watch() {
   while :; do
     # The connection may break, and the log ends where only the first worker has.
     if [[ -z ${BACKGROUND-} ]] || ! kill -0 "$BACKGROUND" 2>/dev/null; then in_background quietly follow; fi
-    sleep "$POLL_SECONDS"
+    attend sleep "$POLL_SECONDS"
     if judge; then
       misses=0
       if [[ $VERDICT != running ]]; then break; fi
