@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from repulsor_jax import atomic
@@ -175,6 +173,10 @@ def save_curves(path: PathLike, panels: Mapping[str, Mapping[str, Curve]], x_lab
       panels: quantity -> name of a line -> (x values, y values); lines named "" have no legend.
       x_label: of the common axis.
     """
+    # Imported here: only some runs draw, and every program would start later.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 1 + 2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)  # draws without pyplot's global state or a display
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]

@@ -129,9 +129,10 @@ def test_the_bank_holds_the_last_batches_row_by_row():
     c = tiny.config()
     step = tiny.build(c, tiny.mesh(data=4, fsdp=2))
     state, expected = step.state, []
-    for number, batch in enumerate(tiny.batches(2 * tiny.SLOTS + 1)):
-        params = jax.device_get(state.params)
-        inputs = draw_inputs(jax.random.fold_in(state.rng, number), batch, c, tiny.FORMAT)
+
+    @jax.jit
+    def features(params, key, batch):
+        inputs = draw_inputs(key, batch, c, tiny.FORMAT)
         t = inputs.t[:, None, None, None]
         _, tokens = step.model.apply(
             {"params": params["model"]},
@@ -141,7 +142,11 @@ def test_the_bank_holds_the_last_batches_row_by_row():
             tap=c.model.depth // 4,
         )
         head = repulsion.ProjectionHead(tiny.DIM, c.model.hidden_size)
-        expected.append(head.apply({"params": params["regularizer"]}, tokens.mean(1)))
+        return head.apply({"params": params["regularizer"]}, tokens.mean(1))
+
+    for number, batch in enumerate(tiny.batches(2 * tiny.SLOTS + 1)):
+        key = jax.random.fold_in(state.rng, number)
+        expected.append(features(jax.device_get(state.params), key, batch))
         state, _ = step._replace(state=state).run([batch])
 
         cursor, filled = int(state.bank.cursor), int(state.bank.filled)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -27,9 +28,9 @@ TINY = [
 SECRET = "not-to-be-found-anywhere"
 
 
-def program(*arguments, config="configs/digits.py"):
+def program(*arguments, start=("repulsor_jax.main",)):
     return subprocess.run(
-        [sys.executable, "-m", "repulsor_jax.main", f"--config={config}", *map(str, arguments)],
+        [sys.executable, "-m", *start, "--config=configs/digits.py", *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET},
         capture_output=True,
@@ -74,30 +75,30 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert "does not fit this configuration" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
-    # Killed in the middle, and started again: the same bytes, the same number.
+    # Killed in the middle and started again, against a run that was not: the same bytes, the same
+    # number.
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "checkpoints", whole / "checkpoints")
     many = ["--config.sampling.num_samples=4000", "--config.evaluation.num_samples=4000"]
     many += ["--config.sampling.images_per_shard=200", "--checkpoint_step=8"]
-    for mode, work, result in (
-        ("sample", "samples/.*.incomplete", "samples/step_8-*.npz"),
-        ("evaluate", "evaluations/.*.incomplete", "evaluations/step_8-*.json"),
-    ):
-        arguments = (*longer, *many, f"--mode={mode}")
-        before = set(tmp_path.glob(result))
-        kill_at_work(tmp_path, work, *arguments)
-        assert set(tmp_path.glob(result)) == before
-        resumed = program(workdir, *arguments)
-        assert resumed.returncode == 0, resumed.stderr
-        (found,) = set(tmp_path.glob(result)) - before
-        assert not list(tmp_path.glob(work))
-        content = found.read_bytes()
-        found.unlink()
-        found.with_suffix(".json").unlink(missing_ok=True)
-        whole = program(workdir, *arguments)
-        assert whole.returncode == 0, whole.stderr
-        if mode == "sample":
-            assert found.read_bytes() == content
-        else:
-            assert json.loads(found.read_text())["metrics"] == json.loads(content)["metrics"]
+    many += [f"--config.data.dir={tmp_path / 'data'}"]
+    work = {"sample": "samples/.*.incomplete", "evaluate": "evaluations/.*.incomplete"}
+    for mode, incomplete in work.items():
+        kill_at_work(tmp_path, incomplete, *longer, *many, f"--mode={mode}")
+        assert list(tmp_path.glob(incomplete))
+    modes = [(mode, folder) for folder in (tmp_path, whole) for mode in work]
+    jobs = [{"mode": mode, "workdir": str(folder), "config": {}} for mode, folder in modes]
+    done = program(workdir, *longer, *many, start=["tests.run_jobs", json.dumps(jobs)])
+    assert done.returncode == 0, done.stderr
+    assert not [path for incomplete in work.values() for path in tmp_path.glob(incomplete)]
+    (samples,) = (whole / "samples").glob("*.npz")
+    assert (tmp_path / "samples" / samples.name).read_bytes() == samples.read_bytes()
+    (record,) = (whole / "evaluations").glob("*.json")
+    metrics, same = (
+        json.loads((folder / "evaluations" / record.name).read_text())["metrics"]
+        for folder in (whole, tmp_path)
+    )
+    assert metrics == same
 
 
 def kill_at_work(tmp_path, pattern, *arguments):

@@ -6,8 +6,6 @@ import io
 import pathlib
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
 import numpy as np
 
 from repulsor_jax import atomic
@@ -211,6 +209,8 @@ def write_page(path: pathlib.Path, title: str, variants: list[Values]) -> None:
 
 def draw(variants: list[Values]) -> bytes:
     """A PNG: memory by kind against what a chip has and, where known, the parts of the time."""
+    import matplotlib.figure  # here, as in images.py
+
     bars = [
         (f"{variant['label']}\n{_TITLES[name]}" if len(variants) > 1 else _TITLES[name], program)
         for variant in variants
@@ -249,6 +249,8 @@ def draw(variants: list[Values]) -> bytes:
 
 
 def _stack(axis: Any, labels: list[str], bars: list[dict[str, float]], unit: str) -> None:
+    import matplotlib
+
     widest = max((sum(bar.values()) for bar in bars), default=0.0)
     kinds = list(dict.fromkeys(k for bar in bars for k, size in bar.items() if size > widest / 500))
     colors = matplotlib.colormaps["tab10"]
