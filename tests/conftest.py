@@ -9,20 +9,24 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Many tests compile the same tiny program: all workers of one run, children of one process, share
-# a cache of them, and so do the programs that they start. What is cut short there by a kill does
-# not decompress and is compiled again.
-_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-_RUN = os.getppid() if _IS_WORKER else os.getpid()
-_CACHE = pathlib.Path(tempfile.gettempdir()) / f"repulsor_jax_tests_{_RUN}"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Many tests compile the same tiny program: all workers of one run, children of one process, share
+# a cache of them, and so do the programs that they start. What a kill cuts short there does not
+# decompress and is compiled again.
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_RUN = os.getppid() if _IS_WORKER else os.getpid()
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"repulsor_jax_tests_{_RUN}"
+for _name, _value in {
+    "jax_compilation_cache_dir": str(_CACHE),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 
 
 def pytest_unconfigure() -> None:
