@@ -102,6 +102,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
 
     c.checkpoint = ml_collections.ConfigDict()
+    # A folder, or gs://bucket/path with the extra `gcs` installed; "" is <workdir>/checkpoints.
+    c.checkpoint.directory = ""
     c.checkpoint.every_steps = 10_000  # the last step is always saved
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
@@ -143,7 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
     # Autoguidance (arXiv 2406.02507): samples are guided away from a weaker run, in place of the
     # model without a class.
-    c.sampling.guiding_run = ""  # its working directory; "" is none
+    c.sampling.guiding_run = ""  # its working directory, or gs:// its checkpoints; "" is none
     c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
     c.sampling.labels = "balanced"  # "balanced" (index mod the data's classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample

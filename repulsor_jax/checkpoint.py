@@ -25,13 +25,9 @@ from tqdm import tqdm
 from repulsor_jax import manifest, memory_bank, sharding
 from repulsor_jax.config import CheckpointConfig
 from repulsor_jax.data.pipeline import rescale_position
+from repulsor_jax.folders import DAMAGED, is_bucket
 from repulsor_jax.memory_bank import MemoryBank
-from repulsor_jax.storage import (
-    DAMAGED,
-    CheckpointError,
-    DamagedCheckpointError,
-    Storage,
-)
+from repulsor_jax.storage import CheckpointError, DamagedCheckpointError, Storage
 from repulsor_jax.train_state import TrainState
 
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
@@ -40,10 +36,19 @@ Records = Mapping[str, Any]
 _LONGEST_PAUSE = 30.0  # seconds between two attempts to save at the end
 
 
+def checkpoint_directory(config: CheckpointConfig, workdir: pathlib.Path) -> str | pathlib.Path:
+    """Where a run's checkpoints are: a folder, or the address of a bucket."""
+    if is_bucket(config.directory):
+        return config.directory
+    if config.directory:
+        return pathlib.Path(config.directory).expanduser()
+    return workdir / "checkpoints"
+
+
 def open_for_training(workdir: pathlib.Path, config: CheckpointConfig) -> "Checkpointer":
-    """Opens `<workdir>/checkpoints` as the configuration says."""
+    """Opens a run's checkpoints as the configuration says."""
     return Checkpointer(
-        workdir / "checkpoints",
+        checkpoint_directory(config, workdir),
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         retry_steps=max(1, config.every_steps // 10),
@@ -70,7 +75,7 @@ class Checkpointer:
         """Opens, and creates where absent, a directory of checkpoints.
 
         Args:
-          directory: the folder.
+          directory: the folder, or gs://bucket/path.
           keep_last: how many of the newest checkpoints to keep.
           keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
           retry_steps: steps from a save that failed to the next attempt.
@@ -91,7 +96,7 @@ class Checkpointer:
             read_only=read_only,
             read_delay=read_delay,
         )
-        self.directory: pathlib.Path = self._storage.directory
+        self.directory = self._storage.directory
         self._retry_steps = retry_steps
         self._max_lost_steps = max_lost_steps
         self._patience = patience
@@ -256,7 +261,7 @@ class Checkpointer:
             )
         moved = self._storage.set_aside(list(problems)) if problems else {}
         said = [
-            f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[damaged].name}; going on from "
+            f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[damaged]}; going on from "
             f"step {candidate}"
             for damaged, problem in problems.items()
         ]

@@ -4,6 +4,8 @@ The dataclasses are the schema, `configs/default.py` holds the defaults and expl
 """
 
 import dataclasses
+import importlib.util
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -144,6 +146,7 @@ class MeshConfig:
 class CheckpointConfig:
     """See `configs/default.py`, section checkpoint."""
 
+    directory: str
     every_steps: int = _at_least(1)
     keep_last: int = _at_least(1)
     keep_every: int = _at_least(0)
@@ -340,6 +343,18 @@ def _check_consistency(c: Config) -> None:
             f"config.checkpoint.max_lost_steps={c.checkpoint.max_lost_steps} must be at least "
             f"config.checkpoint.every_steps={c.checkpoint.every_steps}, or 0"
         )
+    for key, where in (
+        ("checkpoint.directory", c.checkpoint.directory),
+        ("sampling.guiding_run", c.sampling.guiding_run),
+    ):
+        if "://" not in where:
+            continue
+        if not re.fullmatch(r"gs://[^/]+/[^/].*", where):
+            raise ConfigError(f"config.{key}={where!r}: expected a folder, or gs://bucket/path")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ConfigError(
+                f"config.{key}={where!r} needs gcsfs: install the extra `gcs`, or mount the bucket"
+            )
     profiled = c.log.profile_steps
     if profiled and (len(profiled) != 2 or profiled[0] > profiled[1]):
         raise ConfigError(

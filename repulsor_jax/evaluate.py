@@ -18,12 +18,13 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import atomic, inference, sharding
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
 from repulsor_jax.experiment import Experiment, checked_mesh
+from repulsor_jax.folders import open_folder
 from repulsor_jax.generation import (
     Generator,
     Guidance,
@@ -84,8 +85,8 @@ def _evaluate_checkpoints(
     is_main = jax.process_index() == 0
     records: list[report.Record] = []
     if checkpoints == "follow":
-        _wait_for(workdir / "checkpoints", config.evaluation.poll_seconds)
-    with inference.open_checkpoints(workdir) as checkpointer:
+        _wait_for(checkpoint_directory(config.checkpoint, workdir), config.evaluation.poll_seconds)
+    with inference.open_checkpoints(config, workdir) as checkpointer:
         wanted = _wanted_steps(checkpointer, checkpoints, config)
         first = next(wanted)
         experiment = inference.open_experiment(config, workdir, checkpointer, first)
@@ -135,9 +136,10 @@ def _evaluate_checkpoints(
     return records
 
 
-def _wait_for(directory: pathlib.Path, poll_seconds: float) -> None:
+def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
     """Waits until a run that is about to start has made its directory of checkpoints."""
-    while not directory.is_dir():
+    folder = open_folder(directory)
+    while not folder.exists():
         if jax.process_index() == 0:
             print(f"waiting for {directory}", flush=True)
         time.sleep(poll_seconds)

@@ -13,9 +13,10 @@ import numpy as np
 
 from repulsor_jax import __version__, sde, sharding, solvers
 from repulsor_jax import config as config_lib
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
+from repulsor_jax.folders import is_bucket
 from repulsor_jax.generation import Guidance, Guide
 from repulsor_jax.integrity import named_leaves
 from repulsor_jax.models.dit import DiT
@@ -49,9 +50,9 @@ class LoadedGuide:
     description: dict[str, Any]
 
 
-def open_checkpoints(workdir: pathlib.Path) -> Checkpointer:
+def open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpointer:
     """Opens a run's checkpoints to read, also while it is training; see `Checkpointer`."""
-    return Checkpointer(workdir / "checkpoints", read_only=True)
+    return Checkpointer(checkpoint_directory(config.checkpoint, workdir), read_only=True)
 
 
 def open_experiment(
@@ -155,12 +156,15 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
     config = experiment.config
     if not config.sampling.guiding_run:
         return None
-    workdir = pathlib.Path(config.sampling.guiding_run).expanduser().absolute()
+    run = checkpoints = config.sampling.guiding_run
+    if not is_bucket(run):
+        run = str(pathlib.Path(run).expanduser().absolute())
+        checkpoints = f"{run}/checkpoints"
     step = None if config.sampling.guiding_step == -1 else config.sampling.guiding_step
-    with open_checkpoints(workdir) as checkpointer:
+    with Checkpointer(checkpoints, read_only=True) as checkpointer:
         saved, record, step = _records(checkpointer, step)
         model_config = config_lib.parse_section(
-            config_lib.ModelConfig, saved["model"], f"{workdir}: config.model"
+            config_lib.ModelConfig, saved["model"], f"{run}: config.model"
         )
         own = latents_record(experiment)
         comparisons: dict[str, tuple[Any, Any]] = {
@@ -177,12 +181,12 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
         for what, (found, expected) in comparisons.items():
             if found != expected:
                 raise ConfigError(
-                    f"config.sampling.guiding_run={str(workdir)!r}: {what} is {found!r}, and "
+                    f"config.sampling.guiding_run={run!r}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
         model = build_model(model_config, experiment.mesh.devices.flat[0])
         params, step = _restore(model, experiment, checkpointer, step)
-    description = {"run": str(workdir), "step": step, "weights_sha256": params_sha256(params)}
+    description = {"run": run, "step": step, "weights_sha256": params_sha256(params)}
     return LoadedGuide(Guide(model, params), description)
 
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from repulsor_jax import config as config_lib
 from repulsor_jax import distributed, preemption
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.checkpoint import CheckpointError, checkpoint_directory
 from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.divergence import DivergedError
 from repulsor_jax.encode import data_directory, encode
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
             replay(config, workdir, pathlib.Path(_EVENT.value).expanduser())
             return
         if _MODE.value == "verify":
-            if not verify(workdir):
+            if not verify(checkpoint_directory(config.checkpoint, workdir)):
                 _stop("error: some checkpoints are damaged, see above", 1)
             return
         pictures = experiment_lib.draws_pictures(config)

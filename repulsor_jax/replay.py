@@ -49,7 +49,7 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
     model = build_model(config.model, mesh.devices.flat[0])
     parts = (config, model, regularizers.build(config), build_optimizer(config))
     abstract_state, _ = abstract_train_state(*parts, mesh)
-    with inference.open_checkpoints(workdir) as checkpointer:
+    with inference.open_checkpoints(config, workdir) as checkpointer:
         before = [saved for saved in checkpointer.steps() if saved < step]
         if not before:
             raise ConfigError(f"--event={event}: {checkpointer.directory} holds no step before it")

@@ -39,7 +39,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
       ConfigError, CheckpointError: one message that names the key or file.
       SamplingError: a sample is not a finite number.
     """
-    with inference.open_checkpoints(workdir) as checkpointer:
+    with inference.open_checkpoints(config, workdir) as checkpointer:
         step = checkpointer.resolve(step)
         experiment = inference.open_experiment(config, workdir, checkpointer, step)
         guide = inference.load_guide(experiment)

@@ -11,9 +11,6 @@ that wait for one that failed give up after `BARRIER_SECONDS`; none of them wait
 import concurrent.futures
 import contextlib
 import os
-import pathlib
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,14 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from repulsor_jax import sharding
+from repulsor_jax.folders import DAMAGED, REPLACED, is_bucket, open_folder
 
 RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
-DAMAGED = "damaged"  # the folder of checkpoints that were set aside
 BARRIER_SECONDS = 600
-_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of orbax's temporary folders
-_REPLACED = ".replaced"  # ends the name of a checkpoint that is being replaced
 _READ_ATTEMPTS = 2
-_PROBE_BYTES = 1 << 16
 
 
 class CheckpointError(ValueError):
@@ -67,50 +61,57 @@ class Storage:
         """Opens the directory, and creates it where absent unless `read_only`.
 
         Args:
-          directory: the folder.
+          directory: the folder, or gs://bucket/path.
           keep_last: how many of the newest checkpoints to keep; None keeps all.
           keep_every: keep those whose step is a multiple of this as well; None keeps no more.
           read_only: neither create nor delete anything.
           read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
-          CheckpointError: the folder is not there, or cannot be made or written.
+          CheckpointError: the folder is not there, or cannot be made, read or written.
         """
-        self.directory = pathlib.Path(directory).absolute()
+        self._folder = open_folder(directory)
+        self.directory = self._folder.path
         self.read_only = read_only
         self._read_delay = read_delay
-        self._keep = {"max_to_keep": keep_last, "keep_period": keep_every}
+        self._keep_last, self._keep_every = keep_last, keep_every
         self._opened = 0
         self._seen: list[int] = []
         self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
-        if read_only and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is not there: train first, or check --workdir")
+        self._opened_manager: _Manager | None = None
         if not read_only:
             problem = self._tidy() or self._probe()
             if problem:
                 raise CheckpointError(f"{self.directory} cannot be written ({problem})")
-        self._open()
+        there, problem = False, ""
+        try:
+            there, self._seen = self._folder.exists(), self._folder.steps()
+        except OSError as error:
+            problem = one_line(error)
+        problem = agreed(problem)
+        if problem:
+            raise CheckpointError(f"{self.directory} cannot be read ({problem})")
+        if read_only and not there:
+            raise CheckpointError(
+                f"{self.directory} is not there: train first, or check --workdir and "
+                "--config.checkpoint.directory"
+            )
 
     def close(self) -> None:
         """Waits for what is being saved, and closes; call `outcome` first to learn how it went."""
         self._waiter.shutdown()
-        with contextlib.suppress(Exception):
-            self._manager.close()
+        self._forget()
 
     def steps(self) -> list[int]:
         """Steps that are there now, ascending, as the first process sees them.
 
         While the directory cannot be read, those that were there last.
         """
-        try:
-            self._seen = sorted(int(p.name) for p in self.directory.iterdir() if _is_step(p))
-        except FileNotFoundError:
-            self._seen = []
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            self._seen = self._folder.steps()
         count = int(sharding.agree(len(self._seen)))
-        steps = np.resize(np.array(self._seen, np.int64), count)
+        steps = np.resize(np.array(sorted(self._seen), np.int64), count)
         return sharding.agree(steps).tolist() if count else []
 
     # Writing.
@@ -138,8 +139,7 @@ class Storage:
         if problem:
             self._recover()
         else:
-            # orbax says what went wrong to the thread that waits.
-            self._pending = self._waiter.submit(self._manager.wait_until_finished)
+            self._pending = self._waiter.submit(self._finish)
         return problem
 
     def is_saving(self) -> bool:
@@ -165,22 +165,22 @@ class Storage:
         Raises:
           CheckpointError: it cannot be renamed.
         """
-        self._rename({step: self.directory / f"{step}{_REPLACED}"})
+        self._rename({step: f"{step}{REPLACED}"})
 
     def finish_replacing(self) -> None:
         """Drops what `put_aside` renamed, or brings it back where nothing took its place."""
         self._recover()
 
-    def set_aside(self, steps: Sequence[int]) -> dict[int, pathlib.Path]:
-        """Moves damaged checkpoints into `damaged/`; returns where each went.
+    def set_aside(self, steps: Sequence[int]) -> dict[int, str]:
+        """Moves damaged checkpoints into `damaged/`; returns the name of each there.
 
         Raises:
           CheckpointError: one cannot be moved.
         """
         now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        moves = {step: self.directory / DAMAGED / f"{step}-{now}" for step in steps}
-        self._rename(moves)
-        return moves
+        names = {step: f"{step}-{now}" for step in steps}
+        self._rename({step: f"{DAMAGED}/{name}" for step, name in names.items()})
+        return names
 
     # Reading.
 
@@ -245,13 +245,21 @@ class Storage:
             if attempt == _READ_ATTEMPTS - 1 or not sharding.any_process(passes):
                 break
             time.sleep(self._read_delay)
-        raise DamagedCheckpointError(
-            f"{self.directory / str(step)}: {name} cannot be read ({problem})"
-        )
+        said = f"{self.directory / str(step)}: {name} cannot be read ({problem})"
+        if is_bucket(self.directory) and sharding.any_process(passes):
+            raise CheckpointError(f"{said}; the bucket is away: the same command tries it again")
+        raise DamagedCheckpointError(said)
 
     # Within.
 
-    def _open(self) -> None:
+    @property
+    def _manager(self) -> _Manager:
+        """Made when first needed: it asks the storage, which may be away."""
+        if self._opened_manager is None:
+            self._opened_manager = self._open()
+        return self._opened_manager
+
+    def _open(self) -> _Manager:
         count = jax.process_count()
         together = ocp.options.MultiprocessingOptions(
             # Named processes meet at barriers that end some time, and not in a collective.
@@ -260,10 +268,9 @@ class Storage:
             barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
         )
         self._opened += 1
-        self._manager = _Manager(
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                **self._keep,
                 create=False,
                 lightweight_initialize=True,  # else one damaged step hides all
                 multiprocessing_options=together,
@@ -282,60 +289,56 @@ class Storage:
             },
         )
 
-    def _reopen(self) -> None:
-        with contextlib.suppress(Exception):  # it may say once more what went wrong
-            self._manager.close()
-        self._open()
+    def _finish(self) -> None:
+        """Waits for what is being saved, then removes the old; orbax says here what went wrong."""
+        self._manager.wait_until_finished()
+        if jax.process_index() == 0 and self._keep_last is not None:
+            for step in sorted(self._folder.steps())[: -self._keep_last]:
+                if self._keep_every is None or step % self._keep_every:
+                    self._folder.remove(str(step))
+
+    def _forget(self) -> None:
+        """Closes the manager; the next one is made anew."""
+        manager, self._opened_manager = self._opened_manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # it may say once more what went wrong
+                manager.close()
 
     def _recover(self) -> None:
         """Frees what a failed save took, and makes a new manager."""
         self._tidy()
-        self._reopen()
+        self._forget()
 
     def _tidy(self) -> str:
         """Removes what a save that failed or was killed left; returns what went wrong, or ""."""
-        problem = ""
-        if jax.process_index() == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                for path in self.directory.iterdir():
-                    replaced = path.with_name(path.name.removesuffix(_REPLACED))
-                    if _UNFINISHED in path.name or (replaced != path and replaced.exists()):
-                        shutil.rmtree(path, ignore_errors=True)
-                    elif replaced != path:
-                        path.rename(replaced)
-            except OSError as error:
-                problem = one_line(error)
-        return agreed(problem)
+        return self._on_first(self._folder.tidy)
 
     def _probe(self) -> str:
         """Writes a small file; returns what went wrong, or ""."""
-        problem = ""
-        if jax.process_index() == 0:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.directory) as file:
-                    file.write(bytes(_PROBE_BYTES))
-            except OSError as error:
-                problem = one_line(error)
-        return agreed(problem)
+        return self._on_first(self._folder.probe)
 
-    def _rename(self, moves: Mapping[int, pathlib.Path]) -> None:
-        problem = ""
-        if jax.process_index() == 0:
-            try:
-                for step, target in moves.items():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    (self.directory / str(step)).rename(target)
-            except OSError as error:
-                problem = one_line(error)
-        problem = agreed(problem)
+    def _rename(self, moves: Mapping[int, str]) -> None:
+        def rename() -> None:
+            for step, target in moves.items():
+                self._folder.move(str(step), target)
+
+        problem = self._on_first(rename)
         if problem:
             raise CheckpointError(
                 f"{self.directory}: cannot move step {', '.join(map(str, moves))} ({problem}); "
                 "make the directory writable"
             )
-        self._reopen()
+        self._forget()
+
+    def _on_first(self, act: Callable[[], None]) -> str:
+        """Acts on the first process alone; returns what went wrong, or "", on all."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                act()
+            except OSError as error:
+                problem = one_line(error)
+        return agreed(problem)
 
 
 def one_line(error: BaseException) -> str:
@@ -353,6 +356,8 @@ def _may_pass(error: Exception) -> bool:
     """Whether reading once more may help: a disk or network in trouble, not what a file holds."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if str(getattr(error, "code", "")) in ("408", "429", "500", "502", "503", "504"):  # of gcsfs
+        return True
     return any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"))
 
 
@@ -361,7 +366,3 @@ def agreed(problem: str) -> str:
     if sharding.any_process(bool(problem)):
         return problem or "another process failed"
     return ""
-
-
-def _is_step(path: pathlib.Path) -> bool:
-    return path.name.isdecimal() and path.is_dir()

@@ -20,8 +20,8 @@ _GROUP_BYTES = 256 << 20  # read at a time
 _WHOLE = "whole"
 
 
-def verify(workdir: pathlib.Path) -> bool:
-    """Reads the checkpoints in `<workdir>/checkpoints` and prints a table of what was found.
+def verify(directory: str | pathlib.Path) -> bool:
+    """Reads the checkpoints in a directory, or a bucket, and prints a table of what was found.
 
     No model is built: names, shapes and checksums are those of the manifests. Nothing is changed.
 
@@ -31,7 +31,7 @@ def verify(workdir: pathlib.Path) -> bool:
     Raises:
       CheckpointError: there are none.
     """
-    storage = Storage(workdir / "checkpoints", keep_last=None, keep_every=None, read_only=True)
+    storage = Storage(directory, keep_last=None, keep_every=None, read_only=True)
     steps = storage.steps()
     if not steps:
         raise CheckpointError(f"{storage.directory} holds no checkpoint: train first")

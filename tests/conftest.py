@@ -4,13 +4,17 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import fsspec
 import jax
 import pytest
+
+from tests import fake_bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -46,3 +50,36 @@ def reference_fixtures() -> pathlib.Path:
             f"the large reference fixtures are not in {folder}; those in tests/data still run"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The digits, encoded once for all tests of this process."""
+    from repulsor_jax import config, encode
+    from tests import tiny
+
+    workdir = tmp_path_factory.mktemp("digits")
+    encode.encode(config.parse(tiny.digits_dict()), workdir)
+    return workdir / "data"
+
+
+@pytest.fixture(scope="session")
+def _bucket_server() -> Iterator[fake_bucket.Bucket]:
+    from repulsor_jax import folders
+
+    with fake_bucket.serve() as bucket, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+        patch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        patch.setattr(folders, "_WRITE_RETRIES", 1)
+        yield bucket
+
+
+@pytest.fixture
+def bucket(_bucket_server: fake_bucket.Bucket) -> Iterator[fake_bucket.Bucket]:
+    """An empty bucket, `gs://bucket`, that fails when it is told to."""
+    _bucket_server.objects.clear()
+    _bucket_server.history.clear()
+    yield _bucket_server
+    _bucket_server.heal()

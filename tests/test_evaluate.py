@@ -245,7 +245,7 @@ def frechet(a, b):
 def samples_of(workdir, seeds, count):
     """Images and labels of parameters drawn with each seed."""
     c = config_lib.parse(values())
-    with evaluate_lib.inference.open_checkpoints(workdir) as checkpointer:
+    with evaluate_lib.inference.open_checkpoints(c, workdir) as checkpointer:
         experiment = evaluate_lib.inference.open_experiment(c, workdir, checkpointer, None)
     generator = generation.make_generator(experiment)
     everywhere = sharding.replicated(experiment.mesh)

@@ -573,7 +573,7 @@ def test_files_of_a_checkpoint_that_are_hostile(run, content):
     )
 
     def read():
-        with inference.open_checkpoints(folder) as checkpointer:
+        with Checkpointer(folder / "checkpoints", read_only=True) as checkpointer:
             inference._records(checkpointer, 2)
             return checkpointer.restore_ema(abstract, 2)[0]
 
@@ -620,7 +620,7 @@ def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
     manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
     try:
         with (
-            inference.open_checkpoints(run[0]) as checkpointer,
+            Checkpointer(run[0] / "checkpoints", read_only=True) as checkpointer,
             pytest.raises(ValueError, match="checkpoints/2: ") as error,
         ):
             inference._records(checkpointer, 2)
@@ -655,7 +655,7 @@ def test_manifests_that_are_hostile(run, changes):
     manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
     try:
         with (
-            inference.open_checkpoints(folder) as checkpointer,
+            Checkpointer(folder / "checkpoints", read_only=True) as checkpointer,
             pytest.raises(CheckpointError, match="checkpoints/2: its manifest is none"),
         ):
             checkpointer.restore_ema(params)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import generation, monitor
 from repulsor_jax import train as train_lib
@@ -26,19 +26,11 @@ from repulsor_jax.divergence import DivergedError
 from repulsor_jax.metrics import read_jsonl
 from repulsor_jax.preemption import Preempted
 from repulsor_jax.replay import replay
-from repulsor_jax.storage import Storage
+from repulsor_jax.storage import CheckpointError, Storage
 from repulsor_jax.train import train
 from tests import tiny
 
 MESH = {"mesh.data": 4, "mesh.fsdp": 2}
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """The digits, encoded once for all tests of this process."""
-    workdir = tmp_path_factory.mktemp("digits")
-    encode_lib.encode(config_lib.parse(tiny.digits_dict()), workdir)
-    return workdir / "data"
 
 
 def run(workdir, data_dir, **overrides):
@@ -133,6 +125,48 @@ def test_failing_storage_and_a_damaged_checkpoint(
     assert losses(tmp_path) == losses(reference)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
     assert [p.name[:3] for p in (folder / "damaged").iterdir()] == ["10-"]
+
+
+def test_a_bucket_that_is_away_for_a_while(bucket, tmp_path, data_dir, uninterrupted, capsys):
+    """Step 5 finds no bucket, 10 loses it in the middle, 12 is damaged: the run ends the same."""
+    reference, expected = uninterrupted
+    where = "gs://bucket/runs/a"
+    asked = iter([False, True, True])  # at the start; for step 5, twice
+
+    def fails(method, name):
+        if method == "POST" and name.endswith("/probe"):
+            return next(asked, False)
+        return "/10/state/ocdbt.process_0/" in name
+
+    bucket.trouble, bucket.fails = "503", fails
+    run(tmp_path, data_dir, checkpoint__directory=where)
+    said = capsys.readouterr().out
+    for step, newest in ((5, 0), (10, 6)):
+        warning = (
+            rf"warning: step {step} is not saved \(.*503.*newest.* in {where} is step {newest}:"
+        )
+        assert len(re.findall(warning, said)) == 1
+    assert {name.split("/")[2] for name in bucket.names()} == {"6", "12"}
+    bucket.put("runs/a/12/data/metadata", b'{"next_index": 13}')
+
+    state = run(tmp_path, data_dir, checkpoint__directory=where)
+    said = capsys.readouterr().out
+    assert "DAMAGED: gs://bucket/runs/a/12: " in said
+    assert "step 6 of 12" in said
+    assert losses(tmp_path) == losses(reference)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+    assert {name.split("/")[2] for name in bucket.names()} == {"6", "12", "damaged"}
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_bucket_that_stays_away_stops_training_in_time(bucket, tmp_path, data_dir):
+    opened = iter([False])
+    bucket.trouble = "reset"
+    bucket.fails = lambda method, name: method == "POST" and next(opened, True)
+    options = {"directory": "gs://bucket/run", "max_lost_steps": 6, "patience_seconds": 0.0}
+    message = "gs://bucket/run: step 6 cannot be saved .*The newest checkpoint is step 0"
+    with pytest.raises(CheckpointError, match=message):
+        run(tmp_path, data_dir, **{f"checkpoint__{key}": value for key, value in options.items()})
 
 
 def test_another_data_set_is_refused_by_name(tmp_path, data_dir):

@@ -1,0 +1,161 @@
+"""Checkpoints in a bucket, which is served on this machine and fails as it is told to."""
+
+import importlib.util
+import re
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from repulsor_jax import config as config_lib
+from repulsor_jax import folders
+from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.sample import sample
+from repulsor_jax.storage import Storage
+from repulsor_jax.verify import verify
+from tests import fake_bucket, tiny
+from tests.test_storage import RECORDS, look, state
+
+WHERE = f"gs://{fake_bucket.NAME}/runs/a/checkpoints"
+PREFIX = "runs/a/checkpoints/"
+
+
+def opened(**options):
+    return Checkpointer(WHERE, **({"retry_steps": 2, "max_lost_steps": 20} | options))
+
+
+def restored(step):
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(step)
+    )
+    storage = Storage(WHERE, keep_last=None, keep_every=None, read_only=True)
+    found = storage.read_arrays(step, wanted)
+    storage.close()
+    return found
+
+
+def test_comes_back_equal_and_the_old_are_deleted(bucket):
+    with opened(keep_last=2, keep_every=4) as checkpointer:
+        for step in (2, 4, 6, 8, 10):
+            checkpointer.save(step, state(step), *RECORDS)
+        assert checkpointer.latest_step() == 10
+        assert checkpointer.steps() == [4, 8, 10]
+        assert checkpointer.records()[0] == RECORDS[1]
+    assert {name.split("/")[3] for name in bucket.names()} == {"4", "8", "10"}
+    jax.tree.map(np.testing.assert_array_equal, restored(10), state(10))
+
+
+def test_a_checkpoint_is_whole_or_not_there_whenever_a_run_is_killed(bucket):
+    """After each change of the bucket: a save, a deletion, a replacement, and setting aside."""
+    with opened(keep_last=1) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.save(12, state(12), *RECORDS)
+        checkpointer.wait()
+        checkpointer.save(12, state(12), {"next_index": 2}, *RECORDS[1:], overwrite=True)
+        checkpointer._storage.set_aside([12])
+        assert checkpointer.steps() == []
+    history = list(bucket.history)
+    whole = {
+        (step, len([name for name in objects if name.startswith(f"{PREFIX}{step}/")]))
+        for objects in history
+        for step in (10, 12)
+        if f"{PREFIX}{step}/commit_success.txt" in objects
+    }
+    assert len(whole) == 2  # always as many objects as in the end
+    expected = jax.tree.map(np.asarray, {step: state(step) for step in (10, 12)})
+    seen = []
+    for objects in history[::7]:
+        bucket.objects = dict(objects)
+        with opened() as checkpointer:
+            steps = checkpointer.steps()
+            left = {name.split("/")[3] for name in bucket.names()} - {"damaged"}
+            assert left == {str(step) for step in steps}
+        for step in steps:
+            jax.tree.map(np.testing.assert_array_equal, restored(step), expected[step])
+        seen += [steps] if steps not in seen[-1:] else []
+    assert seen == [[], [10], [12], []]
+
+
+def test_a_checkpoint_of_a_disk_can_be_copied_in(bucket, tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            bucket.put(PREFIX + str(path.relative_to(tmp_path)), path.read_bytes())
+    with opened() as checkpointer:
+        assert checkpointer.steps() == [10]
+    jax.tree.map(np.testing.assert_array_equal, restored(10), state(10))
+
+
+@pytest.mark.parametrize("trouble", ["503", "reset"])
+def test_training_goes_on_and_saves_when_it_can_again(bucket, trouble, capsys):
+    with opened() as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        bucket.trouble = trouble
+        checkpointer.save(12, state(12), *RECORDS)
+        assert look(checkpointer, 13, 18) == 14
+        said = capsys.readouterr().out
+        assert f"The newest checkpoint in {WHERE} is step 10" in said
+        bucket.heal()
+        checkpointer.save(14, state(14), *RECORDS)
+        assert look(checkpointer, 15, 30) is None
+        assert checkpointer.steps() == [10, 14]
+    jax.tree.map(np.testing.assert_array_equal, restored(14), state(14))
+
+
+def test_a_bucket_that_does_not_answer_holds_nothing_up(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "ANSWER_SECONDS", 0.2)
+    with opened() as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        bucket.trouble = "hang"
+        started = time.monotonic()
+        checkpointer.save(12, state(12), *RECORDS)
+        assert checkpointer.steps() == [10]
+        assert time.monotonic() - started < 2
+        assert "step 12 is not saved (no answer within 0.2 s)" in capsys.readouterr().out
+        with pytest.raises(CheckpointError, match=rf"{WHERE} cannot be written \(no answer"):
+            opened()
+        with pytest.raises(CheckpointError, match=rf"{WHERE} cannot be read \(no answer"):
+            opened(read_only=True)
+        bucket.heal()
+        checkpointer.save(14, state(14), *RECORDS)
+
+
+def test_a_bucket_that_is_away_is_no_damage(bucket, monkeypatch):
+    with opened() as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+    bucket.fails = lambda method, name: "/10/state/d/" in name
+    bucket.trouble = "503"
+    with pytest.raises(
+        CheckpointError, match="10: state cannot be read.*the bucket is away"
+    ) as error:
+        restored(10)
+    assert error.type is CheckpointError
+
+
+def test_sampling_and_verify_read_a_bucket(bucket, tmp_path, capsys):
+    values = tiny.config_dict(model__in_channels=3, checkpoint__directory=WHERE)
+    c = config_lib.parse(values)
+    tiny.save_run(epath.Path(WHERE).parent, values, {3: tiny.random_params(c)})
+    assert sample(c, tmp_path).is_file()
+    assert verify(WHERE)
+    name = next(name for name in bucket.names() if "/3/state/d/" in name)
+    bucket.put(name, bytes(len(bucket.objects[name][1])))
+    assert not verify(WHERE)
+    assert re.search(f"3  DAMAGED  {WHERE}/3: ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("key", ["checkpoint__directory", "sampling__guiding_run"])
+def test_addresses_are_checked_before_anything_starts(key, monkeypatch):
+    guided = {"sampling__cfg_scale": 2.0}
+    for where in ("s3://bucket/a", "gs://bucket", "gs:///a"):
+        with pytest.raises(config_lib.ConfigError, match=f"'{where}': expected a folder, or gs://"):
+            tiny.config(**guided, **{key: where})
+    tiny.config(**guided, **{key: "gs://bucket/a"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config_lib.ConfigError, match="needs gcsfs: install the extra `gcs`"):
+        tiny.config(**guided, **{key: "gs://bucket/a"})
