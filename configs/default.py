@@ -102,8 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
 
     c.checkpoint = ml_collections.ConfigDict()
-    # A folder, or gs://bucket/path with the extra `gcs` installed; "" is <workdir>/checkpoints.
-    c.checkpoint.directory = ""
+    c.checkpoint.directory = ""  # or gs://bucket/path (extra `gcs`); "" is <workdir>/checkpoints
     c.checkpoint.every_steps = 10_000  # the last step is always saved
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
