@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import tensorstore as ts
 from etils import epath
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 BUCKET = "gs://"
 DAMAGED = "damaged"  # the folder of checkpoints that were set aside
@@ -129,12 +128,11 @@ class _Bucket:
         names = self._names()
         whole = _whole(names)
         for name in sorted({name.partition("/")[0] for name in names}):
-            replaced = name.removesuffix(REPLACED)
-            if replaced == name:
-                if name.isdecimal() and name not in whole:
-                    self.remove(name)
-            elif name in whole and replaced not in whole:
-                self.move(name, replaced)
+            step = name.removesuffix(REPLACED)
+            if not step.isdecimal() or (name == step and name in whole):
+                continue
+            if name in whole and step not in whole:
+                self.move(name, step)
             else:
                 self.remove(name)
 
@@ -146,6 +144,8 @@ class _Bucket:
         self.remove(target)
         pairs = [(key, target + key.removeprefix(name)) for key in self._names(name + "/")]
         pairs.sort(key=lambda pair: pair[0] == f"{name}/{_MARKER}")
+        if not pairs:
+            raise OSError(f"{self.path / name} is gone")
         *most, last = pairs
         try:
             with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
@@ -193,6 +193,9 @@ def _bound_waiting() -> None:
 
     What the environment or fsspec's configuration says already stays.
     """
+    import fsspec
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
     # Else it asks another service about the bucket, for a minute each time when it is away.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # A request that moves no byte for so long has failed.
@@ -207,8 +210,6 @@ def _bound_waiting() -> None:
         context.setdefault("gcs_request_retries", retries)
     # It prints the traceback of what it raises, too.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    import fsspec
-
     options = fsspec.config.conf.setdefault("gcs", {})
     options.setdefault("requests_timeout", 3 * ANSWER_SECONDS)
     options.setdefault("use_listings_cache", False)

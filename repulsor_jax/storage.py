@@ -293,9 +293,10 @@ class Storage:
         """Waits for what is being saved, then removes the old; orbax says here what went wrong."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0 and self._keep_last is not None:
-            for step in sorted(self._folder.steps())[: -self._keep_last]:
-                if self._keep_every is None or step % self._keep_every:
-                    self._folder.remove(str(step))
+            with contextlib.suppress(OSError):  # what stays is removed after the next save
+                for step in sorted(self._folder.steps())[: -self._keep_last]:
+                    if self._keep_every is None or step % self._keep_every:
+                        self._folder.remove(str(step))
 
     def _forget(self) -> None:
         """Closes the manager; the next one is made anew."""

@@ -37,13 +37,14 @@ def restored(step):
 
 
 def test_comes_back_equal_and_the_old_are_deleted(bucket):
+    bucket.put(PREFIX + "notes/a.txt", b"not ours")
     with opened(keep_last=2, keep_every=4) as checkpointer:
         for step in (2, 4, 6, 8, 10):
             checkpointer.save(step, state(step), *RECORDS)
         assert checkpointer.latest_step() == 10
         assert checkpointer.steps() == [4, 8, 10]
         assert checkpointer.records()[0] == RECORDS[1]
-    assert {name.split("/")[3] for name in bucket.names()} == {"4", "8", "10"}
+    assert {name.split("/")[3] for name in bucket.names()} == {"4", "8", "10", "notes"}
     jax.tree.map(np.testing.assert_array_equal, restored(10), state(10))
 
 
@@ -137,8 +138,15 @@ def test_a_bucket_that_is_away_is_no_damage(bucket, monkeypatch):
     assert error.type is CheckpointError
 
 
+@pytest.mark.slow
 def test_sampling_and_verify_read_a_bucket(bucket, tmp_path, capsys):
-    values = tiny.config_dict(model__in_channels=3, checkpoint__directory=WHERE)
+    values = tiny.config_dict(
+        model__in_channels=3,
+        model__depth=1,
+        regularizer__name="none",
+        sampling__solver="euler",
+        checkpoint__directory=WHERE,
+    )
     c = config_lib.parse(values)
     tiny.save_run(epath.Path(WHERE).parent, values, {3: tiny.random_params(c)})
     assert sample(c, tmp_path).is_file()
