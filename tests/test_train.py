@@ -143,7 +143,7 @@ def test_a_bucket_that_is_away_for_a_while(bucket, tmp_path, data_dir, uninterru
     said = capsys.readouterr().out
     for step, newest in ((5, 0), (10, 6)):
         warning = (
-            rf"warning: step {step} is not saved \(.*503.*newest.* in {where} is step {newest}:"
+            rf"warning: step {step} is not saved \(ABORTED: .*newest.* in {where} is step {newest}:"
         )
         assert len(re.findall(warning, said)) == 1
     assert {name.split("/")[2] for name in bucket.names()} == {"6", "12"}
