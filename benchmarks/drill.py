@@ -5,17 +5,24 @@
 
 A tiny model on the digits, with the data set written, a checkpoint every few steps and evaluations
 on the way. One undisturbed run is the reference. Then runs are started again and again and told to
-stop (SIGTERM) or killed (SIGKILL) at moments uniform over the time of an undisturbed run, so that
-they meet imports, encoding, compiling, steps, saves and evaluations. A run that completes is
-removed, and another begun. With two processes one of them is hit, while the other lives.
+stop (SIGTERM) or killed (SIGKILL): one time in three at a moment uniform over the time of an
+undisturbed run, else up to a second after it begins to write the data set, to train, to save or to
+evaluate. A run that completes is removed, and another begun. With two processes one of them is hit,
+and the other lives; as a launcher does, the job is ended up to five seconds after one was killed.
 
-Every loss that a run has logged must equal the reference's to the bit, whatever happened before.
-Prints one table; the exit code is 1 if a number differs, more steps are lost than lie between two
-checkpoints, or something is left that a restart cannot get past.
+Every loss that a run has logged must equal the reference's to the bit, whatever happened before. A
+run goes on from a checkpoint as new as the newest that was there when it was hit, and loses at most
+the steps between two checkpoints, and those that it took while the last one was being written. Told
+to stop in training, every process saves, and ends with 75.
+
+Prints one table; the exit code is 1 if anything of this does not hold, or something is left that a
+restart cannot get past.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import dataclasses
 import os
 import pathlib
 import random
@@ -32,7 +39,8 @@ from tqdm import tqdm
 from repulsor_jax.metrics import JSONL_NAME, read_jsonl
 from repulsor_jax.preemption import EXIT_CODE
 
-EVERY = 10  # steps between checkpoints
+EVERY, LOOK_EVERY = 10, 40  # steps between checkpoints, and between evaluations
+MOMENTS = ("starting", "data set", "steps", "save", "evaluation", "after the end")
 _NAMES = ("loss", "flow_loss", "regularizer_loss", "grad_norm")
 _CONFIG = {
     "batch_size": 32,
@@ -42,12 +50,13 @@ _CONFIG = {
     "checkpoint.every_steps": EVERY,
     "checkpoint.keep_last": 2,
     "log.every_steps": 1,
-    "evaluation.every_steps": 40,
+    "evaluation.every_steps": LOOK_EVERY,
     "evaluation.training_samples": 200,
-    "sampling.grid_every_steps": 40,
+    "sampling.grid_every_steps": LOOK_EVERY,
     "sampling.num_steps": 4,
 }
-_GRACE_SECONDS = 60  # for the processes that were not hit to notice
+_GRACE_SECONDS = 120  # for processes that were told to stop
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 def main() -> None:
@@ -58,115 +67,242 @@ def main() -> None:
     parser.add_argument("--sigterms", type=int, default=30, help="likewise")
     parser.add_argument("--steps", type=int, default=200, help="of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args()
-    draw = random.Random(args.seed)
-    rows, good = [], True
-    with tempfile.TemporaryDirectory() as folder:
-        root = pathlib.Path(folder)
-        for processes in (1, 2):
-            reference, seconds = undisturbed(root, processes, args.steps)
-            for number, count in (("SIGKILL", args.sigkills), ("SIGTERM", args.sigterms)):
-                hits = count // 2 if processes == 2 else count - count // 2
-                found = drill(root, processes, args.steps, number, hits, reference, seconds, draw)
-                rows.append((processes, number, found))
-                good &= not found["different"] and found["lost"] <= EVERY
-                good &= found["survived"] == found["tried"] == hits
-    print(
-        "\n| processes | fault | tried | survived | moments | steps lost at most | numbers equal |"
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="of the table's rows, beside each other"
     )
+    args = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (1, 2):
+            root = pathlib.Path(folder) / str(processes)
+            reference, seconds = undisturbed(root, processes, args.steps)
+            for fault, count in (("SIGKILL", args.sigkills), ("SIGTERM", args.sigterms)):
+                hits = count // 2 if processes == 2 else count - count // 2
+                draw = random.Random(f"{args.seed} {processes} {fault}")
+                rows.append(Row(root, processes, fault, hits, args.steps, reference, seconds, draw))
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(Row.drill, rows))
+    print("\n| processes | fault | tried | survived | moments | lost at most | numbers equal |")
     print("|---|---|---|---|---|---|---|")
-    for processes, number, found in rows:
-        moments = ", ".join(f"{name} {n}" for name, n in found["moments"].items() if n)
-        equal = "yes" if not found["different"] else f"{found['different']} differ"
-        print(
-            f"| {processes} | {number} | {found['tried']} | {found['survived']} | {moments} "
-            f"| {found['lost']} | {equal} of {found['compared']:,} |"
+    for row in rows:
+        print(row.line())
+    problems = [problem for row in rows for problem in row.problems]
+    for problem in problems:
+        print(f"error: {problem}")
+    sys.exit(bool(problems))
+
+
+@dataclasses.dataclass
+class Row:
+    """The hits of one fault on runs of one number of processes, and what came of them."""
+
+    root: pathlib.Path
+    processes: int
+    fault: str
+    hits: int
+    steps: int
+    reference: dict[int, dict]
+    seconds: float  # of an undisturbed run
+    draw: random.Random
+    tried: int = 0
+    survived: int = 0
+    lost: int = 0
+    compared: int = 0
+    moments: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = f"{self.fault}, {self.processes} processes"
+        self.workdir = self.root / self.fault / "run"
+        self.log = self.root / self.fault / "log"
+
+    def line(self) -> str:
+        """Of the table."""
+        moments = ", ".join(f"{name} {n}" for name, n in self.moments.items() if n)
+        equal = "no" if any("differ" in problem for problem in self.problems) else "yes"
+        return (
+            f"| {self.processes} | {self.fault} | {self.tried} | {self.survived} | {moments} "
+            f"| {self.lost} steps | {equal}: {self.compared:,} |"
         )
-    sys.exit(not good)
+
+    def drill(self) -> None:
+        """Hits runs until it has done so often enough, and lets the last one complete."""
+        unproven = 0  # hits that no later start has got past yet
+        logged, newest, saving = 0, 0, False  # when it was last hit
+        with tqdm(total=self.hits, desc=self.name, dynamic_ncols=True) as bar:
+            while True:
+                run = Run(self.root, self.workdir, self.log, self.processes, self.steps)
+                moment = self.strike(run) if self.tried < self.hits else ""
+                codes = run.finish(_GRACE_SECONDS if moment else 20 * self.seconds, self.draw)
+                now = losses(self.workdir)
+                self.compared += len(now)
+                different = [step for step in now if now[step] != self.reference[step]]
+                if different:
+                    self.note(f"steps {different} differ from the undisturbed run")
+                begun = run.begun()
+                if unproven and begun is not None:
+                    self.survived += unproven
+                    self.lost = max(self.lost, logged - begun)
+                    if begun < newest:
+                        self.note(f"step {newest} was saved, but the run went on from {begun}")
+                    if logged - begun > (2 * EVERY if saving else EVERY):
+                        self.note(f"{logged - begun} steps lost")
+                    unproven = 0
+                if moment:
+                    self.tried += 1
+                    self.moments["after the end" if len(now) == self.steps else moment] += 1
+                    bar.update(1)
+                    unproven += 1
+                    logged, newest = max(now, default=0), run.newest_when_hit
+                    saving = run.saving_when_hit or run.is_saving()
+                    if self.fault == "SIGTERM" and not self.ended_well(codes, begun, len(now)):
+                        self.note(f"exit codes {codes} of SIGTERM in {moment!r}", run)
+                elif any(codes):
+                    self.note(f"a run failed by itself with {codes}", run)
+                    return
+                else:
+                    if set(now) != set(self.reference):
+                        self.note(f"steps {sorted(set(self.reference) - set(now))} are not logged")
+                    shutil.rmtree(self.workdir)
+                    logged, newest, saving = 0, 0, False
+                    if self.tried == self.hits:
+                        return
+
+    def strike(self, run: "Run") -> str:
+        """Waits, and sends the signal to one process; the moment, or "" where the run ended."""
+        done = max(losses(self.workdir), default=0)
+        if not (self.workdir / "data" / "train").exists():
+            aim = self.draw.choice(["data set", ""])
+        else:
+            aim = self.draw.choice(["steps", "save", "evaluation", "evaluation", "", ""])
+            aim = "" if aim == "evaluation" and done >= self.steps - LOOK_EVERY else aim
+        deadline = time.time() + (10 * self.seconds if aim else self.draw.uniform(0, self.seconds))
+        while run.lives() and time.time() < deadline:
+            time.sleep(0.02)
+            if aim and run.moment() == aim:
+                deadline, aim = time.time() + self.draw.uniform(0, 1), ""
+        moment = run.moment()
+        run.saving_when_hit, run.newest_when_hit = run.is_saving(), run.newest()
+        victim = self.draw.choice(run.jobs)
+        if victim.poll() is not None:
+            return ""
+        victim.send_signal(signal.Signals[self.fault])
+        return moment
+
+    def ended_well(self, codes: list[int], begun: int | None, logged: int) -> bool:
+        """Whether these are the exit codes of a run that was told to stop."""
+        if logged == self.steps:  # all is saved
+            return set(codes) <= {0, EXIT_CODE, -signal.SIGTERM}
+        if begun is None and -signal.SIGTERM in codes:  # nothing to save yet
+            return True
+        return set(codes) == {EXIT_CODE}
+
+    def note(self, problem: str, run: "Run | None" = None) -> None:
+        """Keeps a problem, and says it with the end of the run's log."""
+        self.problems.append(f"{self.name}: {problem}")
+        tail = f"\n{self.log.read_text()[-3000:]}" if run else ""
+        tqdm.write(f"error: {self.problems[-1]}{tail}")
+
+
+class Run:
+    """The processes of a run, from their start."""
+
+    def __init__(
+        self,
+        root: pathlib.Path,
+        workdir: pathlib.Path,
+        log: pathlib.Path,
+        processes: int,
+        steps: int,
+    ) -> None:
+        """Starts them; what they say goes to `log`."""
+        command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
+        command += [f"--workdir={workdir}", f"--compilation_cache_dir={root / 'cache'}"]
+        command += [f"--config.total_steps={steps}"]
+        command += [f"--config.{key}={value}" for key, value in _CONFIG.items()]
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(4 // processes),
+        }
+        self.workdir, self.log = workdir, log
+        self.saving_when_hit, self.newest_when_hit = False, 0
+        self.started = time.time()
+        self.jobs = []
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            for rank in range(processes):
+                own = [f"--process_id={rank}"] if processes > 1 else []
+                self.jobs.append(
+                    subprocess.Popen(
+                        [*command, *own], env=environment, stdout=file, stderr=subprocess.STDOUT
+                    )
+                )
+
+    def lives(self) -> bool:
+        """Whether all processes run."""
+        return all(job.poll() is None for job in self.jobs)
+
+    def finish(self, seconds: float, draw: random.Random) -> list[int]:
+        """Waits so long; ends those that outlive one that was killed, as a launcher does."""
+        deadline, lone = time.time() + seconds, False
+        while any(job.poll() is None for job in self.jobs):
+            if not lone and any(job.poll() in _KILLED for job in self.jobs):
+                lone, deadline = True, time.time() + draw.uniform(0, 5)
+            if time.time() > deadline:
+                for job in self.jobs:
+                    with contextlib.suppress(ProcessLookupError):
+                        job.kill()
+            time.sleep(0.05)
+        return [job.wait() for job in self.jobs]
+
+    def begun(self) -> int | None:
+        """The step that it said it goes on from; None where it did not get so far."""
+        for line in self.log.read_text().splitlines():
+            if line.startswith("step ") and " of " in line and ", in " in line:
+                return int(line.split()[1])
+        return None
+
+    def moment(self) -> str:
+        """What it is doing, as its files show."""
+        if self._writes("evaluations/.step_*.incomplete"):
+            return "evaluation"
+        if self.is_saving():
+            return "save"
+        if self._writes("data/.*.incomplete"):
+            return "data set"
+        return "starting" if self.begun() is None else "steps"
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written, or was when it ended."""
+        return self._writes("checkpoints/*.orbax-checkpoint-tmp*")
+
+    def newest(self) -> int:
+        """The newest checkpoint; 0 before the first."""
+        names = (path.name for path in (self.workdir / "checkpoints").glob("*"))
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def _writes(self, pattern: str) -> bool:
+        for path in self.workdir.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= self.started:  # not left by a start before
+                    return True
+        return False
 
 
 def undisturbed(root: pathlib.Path, processes: int, steps: int) -> tuple[dict[int, dict], float]:
     """Runs twice, the second time with everything compiled; losses by step, and its seconds."""
     for attempt in range(2):
         started = time.perf_counter()
-        workdir = root / f"reference_{processes}_{attempt}"
-        codes = [job.wait() for job in start(root, workdir, processes, steps)]
-        if any(codes):
-            sys.exit(f"error: the undisturbed run failed:\n{(root / 'log').read_text()[-4000:]}")
+        workdir = root / f"reference_{attempt}"
+        run = Run(root, workdir, root / "log", processes, steps)
+        if any(job.wait() for job in run.jobs):
+            sys.exit(f"error: the undisturbed run failed:\n{run.log.read_text()[-4000:]}")
     return losses(workdir), time.perf_counter() - started
-
-
-def drill(
-    root: pathlib.Path,
-    processes: int,
-    steps: int,
-    number: str,
-    hits: int,
-    reference: dict[int, dict],
-    seconds: float,
-    draw: random.Random,
-) -> dict:
-    """Hits runs until it has done so `hits` times, and compares all that they log."""
-    workdir = root / "victim"
-    found: dict = {"tried": 0, "survived": 0, "lost": 0, "different": 0, "compared": 0}
-    found["moments"] = dict.fromkeys(("before training", "in training", "after the end"), 0)
-    bar = tqdm(total=hits, desc=f"{number}, {processes} processes", dynamic_ncols=True)
-    shutil.rmtree(workdir, ignore_errors=True)
-    open_hits, logged_before = 0, 0  # hits that no later start has got past yet
-    while True:
-        jobs = start(root, workdir, processes, steps)
-        deadline = time.perf_counter() + draw.uniform(0, seconds)
-        victim = draw.choice(jobs)
-        while time.perf_counter() < deadline and all(job.poll() is None for job in jobs):
-            time.sleep(0.02)
-        struck = found["tried"] < hits and victim.poll() is None
-        if struck:
-            victim.send_signal(signal.Signals[number])
-            found["tried"] += 1
-            bar.update(1)
-        codes = finish(jobs, struck)
-        now = losses(workdir)
-        found["compared"] += len(now)
-        found["different"] += sum(reference[step] != values for step, values in now.items())
-        resumed = resumed_from(root)
-        if open_hits and resumed is not None:
-            found["survived"] += open_hits
-            found["lost"] = max(found["lost"], logged_before - resumed)
-            open_hits = 0
-        logged_before = max(now, default=0)
-        if struck:
-            open_hits += 1
-            moment = "in training" if now else "before training"
-            found["moments"]["after the end" if len(now) == steps else moment] += 1
-            if number == "SIGTERM" and processes == 1 and codes[0] not in (EXIT_CODE, 0, -15):
-                tqdm.write(f"warning: exit code {codes[0]} after SIGTERM")
-        elif all(code == 0 for code in codes):
-            if set(now) != set(reference):
-                found["different"] += len(set(reference) - set(now))
-            shutil.rmtree(workdir)
-            logged_before = 0
-            if found["tried"] == hits:
-                bar.close()
-                return found
-        else:
-            tqdm.write(f"error: a run failed by itself:\n{(root / 'log').read_text()[-3000:]}")
-            found["different"] += 1
-            bar.close()
-            return found
-
-
-def finish(jobs: list[subprocess.Popen], struck: bool) -> list[int]:
-    """Waits for all; where one was hit, as a launcher does, the others get their time to notice."""
-    deadline = time.perf_counter() + _GRACE_SECONDS
-    while struck and any(job.poll() is None for job in jobs):
-        if time.perf_counter() > deadline or any(job.poll() in (-9, 137) for job in jobs):
-            # A launcher that sees one task killed kills the job.
-            for job in jobs:
-                with contextlib.suppress(ProcessLookupError):
-                    job.kill()
-            break
-        time.sleep(0.05)
-    return [job.wait() for job in jobs]
 
 
 def losses(workdir: pathlib.Path) -> dict[int, dict]:
@@ -176,44 +312,6 @@ def losses(workdir: pathlib.Path) -> dict[int, dict]:
         for line in read_jsonl(workdir / JSONL_NAME)
         if "loss" in line
     }
-
-
-def resumed_from(root: pathlib.Path) -> int | None:
-    """The step that the last start said it goes on from; None where it did not get so far."""
-    for line in (root / "log").read_text().splitlines():
-        if line.startswith("step ") and " of " in line and ", in " in line:
-            return int(line.split()[1])
-    return None
-
-
-def start(
-    root: pathlib.Path, workdir: pathlib.Path, processes: int, steps: int
-) -> list[subprocess.Popen]:
-    """Starts the processes of a run; what they say goes to `<root>/log`."""
-    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
-    command += [f"--workdir={workdir}", f"--compilation_cache_dir={root / 'cache'}"]
-    command += [f"--config.total_steps={steps}"]
-    command += [f"--config.{key}={value}" for key, value in _CONFIG.items()]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        command += [f"--coordinator_address={address}", f"--num_processes={processes}"]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(4 // processes),
-    }
-    log = (root / "log").open("w")
-    jobs = []
-    for rank in range(processes):
-        own = [f"--process_id={rank}"] if processes > 1 else []
-        jobs.append(
-            subprocess.Popen(
-                [*command, *own], env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        )
-    log.close()
-    return jobs
 
 
 if __name__ == "__main__":

@@ -66,8 +66,10 @@ def next_guess(sizes: dict[int, float], available: float, unit: int) -> int | No
     """
     low = max((batch for batch, size in sizes.items() if size <= available), default=0)
     high = min((batch for batch, size in sizes.items() if size > available), default=None)
-    # The two that are nearest to the limit.
-    (x0, y0), (x1, y1) = sorted(sizes.items(), key=lambda item: abs(item[1] - available))[:2]
+    # From the one nearest to the limit, by the line to the one farthest from it: between two close
+    # ones it is what the compiler happens to do that shows.
+    x0, y0 = min(sizes.items(), key=lambda item: abs(item[1] - available))
+    x1, y1 = max(sizes.items(), key=lambda item: abs(item[0] - x0))
     slope = (y1 - y0) / (x1 - x0)
     if slope <= 0:
         return None if high is not None else 2 * low
