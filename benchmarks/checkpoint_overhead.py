@@ -157,7 +157,9 @@ def main() -> None:
 
 
 def save(loop: Loop, checkpointer: Checkpointer) -> None:
-    """Begins to save, as the training loop does."""
+    """Looks at the state and begins to save, as the training loop does."""
+    if spoiled := integrity.not_finite(loop.state):
+        raise RuntimeError(spoiled)
     position = {"next_index": loop.number}
     checkpointer.save(loop.number, loop.state, position, loop.record, {"factor": 1.0})
 

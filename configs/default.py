@@ -152,6 +152,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.images_per_shard = 1_024  # kept at a time: what a stopped job loses at most
     c.sampling.rounding = "dit"  # to 8 bits, as "dit" (and SiT) or "adm" (docs/evaluation.md)
     c.sampling.save_png = False  # --mode=sample: also a folder of PNG files
+    # With mesh.fsdp: gather the parameters once a batch, 4 bytes each on every device. False where
+    # they do not fit: gathered in every evaluation of every block, many times the traffic.
+    c.sampling.gather_params = True
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole
     c.sampling.seed = 0  # sample i depends on (seed, i) alone

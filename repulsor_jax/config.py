@@ -200,6 +200,7 @@ class SamplingConfig:
     images_per_shard: int = _at_least(1)
     rounding: str = _one_of("dit", "adm")
     save_png: bool
+    gather_params: bool
     decode_slice: int = _at_least(0)
     decode_tile: int = _at_least(0)
     seed: int = _at_least(0)

@@ -130,10 +130,15 @@ def make_generate(
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     num_classes = len(experiment.class_names)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
+    gathers = c.gather_params and mesh.shape["tensor"] == 1
 
     def generate(
         params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any
     ) -> Samples:
+        if gathers:  # here, not in every evaluation of the model
+            params, guiding_params = jax.lax.with_sharding_constraint(
+                (params, guiding_params), sharding.replicated(mesh)
+            )
         indices = jnp.arange(c.batch_size, dtype=jnp.int32) + first
         indices = jax.lax.with_sharding_constraint(indices, rows)
         labels = sampling.sample_labels(c.seed, indices, num_classes, c.labels)

@@ -10,7 +10,7 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.generation import configured_guidance, generate_images, make_generator
-from repulsor_jax.train_state import build_model
+from repulsor_jax.train_state import build_model, init_model_params
 from repulsor_jax.train_step import LatentFormat
 from tests import tiny
 
@@ -61,7 +61,8 @@ def generate(params, count, mesh=None, latent_format=tiny.FORMAT, **overrides):
         latents_sha256="",
         class_names=("a", "b", "c"),
     )
-    placed = jax.device_put(params, sharding.replicated(mesh))
+    boxed = jax.eval_shape(lambda key: init_model_params(parts.model, key), jax.random.key(0))
+    placed = jax.device_put(params, sharding.tree_shardings(boxed, mesh))
     guidance = configured_guidance(c.sampling)
     return generate_images(make_generator(parts), placed, count, guidance)
 
@@ -94,6 +95,16 @@ def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
         assert np.abs(other.astype(int) - images[:count]).max() <= 1
         assert (other != images[:count]).mean() < 0.01
         np.testing.assert_array_equal(other_labels, labels[:count])
+
+
+def test_parameters_in_shards_give_the_same_samples():
+    wide = {"model__hidden_size": 64}
+    params = tiny.random_params(tiny.config(**wide))
+    images, _ = generate(params, 8, **wide)
+    for gathers in (True, False):
+        found, _ = generate(params, 8, tiny.mesh(1, 8), **wide, sampling__gather_params=gathers)
+        assert np.abs(found.astype(int) - images).max() <= 1
+        assert (found != images).mean() < 0.01
 
 
 def test_seed_guidance_and_labels_change_the_samples(params):

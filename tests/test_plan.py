@@ -102,6 +102,24 @@ def test_fsdp_divides_the_state_of_the_largest_model():
     assert sizes[1]["batch"] == sizes[8]["batch"] == (256 // 8) * (32 * 32 * 8 * 2 + 4)
 
 
+def test_a_sampler_gathers_the_parameters_once():
+    topology = open_topology("local")
+
+    def sampler(**overrides):
+        return program("sample", topology, tiny.config(model__hidden_size=64, **overrides))
+
+    whole, shards = sampler(), sampler(mesh__fsdp=8)
+    in_shards = (whole.memory["EMA"] - shards.memory["EMA"]) * 8 / 7
+    assert whole.cost.collective_bytes == 0
+    assert shards.cost.collective_bytes == pytest.approx(in_shards, rel=0.02)
+    again = sampler(mesh__fsdp=8, sampling__num_steps=12)  # not 3
+    assert again.cost.collective_bytes == shards.cost.collective_bytes
+    each, more = (
+        sampler(mesh__fsdp=8, sampling__num_steps=n, sampling__gather_params=False) for n in (3, 12)
+    )
+    assert more.cost.collective_bytes > 1.5 * each.cost.collective_bytes
+
+
 def test_a_travelling_bank_is_noticed():
     """Made up: what a gather over all or a part of 8 devices would yield, and what is no bank."""
     c = tiny.config(batch_size=64, regularizer__bank_rows=64 * 16, model__hidden_size=384)
