@@ -102,7 +102,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
 
     c.checkpoint = ml_collections.ConfigDict()
-    c.checkpoint.directory = ""  # or gs://bucket/path (extra `gcs`); "" is <workdir>/checkpoints
+    # A folder (relative to where the command runs) or gs://bucket/path; each run its own.
+    c.checkpoint.directory = ""  # "" is <workdir>/checkpoints; gs:// needs the extra `gcs`
     c.checkpoint.every_steps = 10_000  # the last step is always saved
     c.checkpoint.keep_last = 3  # newest checkpoints to keep
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none

@@ -16,6 +16,10 @@ import ml_collections
 from repulsor_jax import flow, sde, solvers
 from repulsor_jax.untrusted import has_secret
 
+# docs.cloud.google.com/storage/docs/buckets#naming; 222 characters where it has dots.
+_LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_BUCKET_NAME = rf"(?=[a-z0-9][^/]{{1,220}}[a-z0-9]/){_LABEL}(?:\.{_LABEL})*"
+
 T = TypeVar("T")
 
 
@@ -350,8 +354,11 @@ def _check_consistency(c: Config) -> None:
     ):
         if "://" not in where:
             continue
-        if not re.fullmatch(r"gs://[^/]+/[^/].*", where):
-            raise ConfigError(f"config.{key}={where!r}: expected a folder, or gs://bucket/path")
+        if not re.fullmatch(rf"gs://{_BUCKET_NAME}/[^/].*", where):
+            raise ConfigError(
+                f"config.{key}={where!r}: expected a folder, or gs://bucket/path, the bucket's "
+                "name of 3 to 63 lower case letters, digits, '-', '_' and '.'"
+            )
         if importlib.util.find_spec("gcsfs") is None:
             raise ConfigError(
                 f"config.{key}={where!r} needs gcsfs: install the extra `gcs`, or mount the bucket"

@@ -4,7 +4,9 @@ On a file system a checkpoint is whole when it has its name: orbax renames it la
 folders and renames nothing: there a checkpoint is whole where orbax's `commit_success.txt` is,
 which is written last and here deleted first.
 
-Whatever fails here is an OSError, and comes within `ANSWER_SECONDS` where a bucket is asked.
+Whatever fails here is an OSError. A bucket that does not answer is given up on after
+`ANSWER_SECONDS`; one that answers has `MANY_SECONDS` for each listing or deletion of many objects.
+Moving copies them one by one, each tried again by gcsfs, which may take minutes.
 """
 
 import concurrent.futures
@@ -18,14 +20,20 @@ from typing import Any, Protocol
 
 import tensorstore as ts
 from etils import epath
+from tqdm.auto import tqdm
 
 BUCKET = "gs://"
 DAMAGED = "damaged"  # the folder of checkpoints that were set aside
 REPLACED = ".replaced"  # ends the name of a checkpoint that is being replaced
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 10.0  # for one small request
+MANY_SECONDS = 120.0  # for as many as a listing or a deletion takes
 _UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of orbax's temporary folders
+_DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 _PROBE_BYTES = 1 << 16
+_PROBE = "probe"
 _MARKER = "commit_success.txt"
+# All that a checkpoint has at its top.
+_PARTS = {"state", "manifest", "data", "config", "latents", "_CHECKPOINT_METADATA", _MARKER}
 _WRITE_RETRIES = 6  # of tensorstore, a minute in all; it would go on for a quarter of an hour
 _COPIES = 16  # at the same time
 
@@ -83,7 +91,9 @@ class _Disk:
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
             replaced = path.with_name(path.name.removesuffix(REPLACED))
-            if _UNFINISHED in path.name or (replaced != path and replaced.exists()):
+            deleted = path.suffix == _DELETED and path.stem.isdecimal()
+            unfinished = deleted or _UNFINISHED in path.name
+            if unfinished or (replaced != path and replaced.exists()):
                 shutil.rmtree(path, ignore_errors=True)
             elif replaced != path:
                 path.rename(replaced)
@@ -98,7 +108,9 @@ class _Disk:
         (self.path / name).rename(self.path / target)
 
     def remove(self, name: str) -> None:
-        going = self.path / f"{name}{_UNFINISHED}"
+        going = self.path / f"{name}{_DELETED}"
+        if going.exists():
+            shutil.rmtree(going)
         (self.path / name).rename(going)
         shutil.rmtree(going)
 
@@ -110,7 +122,6 @@ class _Bucket:
     """
 
     def __init__(self, address: str) -> None:
-        _bound_waiting()
         self.path = epath.Path(address)
         name, _, prefix = str(self.path).removeprefix(BUCKET).partition("/")
         self._store = ts.KvStore.open(
@@ -127,9 +138,13 @@ class _Bucket:
     def tidy(self) -> None:
         names = self._names()
         whole = _whole(names)
-        for name in sorted({name.partition("/")[0] for name in names}):
+        parts = [name.split("/") for name in names]
+        others = {top for top, *below in parts if not below or below[0] not in _PARTS}
+        for name in sorted({top for top, *_ in parts}):
             step = name.removesuffix(REPLACED)
             if not step.isdecimal() or (name == step and name in whole):
+                continue
+            if others & {name, step}:  # not only ours, as the folder of another run
                 continue
             if name in whole and step not in whole:
                 self.move(name, step)
@@ -137,15 +152,28 @@ class _Bucket:
                 self.remove(name)
 
     def probe(self) -> None:
-        self._ask(self._store.write("probe", bytes(_PROBE_BYTES)))
-        self._ask(self._store.delete_range(_below("probe")))
+        for value in (bytes(_PROBE_BYTES), None):  # None deletes
+            self._ask(self._store.write(_PROBE, value), ANSWER_SECONDS)
 
     def move(self, name: str, target: str) -> None:
-        self.remove(target)
-        pairs = [(key, target + key.removeprefix(name)) for key in self._names(name + "/")]
+        names = self._names()
+        arrived = f"{target}/{_MARKER}" in names
+        if f"{name}/{_MARKER}" in names:
+            if not arrived:
+                self.remove(target)
+            self._copy_all([key for key in names if key.startswith(f"{name}/")], name, target)
+        elif not arrived:
+            raise OSError(f"{self.path / name} is not whole")
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        for each in (_MARKER, ""):
+            self._ask(self._store.delete_range(_below(f"{name}/{each}")), MANY_SECONDS)
+
+    def _copy_all(self, keys: list[str], name: str, target: str) -> None:
+        """Copies what is whole; its marker comes last."""
+        pairs = [(key, target + key.removeprefix(name)) for key in keys]
         pairs.sort(key=lambda pair: pair[0] == f"{name}/{_MARKER}")
-        if not pairs:
-            raise OSError(f"{self.path / name} is gone")
         *most, last = pairs
         try:
             with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
@@ -153,11 +181,6 @@ class _Bucket:
             self._copy(last)
         except Exception as error:  # of gcsfs, aiohttp, google.auth
             raise OSError(f"copying {self.path / name}: {error}") from error
-        self.remove(name)
-
-    def remove(self, name: str) -> None:
-        for each in (_MARKER, ""):
-            self._ask(self._store.delete_range(_below(f"{name}/{each}")))
 
     def _copy(self, pair: tuple[str, str]) -> None:
         """Within the bucket: the bytes do not come here."""
@@ -165,15 +188,15 @@ class _Bucket:
 
         gcsfs.GCSFileSystem().cp_file(*(str(self.path / key) for key in pair))
 
-    def _names(self, prefix: str = "") -> list[str]:
-        listed = self._ask(self._store.list(_below(prefix) if prefix else ts.KvStore.KeyRange()))
-        return [name.decode() for name in listed]
+    def _names(self) -> list[str]:
+        self._ask(self._store.read(_PROBE), ANSWER_SECONDS)  # whether there is an answer at all
+        return [name.decode() for name in self._ask(self._store.list(), MANY_SECONDS)]
 
-    def _ask(self, future: Any) -> Any:
+    def _ask(self, future: Any, seconds: float) -> Any:
         try:
-            return future.result(timeout=ANSWER_SECONDS)
+            return future.result(timeout=seconds)
         except TimeoutError:
-            raise OSError(f"no answer within {ANSWER_SECONDS:g} s") from None
+            raise OSError(f"no answer within {seconds:g} s") from None
         except ValueError as error:  # what tensorstore raises
             raise OSError(str(error)) from error
 
@@ -188,13 +211,13 @@ def _below(prefix: str) -> ts.KvStore.KeyRange:
     return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
 
 
-def _bound_waiting() -> None:
+def bound_waiting() -> None:
     """Has what orbax uses give up on a bucket within minutes, and see what others have written.
 
-    What the environment or fsspec's configuration says already stays.
+    For the program to call once, before it opens the first bucket: it sets the environment,
+    fsspec's configuration, and defaults within orbax. What the first two say already stays.
     """
     import fsspec
-    from orbax.checkpoint._src.serialization import tensorstore_utils
 
     # Else it asks another service about the bucket, for a minute each time when it is away.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -202,14 +225,20 @@ def _bound_waiting() -> None:
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    retries = {"max_retries": _WRITE_RETRIES}
-    for context in (
-        tensorstore_utils._BASE_TS_CONTEXT,
-        tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
-    ):
-        context.setdefault("gcs_request_retries", retries)
     # It prints the traceback of what it raises, too.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     options = fsspec.config.conf.setdefault("gcs", {})
     options.setdefault("requests_timeout", 3 * ANSWER_SECONDS)
     options.setdefault("use_listings_cache", False)
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils as orbax
+
+        contexts = orbax._BASE_TS_CONTEXT, orbax._DEFAULT_OCDBT_TS_CONTEXT
+    except (ImportError, AttributeError) as error:
+        tqdm.write(
+            "warning: a checkpoint that a bucket does not take is given up only after a quarter of "
+            f"an hour: this version of orbax keeps that elsewhere ({error})"
+        )
+        return
+    for context in contexts:
+        context.setdefault("gcs_request_retries", {"max_retries": _WRITE_RETRIES})

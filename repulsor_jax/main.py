@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import distributed, preemption
+from repulsor_jax import distributed, folders, preemption
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoint import CheckpointError, checkpoint_directory
 from repulsor_jax.data.pipeline import DamagedDataError
@@ -142,6 +142,8 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
     try:
         config = config_lib.parse(_CONFIG.value)
+        if any(map(folders.is_bucket, (config.checkpoint.directory, config.sampling.guiding_run))):
+            folders.bound_waiting()
         workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value == "plan":
             plan(_CONFIG.value, workdir, _plan_options())

@@ -73,6 +73,7 @@ def _bucket_server() -> Iterator[fake_bucket.Bucket]:
         patch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         patch.setattr(folders, "_WRITE_RETRIES", 1)
+        folders.bound_waiting()
         yield bucket
 
 
