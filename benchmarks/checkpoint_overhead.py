@@ -85,7 +85,6 @@ class Loop:
         """Seconds of each step, and in how many of the first of them a save was going on."""
         seconds: list[float] = []
         beside, pending = 0, None
-        saved = self.number
         busy = checkpointer is not None
         last = time.perf_counter()
         for _ in range(steps):
@@ -95,8 +94,7 @@ class Loop:
             pending = metrics
             if checkpointer and busy:
                 beside += 1
-                there = checkpointer.steps()
-                busy = saved not in there or len(there) > KEPT  # the oldest is deleted last
+                busy = checkpointer.is_saving()
             now = time.perf_counter()
             seconds.append(now - last)
             last = now

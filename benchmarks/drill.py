@@ -135,11 +135,12 @@ class Row:
                 moment = self.strike(run) if self.tried < self.hits else ""
                 codes = run.finish(_GRACE_SECONDS if moment else 20 * self.seconds, self.draw)
                 now = losses(self.workdir)
-                self.compared += len(now)
+                begun = run.begun()
+                if begun is not None:
+                    self.compared += sum(step > begun for step in now)  # of this start
                 different = [step for step in now if now[step] != self.reference[step]]
                 if different:
                     self.note(f"steps {different} differ from the undisturbed run")
-                begun = run.begun()
                 if unproven and begun is not None:
                     self.survived += unproven
                     self.lost = max(self.lost, logged - begun)
@@ -155,7 +156,7 @@ class Row:
                     unproven += 1
                     logged, newest = max(now, default=0), run.newest_when_hit
                     saving = run.saving_when_hit or run.is_saving()
-                    if self.fault == "SIGTERM" and not self.ended_well(codes, begun, len(now)):
+                    if self.fault == "SIGTERM" and not self.ended_well(run, codes, begun, len(now)):
                         self.note(f"exit codes {codes} of SIGTERM in {moment!r}", run)
                 elif any(codes):
                     self.note(f"a run failed by itself with {codes}", run)
@@ -189,9 +190,9 @@ class Row:
         victim.send_signal(signal.Signals[self.fault])
         return moment
 
-    def ended_well(self, codes: list[int], begun: int | None, logged: int) -> bool:
+    def ended_well(self, run: "Run", codes: list[int], begun: int | None, logged: int) -> bool:
         """Whether these are the exit codes of a run that was told to stop."""
-        if logged == self.steps:  # all is saved
+        if logged == self.steps and run.newest() == self.steps:
             return set(codes) <= {0, EXIT_CODE, -signal.SIGTERM}
         if begun is None and -signal.SIGTERM in codes:  # nothing to save yet
             return True

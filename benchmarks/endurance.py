@@ -110,6 +110,8 @@ def watch(workdir: pathlib.Path, steps: int) -> dict[Quantity, Curve]:
                 samples.append((bar.n, *seen))
             time.sleep(1.0)
     finish(job, workdir)
+    if len(samples) < 8:
+        sys.exit(f"error: --steps={steps} took {len(samples)} s, which is too short to see growth")
     at, *columns = zip(*samples, strict=True)
     found: dict[Quantity, Curve] = {
         quantity: (at, column)

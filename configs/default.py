@@ -145,7 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
     # Autoguidance (arXiv 2406.02507): samples are guided away from a weaker run, in place of the
     # model without a class.
-    c.sampling.guiding_run = ""  # its working directory, or gs:// its checkpoints; "" is none
+    c.sampling.guiding_run = ""  # its working directory or checkpoints; "" is none
     c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
     c.sampling.labels = "balanced"  # "balanced" (index mod the data's classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
@@ -153,8 +153,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.images_per_shard = 1_024  # kept at a time: what a stopped job loses at most
     c.sampling.rounding = "dit"  # to 8 bits, as "dit" (and SiT) or "adm" (docs/evaluation.md)
     c.sampling.save_png = False  # --mode=sample: also a folder of PNG files
-    # With mesh.fsdp: gather the parameters once a batch, 4 bytes each on every device. False where
-    # they do not fit: gathered in every evaluation of every block, many times the traffic.
+    # With mesh.fsdp, and no mesh.tensor: gather the parameters once a batch, 4 bytes each on every
+    # device. Where False, for they do not fit, and in training, where the state takes the memory,
+    # they are gathered in every evaluation of every block: many times the traffic.
     c.sampling.gather_params = True
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole

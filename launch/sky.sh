@@ -32,7 +32,7 @@ submit() {
   command+=("--env=BUCKET=$BUCKET" "--env=WORKDIR=$WORKDIR" "--env=MAX_STARTS=$MAX_STARTS"
     "--env=ARGUMENTS=$(quote "${PROGRAM[@]}")" "$REPO/launch/sky.yaml")
   if ! ((DRY_RUN)); then
-    sky jobs queue --skip-finished --output=json >"$SCRATCH/queue" || die "the queue cannot be read, see above; nothing was launched"
+    attend sky jobs queue --skip-finished --output=json >"$SCRATCH/queue" || die "the queue cannot be read, see above; nothing was launched"
     if grep -qF "\"$NAME\"" "$SCRATCH/queue"; then
       die "$NAME is in the queue already: two runs in one WORKDIR spoil each other"
     fi

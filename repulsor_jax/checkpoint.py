@@ -137,6 +137,10 @@ class Checkpointer:
         """Steps of the complete checkpoints that are there now, ascending."""
         return self._storage.steps()
 
+    def is_saving(self) -> bool:
+        """Whether any process is still saving, or deleting what is old; does not wait for it."""
+        return self._storage.is_saving()
+
     def retry_due(self, step: int) -> bool:
         """Whether a save that failed is to be tried again after this step; ask after every step.
 
@@ -145,7 +149,7 @@ class Checkpointer:
         if self._check_at is None or step < self._check_at:
             return False
         self._check_at = step + self._retry_steps
-        if self._pending is not None and not self._storage.is_saving():
+        if self._pending is not None and not self.is_saving():
             self.wait()
         return self._failed and self._pending is None
 
@@ -193,7 +197,7 @@ class Checkpointer:
         waits = exists or last_chance or patience is not None
         deadline = time.monotonic() + (self._patience if patience is None else patience)
         pause = 1.0
-        while problem := self._try(step, state, records, replaces=exists, waits=waits):
+        while problem := self._try(step, state, records, overwrite, waits):
             self._note_failure(step, problem)
             if not waits:
                 return
@@ -317,10 +321,11 @@ class Checkpointer:
     # Saving.
 
     def _try(
-        self, step: int, state: TrainState, records: Records, *, replaces: bool, waits: bool
+        self, step: int, state: TrainState, records: Records, overwrite: bool, waits: bool
     ) -> str:
         """One attempt; returns what went wrong, or ""."""
-        if replaces:
+        # Asked each time: an attempt that failed may have left the old one under its other name.
+        if overwrite and step in self.steps():
             try:
                 self._storage.put_aside(step)
             except CheckpointError as error:
@@ -328,7 +333,7 @@ class Checkpointer:
         problem = self._storage.begin(step, state, records)
         if not problem and waits:
             problem = self._storage.outcome()
-        if replaces:
+        if overwrite and waits:
             self._storage.finish_replacing()
         if problem:
             return problem
@@ -389,11 +394,11 @@ class Checkpointer:
         try:
             found = self._storage.read_records(step, ("manifest", *names))
         except DamagedCheckpointError:
-            folder = self.directory / str(step)
-            if (folder / "manifest").exists():
+            if self._storage.holds(step, "manifest"):
                 raise
             raise DamagedCheckpointError(
-                f"{folder}: it has no manifest: an older version saved it, or it is damaged"
+                f"{self.directory / str(step)}: it has no manifest: an older version saved it, or "
+                "it is damaged"
             ) from None
         problem = manifest.record_problem(
             found["manifest"], step, {name: found[name] for name in names}

@@ -18,7 +18,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import atomic, inference, sharding
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
+from repulsor_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    DamagedCheckpointError,
+    checkpoint_directory,
+)
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import npz_images
@@ -139,7 +144,14 @@ def _evaluate_checkpoints(
 def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
     """Waits until a run that is about to start has made its directory of checkpoints."""
     folder = open_folder(directory)
-    while not folder.exists():
+
+    def is_there() -> bool:
+        try:
+            return folder.exists()
+        except OSError:  # away for a while
+            return False
+
+    while sharding.any_process(not is_there()):
         if jax.process_index() == 0:
             print(f"waiting for {directory}", flush=True)
         time.sleep(poll_seconds)
@@ -159,7 +171,13 @@ def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) 
             new = [step for step in checkpointer.steps() if step not in done]
             step = int(sharding.agree(new[0] if new else -1))
             if step >= 0:
-                total_steps = checkpointer.records(step)[0]["total_steps"]  # the run's own
+                try:
+                    total_steps = checkpointer.records(step)[0]["total_steps"]  # the run's own
+                except CheckpointError as error:
+                    if isinstance(error, DamagedCheckpointError) and step in checkpointer.steps():
+                        raise
+                    time.sleep(config.evaluation.poll_seconds)  # it was removed, or is away
+                    continue
                 done.add(step)
                 yield step
                 continue

@@ -80,12 +80,16 @@ def configured_guidance(config: SamplingConfig) -> Guidance | None:
     return Guidance(config.cfg_scale, config.cfg_interval_low, config.cfg_interval_high)
 
 
-def make_generator(experiment: Experiment, guide: Guide | None = None) -> Generator:
+def make_generator(
+    experiment: Experiment, guide: Guide | None = None, *, gathers: bool = True
+) -> Generator:
     """Builds the generator; nothing is compiled before its first call.
 
     Args:
       experiment: with an autoencoder.
       guide: the weak model of autoguidance; None guides by the model without a class.
+      gathers: False leaves parameters in shards whatever `config.sampling.gather_params` says, as
+        beside a training state, which takes the memory.
     """
     config, mesh = experiment.config, experiment.mesh
     if experiment.autoencoder is None:
@@ -93,7 +97,9 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
     decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
     everywhere = sharding.replicated(mesh)
     compiled = jax.jit(
-        make_generate(experiment, experiment.autoencoder, guide.model if guide else None),
+        make_generate(
+            experiment, experiment.autoencoder, guide.model if guide else None, gathers=gathers
+        ),
         out_shardings=sharding.batch_sharding(mesh),
     )
 
@@ -116,7 +122,11 @@ def make_generator(experiment: Experiment, guide: Guide | None = None) -> Genera
 
 
 def make_generate(
-    experiment: Experiment, autoencoder: Autoencoder, guiding_model: DiT | None = None
+    experiment: Experiment,
+    autoencoder: Autoencoder,
+    guiding_model: DiT | None = None,
+    *,
+    gathers: bool = True,
 ) -> Callable[..., Samples]:
     """Returns the pure function that a `Generator` compiles: noise to images, one batch.
 
@@ -130,7 +140,7 @@ def make_generate(
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     num_classes = len(experiment.class_names)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
-    gathers = c.gather_params and mesh.shape["tensor"] == 1
+    gathers = gathers and c.gather_params and mesh.shape["tensor"] == 1
 
     def generate(
         params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any

@@ -159,7 +159,8 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
     run = checkpoints = config.sampling.guiding_run
     if not is_bucket(run):
         run = str(pathlib.Path(run).expanduser().absolute())
-        checkpoints = f"{run}/checkpoints"
+        holds_steps = any(path.name.isdecimal() for path in pathlib.Path(run).glob("*"))
+        checkpoints = run if holds_steps else f"{run}/checkpoints"
     step = None if config.sampling.guiding_step == -1 else config.sampling.guiding_step
     with Checkpointer(checkpoints, read_only=True) as checkpointer:
         saved, record, step = _records(checkpointer, step)

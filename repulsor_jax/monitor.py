@@ -148,7 +148,7 @@ def make_monitor(experiment: Experiment) -> Monitor:
       ConfigError, ValueError, OSError: one message that names the key or file.
     """
     guide = load_guide(experiment)
-    generator = make_generator(experiment, guide.guide if guide else None)
+    generator = make_generator(experiment, guide.guide if guide else None, gathers=False)
     evaluator = None
     if experiment.config.evaluation.every_steps:
         evaluator = Evaluator(experiment, generator, guide, make_yardstick(experiment))

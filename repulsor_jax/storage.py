@@ -25,6 +25,16 @@ from repulsor_jax.folders import DAMAGED, REPLACED, is_bucket, open_folder
 RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
+# How tensorstore calls a storage in trouble; what a file holds is INVALID_ARGUMENT or DATA_LOSS.
+_TROUBLE = (
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "ABORTED",
+    "CANCELLED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+)
 
 
 class CheckpointError(ValueError):
@@ -84,7 +94,7 @@ class Storage:
             problem = self._tidy() or self._probe()
             if problem:
                 raise CheckpointError(f"{self.directory} cannot be written ({problem})")
-        there, problem = False, ""
+        there, problem = True, ""
         try:
             there, self._seen = self._folder.exists(), self._folder.steps()
         except OSError as error:
@@ -92,7 +102,7 @@ class Storage:
         problem = agreed(problem)
         if problem:
             raise CheckpointError(f"{self.directory} cannot be read ({problem})")
-        if read_only and not there:
+        if read_only and sharding.any_process(not there):
             raise CheckpointError(
                 f"{self.directory} is not there: train first, or check --workdir and "
                 "--config.checkpoint.directory"
@@ -108,8 +118,9 @@ class Storage:
 
         While the directory cannot be read, those that were there last.
         """
-        with contextlib.suppress(OSError):
-            self._seen = self._folder.steps()
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._seen = self._folder.steps()
         count = int(sharding.agree(len(self._seen)))
         steps = np.resize(np.array(sorted(self._seen), np.int64), count)
         return sharding.agree(steps).tolist() if count else []
@@ -130,9 +141,10 @@ class Storage:
         if problem:
             return problem
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **items)
-            )
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), **items)
+            if not self._manager.save(step, args=args):
+                self._forget()  # it remembers later steps, which are gone
+                self._manager.save(step, args=args)
         except Exception as error:  # of orbax, tensorstore, the file system
             problem = one_line(error)
         problem = agreed(problem)
@@ -227,6 +239,14 @@ class Storage:
             step, "state", lambda: self._manager.item_metadata(step)["state"].tree
         )
 
+    def holds(self, step: int, name: str) -> bool:
+        """Whether a checkpoint has a record, as the first process sees it; True where it cannot."""
+        found = True
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # of gcsfs, aiohttp, google.auth
+                found = (self.directory / str(step) / name).exists()
+        return bool(sharding.agree(found))
+
     def _read(self, step: int, name: str, args: ocp.args.Composite) -> Any:
         return self._attempts(step, name, lambda: self._manager.restore(step, args=args)[name])
 
@@ -238,7 +258,8 @@ class Storage:
                 found = read()
                 problem = "" if found is not None else "nothing there"
             except Exception as error:  # of orbax, tensorstore, JSON, the file system
-                problem, passes = one_line(error), _may_pass(error)
+                problem = one_line(error)
+                passes = _may_pass(error, is_bucket(self.directory))
             problem = agreed(problem)
             if not problem:
                 return found
@@ -267,7 +288,6 @@ class Storage:
             # Those of a manager that failed may have stopped at different places.
             barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
         )
-        self._opened += 1
         return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -293,14 +313,24 @@ class Storage:
         """Waits for what is being saved, then removes the old; orbax says here what went wrong."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0 and self._keep_last is not None:
-            with contextlib.suppress(OSError):  # what stays is removed after the next save
-                for step in sorted(self._folder.steps())[: -self._keep_last]:
-                    if self._keep_every is None or step % self._keep_every:
-                        self._folder.remove(str(step))
+            with contextlib.suppress(OSError):  # what stays is removed after a later save
+                self._folder.tidy()
+            for step in self._old_steps():
+                with contextlib.suppress(OSError):
+                    self._folder.remove(str(step))
+
+    def _old_steps(self) -> list[int]:
+        """Steps that need not be kept; none while the folder cannot be read."""
+        try:
+            steps = sorted(self._folder.steps())[: -(self._keep_last or 0)]
+        except OSError:
+            return []
+        return [step for step in steps if self._keep_every is None or step % self._keep_every]
 
     def _forget(self) -> None:
         """Closes the manager; the next one is made anew."""
         manager, self._opened_manager = self._opened_manager, None
+        self._opened += 1  # here, where all processes come, whatever became of their managers
         if manager is not None:
             with contextlib.suppress(Exception):  # it may say once more what went wrong
                 manager.close()
@@ -353,13 +383,17 @@ def one_line(error: BaseException) -> str:
     return f"{text[:240]} [...] {text[-120:]}" if len(text) > 380 else text
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether reading once more may help: a disk or network in trouble, not what a file holds."""
+def _may_pass(error: Exception, of_bucket: bool) -> bool:
+    """Whether reading once more may help: a disk or network in trouble, not what a file holds.
+
+    Of a bucket all does that is not known to be damage: gcsfs, aiohttp and google.auth have their
+    own errors for a connection that ended, or a login that is over.
+    """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if str(getattr(error, "code", "")) in ("408", "429", "500", "502", "503", "504"):  # of gcsfs
+    if any(code in str(error) for code in _TROUBLE):
         return True
-    return any(code in str(error) for code in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED"))
+    return of_bucket and not isinstance(error, ValueError | LookupError | TypeError)
 
 
 def agreed(problem: str) -> str:

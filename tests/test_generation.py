@@ -100,6 +100,7 @@ def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
 def test_parameters_in_shards_give_the_same_samples():
     wide = {"model__hidden_size": 64}
     params = tiny.random_params(tiny.config(**wide))
+    assert any(leaf.size >= sharding.MIN_SHARDED_SIZE for leaf in jax.tree.leaves(params))
     images, _ = generate(params, 8, **wide)
     for gathers in (True, False):
         found, _ = generate(params, 8, tiny.mesh(1, 8), **wide, sampling__gather_params=gathers)

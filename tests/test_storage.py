@@ -1,5 +1,6 @@
 """Storage that fails: full, read-only, gone, and back again."""
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,9 @@ import subprocess
 import sys
 import threading
 
+import aiohttp
+import gcsfs
+import google.auth.exceptions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +214,10 @@ def test_a_directory_that_was_removed_is_made_again(tmp_path, capsys):
         checkpointer.save(12, state(12), *RECORDS)
         assert "step 10 is gone from" in capsys.readouterr().out
         checkpointer.save(14, state(14), *RECORDS)
-    jax.tree.map(np.testing.assert_array_equal, restored(tmp_path, 14), state(14))
+        checkpointer.wait()
+        shutil.rmtree(tmp_path / "checkpoints")
+        checkpointer.save(5, state(5), *RECORDS)  # a run that went back to its start
+    jax.tree.map(np.testing.assert_array_equal, restored(tmp_path, 5), state(5))
 
 
 def test_what_is_replaced_is_kept_until_the_new_is_there(tmp_path, monkeypatch):
@@ -224,6 +231,51 @@ def test_what_is_replaced_is_kept_until_the_new_is_there(tmp_path, monkeypatch):
         checkpointer.save(10, state(11), *RECORDS, overwrite=True)
         np.testing.assert_array_equal(restored(tmp_path, 10)["w"], state(11)["w"])
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_replacing_goes_on_from_either_name(tmp_path, monkeypatch):
+    """The old one has its other name, and cannot be given its own again for a while."""
+    failures = {"begin": 1, "_tidy": 1}
+
+    def failing(name):
+        act = getattr(Storage, name)
+
+        def once(self, *arguments):
+            failures[name] -= 1
+            return "away" if failures[name] >= 0 else act(self, *arguments)
+
+        monkeypatch.setattr(Storage, name, once)
+
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(10, state(10), *RECORDS)
+        checkpointer.wait()
+        for name in failures:
+            failing(name)
+        checkpointer.save(10, state(11), *RECORDS, overwrite=True, patience=30)
+    assert max(failures.values()) < 0
+    np.testing.assert_array_equal(restored(tmp_path, 10)["w"], state(11)["w"])
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+@pytest.mark.parametrize(
+    ("error", "of_disk", "of_bucket"),
+    [
+        (OSError("input/output error"), True, True),
+        (FileNotFoundError("gone"), False, False),
+        (json.JSONDecodeError("expected", "", 0), False, False),
+        (ValueError("DATA_LOSS: checksum"), False, False),
+        (ValueError("UNAVAILABLE: no answer"), True, True),
+        (ValueError("UNAUTHENTICATED: login"), True, True),
+        (aiohttp.ServerDisconnectedError(), False, True),
+        (aiohttp.ClientPayloadError("half an answer"), False, True),
+        (google.auth.exceptions.RefreshError("expired"), False, True),
+        (gcsfs.retry.HttpError({"code": 401, "message": "login"}), False, True),
+    ],
+    ids=repr,
+)
+def test_trouble_of_the_storage_is_no_damage(error, of_disk, of_bucket):
+    assert storage_lib._may_pass(error, of_bucket=False) == of_disk
+    assert storage_lib._may_pass(error, of_bucket=True) == of_bucket
 
 
 def test_what_a_kill_left_is_cleared_or_brought_back(tmp_path):

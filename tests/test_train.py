@@ -211,8 +211,8 @@ def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, mo
 def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypatch):
     drawn_from = []
 
-    def make_generator(*arguments):
-        generator = generation.make_generator(*arguments)
+    def make_generator(*arguments, **options):
+        generator = generation.make_generator(*arguments, **options)
 
         def spy(params, first, guidance):
             drawn_from.append(jax.device_get(params))

@@ -154,7 +154,8 @@ def _advise_sampling(program: Program, config: Config, topology: Topology) -> li
     del topology
     shards = sharding.batch_shards(program.mesh)
     advice = [] if config.sampling.decode_slice else [f"--config.sampling.decode_slice={shards}"]
-    if config.sampling.gather_params and program.mesh.shape["fsdp"] > 1:
+    fsdp, tensor = program.mesh.shape["fsdp"], program.mesh.shape["tensor"]
+    if config.sampling.gather_params and fsdp > 1 and tensor == 1:
         advice.append("--config.sampling.gather_params=False")
     if config.sampling.batch_size > shards:
         half = max(config.sampling.batch_size // 2 // shards, 1) * shards
