@@ -66,7 +66,7 @@ count() {
   if [[ $last != "$step" ]]; then starts=0; fi
   if ((starts >= max)); then
     rm -f "$workdir/.starts" # so that a start by hand, after a look, may try again
-    echo "error: $starts starts in $workdir without a new checkpoint (the newest is $step): not started again." \
+    echo "error: $starts starts in $workdir without a new checkpoint in $workdir/checkpoints (the newest is $step): not started again." \
       "Read the log; MAX_STARTS is the limit" >&2
     return 1
   fi
