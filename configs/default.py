@@ -156,7 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
     # With mesh.fsdp, and no mesh.tensor: gather the parameters once a batch, 4 bytes each on every
     # device. Where False, for they do not fit, and in training, where the state takes the memory,
     # they are gathered in every evaluation of every block: many times the traffic.
-    c.sampling.gather_params = True
+    c.sampling.gather_params = True  # once a batch
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole
     c.sampling.seed = 0  # sample i depends on (seed, i) alone
