@@ -176,6 +176,7 @@ def main(argv: list[str]) -> None:
 
     try:
         train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)
+        preemption.settle()
     except (
         DivergedError,
         CheckpointError,

@@ -14,7 +14,10 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
+from repulsor_jax import sharding
+
 EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
+_LOOKS_EVERY = 1.0  # seconds, of JAX's service for the signal
 _ONE_REQUEST = 1.0  # seconds; `timeout` and some launchers signal a process and then its group
 
 
@@ -71,6 +74,20 @@ class Preemption:
             return
         self._told_at = time.monotonic()
         os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
+
+
+def settle() -> None:
+    """Call at the end of a program that has saved all, on every process: it must still end.
+
+    JAX's service, told to stop in the last moment, has all processes agree on a step. One that is
+    about to leave waits in its own shutdown for the others to agree, and they in theirs for it. It
+    looks for the signal once a second: here all wait until it has looked, and agreed. From now on
+    the signal ends a process at once.
+    """
+    if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sharding.any_process(False)
+        time.sleep(_LOOKS_EVERY + 1.0)
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:
