@@ -23,6 +23,7 @@ from etils import epath
 from tqdm.auto import tqdm
 
 BUCKET = "gs://"
+RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
 DAMAGED = "damaged"  # the folder of checkpoints that were set aside
 REPLACED = ".replaced"  # ends the name of a checkpoint that is being replaced
 ANSWER_SECONDS = 10.0  # for one small request
@@ -33,7 +34,7 @@ _PROBE_BYTES = 1 << 16
 _PROBE = "probe"
 _MARKER = "commit_success.txt"
 # All that a checkpoint has at its top.
-_PARTS = {"state", "manifest", "data", "config", "latents", "_CHECKPOINT_METADATA", _MARKER}
+_PARTS = {"state", *RECORDS, "_CHECKPOINT_METADATA", _MARKER}
 _WRITE_RETRIES = 6  # of tensorstore, a minute in all; it would go on for a quarter of an hour
 _COPIES = 16  # at the same time
 

@@ -20,9 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from repulsor_jax import sharding
-from repulsor_jax.folders import DAMAGED, REPLACED, is_bucket, open_folder
+from repulsor_jax.folders import DAMAGED, RECORDS, REPLACED, is_bucket, open_folder
 
-RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
 # How tensorstore calls a storage in trouble; what a file holds is INVALID_ARGUMENT or DATA_LOSS.
