@@ -1,5 +1,6 @@
 """Every test runs on 8 virtual CPU devices, set before JAX initialises its backend."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -17,6 +18,9 @@ import pytest
 from tests import fake_bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Traced programs are many objects that stay: looking through all of them for garbage is slow.
+gc.set_threshold(100_000, 20, 50)
 
 # Many tests compile the same tiny program: all workers of one run, children of one process, share
 # a cache of them, and so do the programs that they start. What a kill cuts short there does not

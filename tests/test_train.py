@@ -1,6 +1,7 @@
 """The loop as a whole. Invariant 4 lives here: resume is invisible."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import generation, monitor
 from repulsor_jax import train as train_lib
+from repulsor_jax import train_state as train_state_lib
 from repulsor_jax import train_step as train_step_lib
 from repulsor_jax.data import pipeline
 from repulsor_jax.divergence import DivergedError
@@ -33,13 +35,49 @@ from tests import tiny
 MESH = {"mesh.data": 4, "mesh.fsdp": 2}
 
 
-def run(workdir, data_dir, **overrides):
+def run(workdir, data_dir, *, whole_mesh=False, **overrides):
+    """Trains as the program does; two devices do where the mesh is not the subject."""
     values = tiny.digits_dict(data_dir, **MESH, **overrides)
     workdir.mkdir(exist_ok=True)
     experiment, dataset = experiment_lib.prepare(
         config_lib.parse(values), workdir, draws_pictures=True
     )
+    if not whole_mesh:
+        experiment = dataclasses.replace(experiment, mesh=tiny.mesh(2))
     return train(experiment, dataset, monitor.make_monitor(experiment), values.to_dict())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of equal configurations share their compiled step and their first state."""
+    sections = ("model", "flow", "regularizer", "optimizer")
+    names = ("seed", "total_steps", "batch_size", *sections)
+
+    def key(config):
+        limits = (config.divergence.max_loss, config.divergence.max_grad_norm)
+        return (*(getattr(config, name) for name in names), *limits)
+
+    steps, programs, states = {}, {}, {}
+
+    def make(config, *parts):
+        return steps.setdefault(key(config), train_step_lib.make_train_step(config, *parts))
+
+    def compiled(step, abstract, *about):
+        if (step, about) not in programs:
+            programs[step, about] = train_step_lib.compile_train_step(step, abstract, *about)
+        return programs[step, about]
+
+    def create(config, *parts):
+        about = (key(config), parts[-1])
+        if about not in states:
+            states[about] = train_state_lib.create_train_state(config, *parts)
+        return jax.tree.map(jnp.copy, states[about])  # for the step takes it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lib, "make_train_step", make)
+        patch.setattr(train_lib, "compile_train_step", compiled)
+        patch.setattr(train_lib, "create_train_state", create)
+        yield
 
 
 def losses(workdir):
@@ -61,15 +99,19 @@ def uninterrupted(tmp_path_factory, data_dir):
 @pytest.mark.parametrize("stop", [3, 5, 11])
 def test_resume_is_invisible(tmp_path, data_dir, uninterrupted, stop):
     """Stopped and gone on with, every loss and the final state are the same bits."""
-    reference, expected = uninterrupted
+    reference, _ = uninterrupted
     run(tmp_path / "run", data_dir, total_steps=stop)
-    state = run(tmp_path / "run", data_dir)
-    assert losses(tmp_path / "run") == losses(reference)
-    assert [line["step"] for line in losses(reference)] == list(range(1, 13))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+    assert_same_run(tmp_path / "run", run(tmp_path / "run", data_dir), uninterrupted)
     # The saved checkpoints too: state and position in the data.
     saved = [p / "checkpoints" / "12" / "data" / "metadata" for p in (reference, tmp_path / "run")]
     assert json.loads(saved[0].read_text()) == json.loads(saved[1].read_text())
+
+
+def test_resume_is_invisible_on_the_whole_mesh(tmp_path, data_dir):
+    run(tmp_path / "reference", data_dir, whole_mesh=True)
+    run(tmp_path / "run", data_dir, whole_mesh=True, total_steps=7)
+    run(tmp_path / "run", data_dir, whole_mesh=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "reference")
 
 
 def test_a_run_cut_between_checkpoints_repeats_the_lost_steps(tmp_path, data_dir, uninterrupted):
@@ -275,6 +317,20 @@ def run_on(monkeypatch, iterator_class, at, workdir, data_dir, **overrides):
         return run(workdir, data_dir, **overrides)
 
 
+@pytest.fixture(scope="module")
+def without(tmp_path_factory, data_dir):
+    """Of batches (from 1): the folder and last state of a run whose data never held them."""
+
+    @functools.cache
+    def trained(numbers):
+        workdir = tmp_path_factory.mktemp("without")
+        with pytest.MonkeyPatch.context() as patch:
+            state = run_on(patch, _Without, numbers, workdir, data_dir)
+        return workdir, jax.device_get(tiny.raw(state))
+
+    return trained
+
+
 def read_events(workdir):
     return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
 
@@ -296,28 +352,17 @@ FAULTS = {
     ("policy", "bad", "missing"),
     [(policy, *case) for policy, cases in FAULTS.items() for case in cases],
 )
-def test_a_run_goes_on_past_bad_batches(tmp_path, data_dir, monkeypatch, policy, bad, missing):
+def test_a_run_goes_on_past_bad_batches(
+    tmp_path, data_dir, monkeypatch, without, policy, bad, missing
+):
     """Bit for bit as one whose data never held them."""
-    state = run_on(
-        monkeypatch,
-        _Poisoned,
-        bad,
-        tmp_path / "a",
-        data_dir,
-        divergence__policy=policy,
-    )
-    expected = run_on(monkeypatch, _Without, missing, tmp_path / "b", data_dir)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert [line["step"] for line in losses(tmp_path / "a")] == list(range(1, 13))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(tiny.raw(state)),
-        jax.device_get(tiny.raw(expected)),
-    )
+    options = {"divergence__policy": policy}
+    state = run_on(monkeypatch, _Poisoned, bad, tmp_path, data_dir, **options)
+    assert_same_run(tmp_path, state, without(missing))
     if not missing:
-        assert not (tmp_path / "a" / "events.jsonl").exists()
+        assert not (tmp_path / "events.jsonl").exists()
         return
-    events = read_events(tmp_path / "a")
+    events = read_events(tmp_path)
     assert [event["batch"] for event in events] == [number - 1 for number in bad]
     dataset = experiment_lib.latent_dataset.open_latent_dataset(data_dir / "train")
     for event in events:
@@ -361,7 +406,7 @@ class _Loud(_Poisoned):
 
 def test_a_kept_batch_replays_to_the_very_numbers(tmp_path, data_dir, monkeypatch, capsys):
     limits = {"divergence__policy": "skip", "divergence__max_loss": 50.0, "total_steps": 8}
-    run_on(monkeypatch, _Loud, (6,), tmp_path, data_dir, **limits)
+    run_on(monkeypatch, _Loud, (6,), tmp_path, data_dir, whole_mesh=True, **limits)
     (event,) = read_events(tmp_path)
     assert float(event["loss"]) > 50
     values = tiny.digits_dict(data_dir, **MESH, **limits)
@@ -372,6 +417,7 @@ def test_a_kept_batch_replays_to_the_very_numbers(tmp_path, data_dir, monkeypatc
     assert "batch 5, kept of step 6, on the state of step 5" in said
 
 
+@functools.cache
 def bad_gradients(train_step):
     """The step, with one number of the gradients nan, and the loss and the batch as they are."""
     real = train_step_lib.accumulate
@@ -389,6 +435,7 @@ def bad_gradients(train_step):
     return bad
 
 
+@functools.cache
 def bad_state(part):
     """The step, after which one number of a part of the state is nan."""
 
@@ -396,6 +443,7 @@ def bad_state(part):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return leaf.at[(-1,) * leaf.ndim].set(jnp.nan) if name == part else leaf
 
+    @functools.cache
     def fault(train_step):
         def bad(state, batch):
             state, metrics = train_step(state, batch)
@@ -409,11 +457,10 @@ def bad_state(part):
 def run_with_fault(monkeypatch, fault, at, workdir, data_dir, **overrides):
     """A run some of whose steps, of these numbers (from 1) of all that are tried, have a fault."""
 
+    compiled = train_lib.compile_train_step
+
     def compile_both(train_step, *arguments):
-        good, bad = (
-            train_step_lib.compile_train_step(step, *arguments)
-            for step in (train_step, fault(train_step))
-        )
+        good, bad = (compiled(step, *arguments) for step in (train_step, fault(train_step)))
         numbers = itertools.count(1)
         return lambda *inputs: (bad if next(numbers) in at else good)(*inputs)
 
@@ -422,39 +469,33 @@ def run_with_fault(monkeypatch, fault, at, workdir, data_dir, **overrides):
         return run(workdir, data_dir, **overrides)
 
 
-def assert_same_runs(one, other, state, expected):
-    assert losses(one) == losses(other)
-    assert [line["step"] for line in losses(one)] == list(range(1, 13))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(tiny.raw(state)),
-        jax.device_get(tiny.raw(expected)),
-    )
+def assert_same_run(workdir, state, reference):
+    """Every loss and the last state are those of a reference, a folder and a state, bit for bit."""
+    other, expected = reference
+    assert losses(workdir) == losses(other)
+    assert [line["step"] for line in losses(workdir)] == list(range(1, 13))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
 @pytest.mark.parametrize(("policy", "missing"), [("skip", (7,)), ("rollback", (6, 7, 8))])
 def test_a_run_goes_on_past_gradients_that_are_not_finite(
-    tmp_path, data_dir, monkeypatch, policy, missing
+    tmp_path, data_dir, monkeypatch, without, policy, missing
 ):
     """Bit for bit as one whose data never held the batches that came to nothing."""
-    one, other = tmp_path / "one", tmp_path / "other"
     policy = {"divergence__policy": policy}
-    state = run_with_fault(monkeypatch, bad_gradients, (7,), one, data_dir, **policy)
-    expected = run_on(monkeypatch, _Without, missing, other, data_dir)
-    assert_same_runs(one, other, state, expected)
-    (event,) = read_events(one)
+    state = run_with_fault(monkeypatch, bad_gradients, (7,), tmp_path, data_dir, **policy)
+    assert_same_run(tmp_path, state, without(missing))
+    (event,) = read_events(tmp_path)
     assert np.isfinite(float(event["loss"]))
     assert event["grad_norm"] == "nan"
 
 
 def test_gradients_that_are_not_finite_stop_with_the_last_good_state(
-    tmp_path, data_dir, monkeypatch
+    tmp_path, data_dir, monkeypatch, without
 ):
-    one, other = tmp_path / "one", tmp_path / "other"
     with pytest.raises(DivergedError, match=r"step 7: .*grad_norm nan.*saved as step 7"):
-        run_with_fault(monkeypatch, bad_gradients, (7,), one, data_dir)
-    expected = run_on(monkeypatch, _Without, (7,), other, data_dir)
-    assert_same_runs(one, other, run(one, data_dir), expected)
+        run_with_fault(monkeypatch, bad_gradients, (7,), tmp_path, data_dir)
+    assert_same_run(tmp_path, run(tmp_path, data_dir), without((7,)))
 
 
 BANK, NU, EMA = "bank/features", "opt_state/1/0/nu/model/final/bias", "ema_params/final/bias"
@@ -471,38 +512,34 @@ BANK, NU, EMA = "bank/features", "opt_state/1/0/nu/model/final/bias", "ema_param
     ],
 )
 def test_a_run_goes_back_to_before_its_state_was_spoiled(
-    tmp_path, data_dir, monkeypatch, policy, part, at, missing
+    tmp_path, data_dir, monkeypatch, without, policy, part, at, missing
 ):
     """Bit for bit as one whose data never held the batches that came to nothing."""
-    one, other = tmp_path / "one", tmp_path / "other"
     policy = {"divergence__policy": policy}
-    state = run_with_fault(monkeypatch, bad_state(part), (at,), one, data_dir, **policy)
-    expected = run_on(monkeypatch, _Without, missing, other, data_dir)
-    assert_same_runs(one, other, state, expected)
-    event = read_events(one)[-1]
+    state = run_with_fault(monkeypatch, bad_state(part), (at,), tmp_path, data_dir, **policy)
+    assert_same_run(tmp_path, state, without(missing))
+    event = read_events(tmp_path)[-1]
     assert (event["event"], "number" in event["arrays"]) == ("not finite", True)
 
 
 @pytest.mark.parametrize(("part", "at"), [(BANK, 5), (BANK, 7), (EMA, 6)])
 def test_a_spoiled_state_is_never_saved(tmp_path, data_dir, monkeypatch, uninterrupted, part, at):
     """Training stops, and the same command ends as if nothing had been."""
-    reference, expected = uninterrupted
     with pytest.raises(DivergedError, match=r"state of step \d+ is not finite: ") as error:
         run_with_fault(monkeypatch, bad_state(part), (at,), tmp_path, data_dir)
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
     assert steps == ([5] if at > 5 else [])
     assert ("saved as step 5 in" if steps else "starts anew") in str(error.value)
-    assert_same_runs(tmp_path, reference, run(tmp_path, data_dir), expected)
+    assert_same_run(tmp_path, run(tmp_path, data_dir), uninterrupted)
 
 
 def test_a_state_that_is_spoiled_each_time_stops_the_run(
     tmp_path, data_dir, monkeypatch, uninterrupted
 ):
-    reference, expected = uninterrupted
     limits = {"divergence__policy": "skip", "divergence__max_events": 3}
     with pytest.raises(DivergedError, match=r"is not finite: .*max_events=3.*saved as step 5 in"):
         run_with_fault(monkeypatch, bad_state(BANK), range(7, 99), tmp_path, data_dir, **limits)
-    assert_same_runs(tmp_path, reference, run(tmp_path, data_dir), expected)
+    assert_same_run(tmp_path, run(tmp_path, data_dir), uninterrupted)
 
 
 class _Signals(_Poisoned):
@@ -518,13 +555,10 @@ class _Signals(_Poisoned):
 def test_told_to_stop_it_saves_and_resuming_is_invisible(
     tmp_path, data_dir, uninterrupted, monkeypatch
 ):
-    reference, expected = uninterrupted
     with pytest.raises(Preempted, match="saved step 7 of 12"):
         run_on(monkeypatch, _Signals, (7,), tmp_path, data_dir)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    state = run(tmp_path, data_dir)
-    assert losses(tmp_path) == losses(reference)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
+    assert_same_run(tmp_path, run(tmp_path, data_dir), uninterrupted)
 
 
 def frechet_lines(workdir):
@@ -561,7 +595,7 @@ def test_what_was_not_drawn_before_the_end_is_drawn_on_going_on(
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
-def test_told_to_stop_where_a_step_is_refused(tmp_path, data_dir, monkeypatch):
+def test_told_to_stop_where_a_step_is_refused(tmp_path, data_dir, monkeypatch, without):
     """The signal comes with a bad batch, which does not count: the next one does, and is saved."""
 
     class Both(_Signals):
@@ -572,15 +606,8 @@ def test_told_to_stop_where_a_step_is_refused(tmp_path, data_dir, monkeypatch):
             return batch
 
     with pytest.raises(Preempted, match="saved step 7 of 12"):
-        run_on(monkeypatch, Both, (7,), tmp_path / "a", data_dir, divergence__policy="skip")
-    state = run(tmp_path / "a", data_dir)
-    expected = run_on(monkeypatch, _Without, (7,), tmp_path / "b", data_dir)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(tiny.raw(state)),
-        jax.device_get(tiny.raw(expected)),
-    )
+        run_on(monkeypatch, Both, (7,), tmp_path, data_dir, divergence__policy="skip")
+    assert_same_run(tmp_path, run(tmp_path, data_dir), without((7,)))
 
 
 class _Slow(_Poisoned):

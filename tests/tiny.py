@@ -79,7 +79,7 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "total_steps": 12,
         "batch_size": 16,
         "model.hidden_size": 16,
-        "model.depth": 2,
+        "model.depth": 1,
         "model.num_heads": 2,
         "regularizer.bank_rows": 4 * 16,
         "regularizer.projection_dim": DIM,
