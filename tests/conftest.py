@@ -8,8 +8,11 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs here run for microseconds and compile for seconds: compile them quickly.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Programs here run for microseconds and compile for seconds: compile them quickly. The older
+# emitters of the CPU start no MLIR pipeline for each kernel.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 import fsspec
 import jax
