@@ -23,6 +23,37 @@ MEAN, STD = 1.5, 0.5
 GAUSSIAN = Mixture((1.0,), (MEAN,), (STD,))
 
 
+def exact_alpha_sigma(name, t):
+    """alpha and sigma of a path in float64, from its definition."""
+    if name == "linear":
+        return t, 1 - t
+    if name == "gvp":
+        return np.sin(np.pi * t / 2), np.cos(np.pi * t / 2)
+    # beta(s) = 0.1 + 19.9 s at the noising time s = 1 - t, and alpha = exp(-1/2 int_0^s beta)
+    s = 1 - t
+    alpha = np.exp(-0.5 * (0.1 * s + 19.9 * s**2 / 2))
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def exact_coefficients(name, t):
+    """alpha, alpha', sigma, sigma' in float64, with numeric derivatives."""
+    step = 1e-5
+    ahead, behind = exact_alpha_sigma(name, t + step), exact_alpha_sigma(name, t - step)
+    (alpha, sigma) = exact_alpha_sigma(name, t)
+    d_alpha, d_sigma = ((a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True))
+    return alpha, d_alpha, sigma, d_sigma
+
+
+DIFFUSIONS = {  # of t, alpha'/alpha, sigma, sigma' and the norm, as SiT's code has them
+    "constant": lambda t, rate, sigma, d_sigma, norm: norm + 0 * t,
+    "sbdm": lambda t, rate, sigma, d_sigma, norm: norm * (rate * sigma**2 - sigma * d_sigma),
+    "sigma": lambda t, rate, sigma, d_sigma, norm: norm * sigma,
+    "linear": lambda t, rate, sigma, d_sigma, norm: norm * (1 - t),
+    "decreasing": lambda t, rate, sigma, d_sigma, norm: (norm * np.cos(np.pi * t) + 1) ** 2 / 4,
+    "increasing_decreasing": lambda t, rate, sigma, d_sigma, norm: norm * np.sin(np.pi * t) ** 2,
+}
+
+
 def exact(path, x, t, data=GAUSSIAN):
     """What a perfect model outputs at (x [B, ...], t [] or [B]): velocity, score and noise.
 

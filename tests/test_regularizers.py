@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,16 +29,25 @@ def test_repulsor_is_pool_head_and_loss():
             regularizer__distance="cosine",
         )
     )
-    tokens = jax.random.normal(jax.random.key(0), (tiny.BATCH, 4, 32))
-    params = r.init(jax.random.key(1), jax.ShapeDtypeStruct((1, 4, 32), jnp.float32))
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((tiny.BATCH, 4, 32)).astype(np.float32)
+    params = jax.tree.map(
+        lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32),
+        jax.eval_shape(r.init, jax.random.key(1), jax.ShapeDtypeStruct((1, 4, 32), jnp.float32)),
+    )
     bank = r.create_bank()
     assert bank.features.shape == (tiny.SLOTS, tiny.BATCH, tiny.DIM)
     head = repulsion.ProjectionHead(tiny.DIM, hidden_size=32)
-    z = head.apply({"params": params}, tokens.reshape(tiny.BATCH, -1))
-    bank = memory_bank.enqueue(bank, z[::-1])
-    loss, found = r.loss(params, tokens, bank)
+
+    @jax.jit
+    def run(params, tokens, bank):
+        z = head.apply({"params": params}, tokens.reshape(tiny.BATCH, -1))
+        bank = memory_bank.enqueue(bank, z[::-1])
+        expected = repulsion.repulsion_loss(z, bank, temperature=0.2, distance="cosine")
+        return r.loss(params, tokens, bank), (expected, z)
+
+    (loss, found), (expected, z) = run(params, tokens, bank)
     np.testing.assert_allclose(found, z, atol=1e-6)
-    expected = repulsion.repulsion_loss(z, bank, temperature=0.2, distance="cosine")
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
@@ -50,10 +61,11 @@ def test_dispersive_is_its_loss_without_parameters_or_bank(variant):
             regularizer__margin=1.7,
         )
     )
-    tokens = jax.random.normal(jax.random.key(0), (4, 3, 8))
+    tokens = np.random.default_rng(0).standard_normal((4, 3, 8)).astype(np.float32)
     assert r.create_bank is None
     assert r.init(jax.random.key(0), tokens) == {}
-    loss, z = r.loss({}, tokens, None)
+    loss, z = jax.jit(r.loss)({}, tokens, None)
     assert z is None
-    expected = dispersive_loss(tokens, variant=variant, temperature=0.2, margin=1.7)
+    loss_fn = functools.partial(dispersive_loss, variant=variant, temperature=0.2, margin=1.7)
+    expected = jax.jit(loss_fn)(tokens)
     np.testing.assert_allclose(loss, expected)

@@ -33,13 +33,49 @@ def unit(rng, *shape):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def filled_bank(rng, slots, written, batch_size, dim, dtype=jnp.float32):
-    bank = memory_bank.create(slots, batch_size, dim, dtype)
+def empty_bank(slots, batch_size, dim, dtype=np.float32):
+    features = np.zeros((slots, batch_size, dim), dtype)
+    return memory_bank.MemoryBank(features, np.int32(0), np.int32(0))
+
+
+enqueue = jax.jit(memory_bank.enqueue)
+
+
+def filled_bank(rng, slots, written, batch_size, dim, dtype=np.float32):
+    bank = empty_bank(slots, batch_size, dim, dtype)
     kept = []
     for _ in range(written):
         kept.append(unit(rng, batch_size, dim))
-        bank = memory_bank.enqueue(bank, jnp.asarray(kept[-1]))
+        bank = enqueue(bank, kept[-1])
     return bank, np.concatenate(kept[-slots:]) if kept else np.zeros((0, dim))
+
+
+def evaluate(
+    z, bank=None, weights=None, *, temperature=0.5, distance="squared_l2", chunk_slots=None
+):
+    """The terms, the loss, and the gradient of the loss or of the terms by weight.
+
+    Most tests here take 5 samples of length 4 and 3 slots, so that they share a program.
+    """
+    weights = np.full(len(z), 1 / len(z), np.float32) if weights is None else weights
+    return _evaluate(z, bank, weights, np.float32(temperature), distance, chunk_slots)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _evaluate(z, bank, weights, temperature, distance, chunk_slots):
+    choices = {"temperature": temperature, "distance": distance, "chunk_slots": chunk_slots}
+    terms, pull_back = jax.vjp(lambda x: repulsion.repulsion_per_sample(x, bank, **choices), z)
+    return terms, repulsion.repulsion_loss(z, bank, **choices), pull_back(weights)[0]
+
+
+def differences(function, z):
+    """The gradient of a function in float64, by central differences."""
+    numeric = np.zeros(z.shape)
+    for index in np.ndindex(*z.shape):
+        step = np.zeros(z.shape)
+        step[index] = 1e-5
+        numeric[index] = (function(z + step) - function(z - step)) / 2e-5
+    return numeric
 
 
 @pytest.mark.parametrize("distance", repulsion.DISTANCES)
@@ -51,18 +87,17 @@ def test_matches_the_definition(distance, written, temperature, chunk_slots):
     z = unit(rng, 5, 4)
     bank, rows = filled_bank(rng, slots=3, written=written, batch_size=5, dim=4)
     choices = {"temperature": temperature, "distance": distance, "chunk_slots": chunk_slots}
-    terms = repulsion.repulsion_per_sample(jnp.asarray(z), bank, **choices)
+    terms, loss, _ = evaluate(z, bank, **choices)
     expected = reference(z, rows, temperature, distance)
     np.testing.assert_allclose(terms, expected, rtol=2e-5, atol=2e-6)
-    loss = repulsion.repulsion_loss(jnp.asarray(z), bank, **choices)
     np.testing.assert_allclose(loss, expected.mean(), rtol=2e-5)
 
 
 def test_matches_the_definition_without_unit_length():
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((4, 3)).astype(np.float32)
-    terms = repulsion.repulsion_per_sample(jnp.asarray(z), temperature=2.0)
-    np.testing.assert_allclose(terms, reference(z, np.zeros((0, 3)), 2.0, "squared_l2"), rtol=1e-5)
+    z = rng.standard_normal((5, 4)).astype(np.float32)
+    terms = evaluate(z, temperature=2.0)[0]
+    np.testing.assert_allclose(terms, reference(z, np.zeros((0, 4)), 2.0, "squared_l2"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("distance", repulsion.DISTANCES)
@@ -70,29 +105,18 @@ def test_matches_the_definition_without_unit_length():
 @pytest.mark.parametrize("chunk_slots", [None, 2])
 def test_gradient_matches_finite_differences(distance, written, chunk_slots):
     rng = np.random.default_rng(1)
-    z = unit(rng, 4, 3)
-    bank, rows = filled_bank(rng, slots=3, written=written, batch_size=4, dim=3)
-    choices = {"temperature": 0.5, "distance": distance, "chunk_slots": chunk_slots}
-    gradient = jax.grad(lambda x: repulsion.repulsion_loss(x, bank, **choices))(jnp.asarray(z))
-    numeric = np.zeros(z.shape)
-    for index in np.ndindex(*z.shape):
-        step = np.zeros(z.shape)
-        step[index] = 1e-5
-        up, down = (reference(z + s * step, rows, 0.5, distance).mean() for s in (1, -1))
-        numeric[index] = (up - down) / 2e-5
+    z = unit(rng, 5, 4)
+    bank, rows = filled_bank(rng, slots=3, written=written, batch_size=5, dim=4)
+    gradient = evaluate(z, bank, distance=distance, chunk_slots=chunk_slots)[2]
+    numeric = differences(lambda x: reference(x, rows, 0.5, distance).mean(), z)
     np.testing.assert_allclose(gradient, numeric, atol=2e-5)
 
 
 def test_an_empty_bank_is_the_batch_alone():
-    z = jnp.asarray(unit(np.random.default_rng(2), 6, 4))
-    empty = memory_bank.create(3, 6, 4)
-    np.testing.assert_allclose(
-        repulsion.repulsion_loss(z, empty), repulsion.repulsion_loss(z), rtol=1e-6
-    )
-    with_bank, without = (
-        jax.grad(lambda x, b=b: repulsion.repulsion_loss(x, b))(z) for b in (empty, None)
-    )
-    np.testing.assert_allclose(with_bank, without, atol=1e-6)
+    z = unit(np.random.default_rng(2), 5, 4)
+    with_bank, without = evaluate(z, empty_bank(3, 5, 4)), evaluate(z)
+    np.testing.assert_allclose(with_bank[1], without[1], rtol=1e-6)
+    np.testing.assert_allclose(with_bank[2], without[2], atol=1e-6)
 
 
 def test_dispersive_loss_is_the_empty_bank_limit():
@@ -102,15 +126,15 @@ def test_dispersive_loss_is_the_empty_bank_limit():
     def from_repulsion(tokens):
         z = repulsion.pool(tokens, "flatten")
         z = z / jnp.sqrt(z.shape[1])  # Dispersive divides squared distances by the feature size
-        terms = repulsion.repulsion_per_sample(z, memory_bank.create(2, *z.shape), temperature=0.5)
+        terms = repulsion.repulsion_per_sample(z, empty_bank(2, *z.shape), temperature=0.5)
         batch_size = z.shape[0]
         return jnp.log(jnp.mean((1.0 + (batch_size - 1) * jnp.exp(terms)) / batch_size))
 
     def direct(tokens):
         return dispersive_loss(tokens, variant="l2", temperature=0.5)
 
-    value, gradient = jax.value_and_grad(from_repulsion)(jnp.asarray(tokens))
-    expected, expected_gradient = jax.value_and_grad(direct)(jnp.asarray(tokens))
+    value, gradient = jax.jit(jax.value_and_grad(from_repulsion))(tokens)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(direct))(tokens)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
@@ -118,49 +142,48 @@ def test_dispersive_loss_is_the_empty_bank_limit():
 def test_the_loss_is_continuous_while_the_bank_fills():
     """A bank filled with copies of the batch's own spread changes the mean little at each step."""
     rng = np.random.default_rng(4)
-    z = jnp.asarray(unit(rng, 64, 8))
-    bank = memory_bank.create(4, 64, 8)
-    losses = [float(repulsion.repulsion_loss(z, bank))]
+    z = unit(rng, 64, 8)
+    bank = empty_bank(4, 64, 8)
+    loss_fn = jax.jit(repulsion.repulsion_loss)
+    losses = [float(loss_fn(z, bank))]
     for _ in range(4):
-        bank = memory_bank.enqueue(bank, jnp.asarray(unit(rng, 64, 8)))
-        losses.append(float(repulsion.repulsion_loss(z, bank)))
+        bank = enqueue(bank, unit(rng, 64, 8))
+        losses.append(float(loss_fn(z, bank)))
     assert np.abs(np.diff(losses)).max() < 0.1
 
 
 def test_a_lone_sample_without_negatives_costs_nothing():
-    z = jnp.ones((1, 3))
-    empty = memory_bank.create(2, 1, 3)
+    z = np.ones((1, 3), np.float32)
+    empty = empty_bank(2, 1, 3)
     for bank, chunk in ((None, None), (empty, 2), (empty, 1)):
-        value, gradient = jax.value_and_grad(repulsion.repulsion_loss)(z, bank, chunk_slots=chunk)
+        _, value, gradient = evaluate(z, bank, chunk_slots=chunk)
         assert float(value) == 0.0
-        assert not gradient.any()
+        assert not np.asarray(gradient).any()
 
 
 def test_identical_rows_repel_at_zero_distance_with_finite_gradient():
-    z = jnp.ones((4, 3)) / jnp.sqrt(3.0)
+    z = np.full((5, 4), 0.5, np.float32)
     for distance in repulsion.DISTANCES:
-        value, gradient = jax.value_and_grad(
-            lambda x, d=distance: repulsion.repulsion_loss(x, distance=d)
-        )(z)
+        _, value, gradient = evaluate(z, distance=distance)
         np.testing.assert_allclose(value, 0.0, atol=1e-5)
         assert np.isfinite(gradient).all()
 
 
 def test_a_bfloat16_bank_is_close_to_float32():
-    rng = np.random.default_rng(5)
-    z = jnp.asarray(unit(rng, 16, 32))
+    z = unit(np.random.default_rng(5), 16, 32)
     half, rows = filled_bank(np.random.default_rng(6), 4, 4, 16, 32, jnp.bfloat16)
-    exact = reference(np.asarray(z), rows, 0.5, "squared_l2").mean()
-    np.testing.assert_allclose(repulsion.repulsion_loss(z, half), exact, rtol=2e-3)
+    exact = reference(z, rows, 0.5, "squared_l2").mean()
+    np.testing.assert_allclose(jax.jit(repulsion.repulsion_loss)(z, half), exact, rtol=2e-3)
 
 
 def test_unknown_distance_and_pooling_are_refused():
+    z = np.ones((2, 2), np.float32)
     with pytest.raises(ValueError, match="squared_l2"):
-        repulsion.repulsion_loss(jnp.ones((2, 2)), distance="manhattan")
+        evaluate(z, distance="manhattan")
     with pytest.raises(ValueError, match="flatten"):
         repulsion.pool(jnp.ones((2, 2, 2)), "max")
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        repulsion.repulsion_loss(jnp.ones((2, 2)), memory_bank.create(3, 2, 2), chunk_slots=0)
+        evaluate(z, empty_bank(3, 2, 2), chunk_slots=0)
 
 
 # The online form, past `MAX_LOGITS` by itself: the same numbers without their logits.
@@ -197,9 +220,16 @@ def check_exact(found, z, rows, temperature, distance):
     np.testing.assert_allclose(found[1], gradient, atol=1e-5 * np.abs(gradient).max())
 
 
-@pytest.mark.parametrize("distance", repulsion.DISTANCES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("chunk_slots", [1, 4, 11])  # the last is the direct form
+@pytest.mark.parametrize(
+    ("chunk_slots", "dtype", "distance"),
+    [
+        (1, jnp.float32, "squared_l2"),
+        (1, jnp.bfloat16, "cosine"),
+        (4, jnp.float32, "cosine"),
+        (4, jnp.bfloat16, "squared_l2"),
+        (11, jnp.bfloat16, "cosine"),  # the direct form
+    ],
+)
 def test_every_chunk_gives_the_loss_and_gradient_of_float64(distance, dtype, chunk_slots):
     """A prime number of slots, partly or over filled; far rows first, so that maxima grow."""
     slots, batch_size, dim, temperature = 11, 8, 16, 0.05
@@ -213,16 +243,19 @@ def test_every_chunk_gives_the_loss_and_gradient_of_float64(distance, dtype, chu
     for written in (1, 7, 11, 15):
         rng = np.random.default_rng(written)
         z = unit(rng, batch_size, dim)
-        bank = memory_bank.create(slots, batch_size, dim, dtype)
+        bank = empty_bank(slots, batch_size, dim, dtype)
         for step in range(written):
             near = unit(rng, batch_size, dim) - (1 - 2 * step / written) * z
-            bank = memory_bank.enqueue(bank, near / np.linalg.norm(near, axis=-1, keepdims=True))
+            bank = enqueue(bank, near / np.linalg.norm(near, axis=-1, keepdims=True))
         rows = np.asarray(bank.features, np.float64)[: int(bank.filled)].reshape(-1, dim)
         check_exact(value_and_grad(z, bank), z, rows, temperature, distance)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("num_samples", [32, 8])  # the batch, and a micro-batch of it
+@pytest.mark.parametrize(
+    ("shape", "num_samples"),  # the batch, or a micro-batch of it
+    [((8, 1, 1), 32), ((2, 4, 1), 8), ((2, 2, 2), 32), ((2, 2, 2), 8)],
+    ids=str,
+)
 def test_on_any_mesh_the_online_loss_is_that_of_float64(shape, num_samples):
     mesh = tiny.mesh(*shape)
     bank, rows = filled_bank(np.random.default_rng(8), 5, 4, 32, 16)
@@ -237,17 +270,10 @@ def test_on_any_mesh_the_online_loss_is_that_of_float64(shape, num_samples):
 
 def test_the_gradient_carries_the_weight_of_each_sample():
     rng = np.random.default_rng(10)
-    z, weights = unit(rng, 4, 8), rng.standard_normal(4).astype(np.float32)
-    bank, rows = filled_bank(rng, 3, 3, 4, 8)
-    found = jax.grad(
-        lambda x: jnp.vdot(weights, repulsion.repulsion_per_sample(x, bank, chunk_slots=1))
-    )(jnp.asarray(z))
-    numeric = np.zeros(z.shape)
-    for index in np.ndindex(*z.shape):
-        step = np.zeros(z.shape)
-        step[index] = 1e-5
-        up, down = (weights @ reference(z + s * step, rows, 0.5, "squared_l2") for s in (1, -1))
-        numeric[index] = (up - down) / 2e-5
+    z, weights = unit(rng, 5, 4), rng.standard_normal(5).astype(np.float32)
+    bank, rows = filled_bank(rng, 3, 3, 5, 4)
+    found = evaluate(z, bank, weights, distance="squared_l2", chunk_slots=1)[2]
+    numeric = differences(lambda x: weights @ reference(x, rows, 0.5, "squared_l2"), z)
     np.testing.assert_allclose(found, numeric, atol=1e-5)
 
 
@@ -272,8 +298,7 @@ def lower_loss(num_slots, batch_size, dim, mesh, dtype=jnp.float32, then_enqueue
         return jitted.lower(jax.ShapeDtypeStruct((batch_size, dim), jnp.float32), abstract)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 1, 1), jnp.bfloat16), ((4, 2, 1), jnp.float32)])
 def test_a_large_bank_makes_no_array_of_its_logits_and_no_copy(shape, dtype):
     """At 1,048,576 rows, by itself; the bound does not know their number."""
     batch_size, dim, rows = 256, 16, 1_048_576
@@ -308,7 +333,11 @@ def test_a_bank_is_gone_through_in_chunks_past_max_logits():
     slots = repulsion.MAX_LOGITS // batch_size**2  # they make MAX_LOGITS on one device
 
     def in_chunks(mesh, num_slots, **choices):
-        return "stablehlo.while" in lower_loss(num_slots, batch_size, 4, mesh, **choices).as_text()
+        z = jax.ShapeDtypeStruct((batch_size, 4), jnp.float32)
+        bank = jax.eval_shape(lambda: memory_bank.create(num_slots, batch_size, 4))
+        loss_fn = functools.partial(repulsion.repulsion_loss, **choices)
+        with sharding.use_mesh(mesh):
+            return "scan[" in str(jax.make_jaxpr(loss_fn)(z, bank))
 
     assert not in_chunks(tiny.mesh(), slots)
     assert in_chunks(tiny.mesh(), slots + 1)
@@ -326,7 +355,7 @@ def test_head_gives_unit_vectors_of_its_dense_silu_dense():
         lambda x: rng.standard_normal(x.shape).astype(np.float32),
         jax.eval_shape(head.init, jax.random.key(0), pooled)["params"],
     )
-    z = head.apply({"params": params}, pooled.astype(jnp.bfloat16))
+    z = jax.jit(head.apply)({"params": params}, pooled.astype(jnp.bfloat16))
     assert z.dtype == jnp.float32
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), _plain(params))
     pooled = np.asarray(pooled.astype(jnp.bfloat16), np.float64)

@@ -1,4 +1,6 @@
-"""SDE solvers against exact moments and whole distributions."""
+"""SDE solvers against the very samples of a chain in NumPy and whole distributions."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,37 +9,32 @@ import pytest
 
 from repulsor_jax import flow, sampling, sde, solvers
 from tests.closed_form import (
+    DIFFUSIONS,
     GAUSSIAN,
     MEAN,
     STD,
     Mixture,
     distance_to_cdf,
     exact,
+    exact_alpha_sigma,
+    exact_coefficients,
     exact_model,
 )
 
-PATHS = ("linear", "gvp", "vp")
 MIXTURE = Mixture((0.3, 0.7), (-1.0, 2.0), (0.4, 0.5))
 
 
-def marginal(path, t):
-    """Mean and variance of x_t, in float64."""
-    c = path.coefficients(jnp.asarray(t, jnp.float64))
-    return float(c.alpha * MEAN), float(c.alpha**2 * STD**2 + c.sigma**2)
-
-
 @pytest.mark.parametrize(
-    ("name", "form"),
+    ("name", "form", "solver"),
     [
-        ("linear", "constant"),
-        ("linear", "increasing_decreasing"),
-        ("gvp", "sigma"),
-        ("gvp", "decreasing"),
-        ("vp", "linear"),
-        ("vp", "sbdm"),
+        ("linear", "constant", "euler_maruyama"),
+        ("linear", "increasing_decreasing", "stochastic_heun"),
+        ("gvp", "sigma", "euler_maruyama"),
+        ("gvp", "decreasing", "stochastic_heun"),
+        ("vp", "linear", "euler_maruyama"),
+        ("vp", "sbdm", "stochastic_heun"),
     ],
 )
-@pytest.mark.parametrize("solver", sde.STEPS)
 def test_weak_order(name, form, solver):
     """The moments of the chain approach those of x_t in proportion to the step.
 
@@ -61,13 +58,21 @@ def test_weak_order(name, form, solver):
         )
         return (x[0], (x[1] - x[0]) ** 2 * variance + (x[2] - x[0]) ** 2), None
 
+    @jax.jit
+    def moments(start, times):
+        return jax.lax.scan(advance, start, (times[:-1], jnp.diff(times)))[0]
+
+    def marginal(t):
+        alpha, sigma = exact_alpha_sigma(name, t)
+        return alpha * MEAN, alpha**2 * STD**2 + sigma**2
+
     errors = []
     with jax.enable_x64(True):
         for num_steps in (200, 400):
-            start = tuple(map(jnp.float64, marginal(path, 0.0)))
-            times = solvers.time_grid(num_steps, 0.0, t_end)
-            found = jax.lax.scan(advance, start, solvers.starts_and_lengths(times, start[0]))[0]
-            errors.append(np.abs(np.array(found) - marginal(path, t_end)))
+            times = np.full(401, t_end)  # after the grid come steps of no length
+            times[: num_steps + 1] = solvers.time_grid(num_steps, 0.0, t_end)
+            found = moments(marginal(0.0), times)
+            errors.append(np.abs(np.array(found) - marginal(t_end)))
     assert np.all(errors[1] < 0.02)
     orders = np.log2(errors[0] / errors[1])
     assert orders[1] == pytest.approx(1, abs=0.2)
@@ -77,105 +82,118 @@ def test_weak_order(name, form, solver):
         assert orders[0] == pytest.approx(2 if solver == "stochastic_heun" else 1, abs=0.2)
 
 
-def chain_moments(path, form, solver, last_step, size, num_steps):
-    """Mean and variance of SiT's samples of `GAUSSIAN`, by recursion in NumPy."""
+NUM_STEPS, LAST_STEP_SIZE = 250, 0.04  # SiT's
+
+
+def exact_diffusion(name, form, t):
+    alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, t)
+    with np.errstate(divide="ignore"):  # alpha is 0 at t = 0; only "sbdm" cannot start there
+        rate = d_alpha / alpha
+    return DIFFUSIONS[form](t, rate, sigma, d_sigma, 1.0)
+
+
+def affine_steps(name, form, last_step, solver):
+    """SiT's way to samples of `GAUSSIAN`, in NumPy: steps x -> factor x + offset + scale normal."""
 
     def drift(t, with_score=True):
         """(slope, offset) of the drift, affine in x."""
-        c = path.coefficients(jnp.float32(t))
-        alpha, d_alpha, sigma, d_sigma = (float(value) for value in c)
+        alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, t)
         variance = alpha**2 * STD**2 + sigma**2
         slope = (alpha * d_alpha * STD**2 + sigma * d_sigma) / variance
         if with_score:
-            slope -= float(flow.diffusion(path, form, jnp.float32(t))) / variance
+            slope = slope - exact_diffusion(name, form, t) / variance
         return slope, d_alpha * MEAN - slope * alpha * MEAN
 
-    t0 = 1e-3 if form == "sbdm" and path.name != "vp" else 0.0
-    steps = num_steps if last_step == "none" else num_steps - 1
-    t1 = 1 - (1e-3 if last_step == "none" else size)
-    h = (t1 - t0) / steps
-    mean, variance = 0.0, 1.0
-    for k in range(steps):
-        t = t0 + k * h
-        added = 2 * float(flow.diffusion(path, form, jnp.float32(t))) * h
-        slope, offset = drift(t)
-        if solver == "euler_maruyama":
-            mean += h * (slope * mean + offset)
-            variance = variance * (1 + h * slope) ** 2 + added
-        else:
-            slope2, offset2 = drift(t + h)
-            factor = 1 + h / 2 * (slope + slope2 * (1 + h * slope))
-            mean = factor * mean + h / 2 * (offset + slope2 * h * offset + offset2)
-            variance = factor**2 * (variance + added)
-    if last_step in ("mean", "euler"):
-        slope, offset = drift(t1, last_step == "mean")
-        mean, factor = mean + size * (slope * mean + offset), 1 + size * slope
-    elif last_step == "tweedie":
-        alpha, _, sigma, _ = (float(value) for value in path.coefficients(jnp.float32(t1)))
-        factor = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-        mean = MEAN + factor * (mean - alpha * MEAN)
+    t0 = 1e-3 if form == "sbdm" and name != "vp" else 0.0
+    t1 = 1 - (1e-3 if last_step == "none" else LAST_STEP_SIZE)
+    times = np.linspace(t0, t1, NUM_STEPS + (last_step == "none"))
+    t, h = times[:-1], np.diff(times)
+    slope, offset = drift(t)
+    scale = np.sqrt(2 * exact_diffusion(name, form, t) * h)
+    if solver == "euler_maruyama":
+        factor, offset = 1 + h * slope, h * offset
     else:
-        factor = 1.0
-    return mean, variance * factor**2
+        slope2, offset2 = drift(t + h)
+        factor = 1 + h / 2 * (slope + slope2 * (1 + h * slope))
+        offset = h / 2 * (offset + slope2 * h * offset + offset2)
+        scale = factor * scale
+    steps = np.stack([factor, offset, scale], axis=1)
+    if last_step == "none":
+        return steps
+    if last_step == "tweedie":
+        alpha, sigma = exact_alpha_sigma(name, t1)
+        factor = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+        offset = MEAN - factor * alpha * MEAN
+    else:
+        slope, offset = drift(t1, last_step == "mean")
+        factor, offset = 1 + LAST_STEP_SIZE * slope, LAST_STEP_SIZE * offset
+    return np.concatenate([steps, [[factor, offset, 0.0]]])
 
 
-def check_moments(name, form, last_step, solver="euler_maruyama", prediction="velocity"):
-    path, num_steps = flow.get_path(name), 250
+@pytest.fixture(scope="module")
+def draws():
+    """Start and increments of 4 x 8 samples, drawn from the keys that `sde` names."""
+    keys = sampling.brownian_keys(0, jnp.arange(4))
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (8,))))
+    normals = jax.jit(lambda keys: draw(fold(keys, jnp.arange(NUM_STEPS))))(keys)
+    noise = sampling.initial_noise(0, jnp.arange(4), (8,))
+    return keys, noise, np.asarray(normals, np.float64).swapaxes(0, 1)
+
+
+EULER, HEUN = "euler_maruyama", "stochastic_heun"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "last_step", "solver", "prediction"),
+    [
+        ("linear", "constant", "mean", EULER, "velocity"),
+        ("linear", "sigma", "mean", EULER, "velocity"),
+        ("linear", "sbdm", "mean", EULER, "velocity"),
+        ("linear", "sbdm", "tweedie", EULER, "velocity"),
+        ("linear", "sbdm", "euler", EULER, "velocity"),
+        ("linear", "linear", "none", EULER, "velocity"),
+        ("linear", "decreasing", "tweedie", EULER, "velocity"),
+        ("linear", "increasing_decreasing", "euler", EULER, "velocity"),
+        ("gvp", "sbdm", "none", EULER, "score"),
+        ("gvp", "decreasing", "mean", HEUN, "velocity"),
+        ("vp", "constant", "tweedie", HEUN, "noise"),
+        ("vp", "sigma", "none", HEUN, "velocity"),
+        ("vp", "linear", "mean", HEUN, "score"),
+        ("vp", "sbdm", "tweedie", HEUN, "velocity"),
+    ],
+)
+def test_samples_are_those_of_the_chain(draws, name, form, last_step, solver, prediction):
+    """Every step of the very samples, and the moments that the chain gives them."""
+    path = flow.get_path(name)
     sample = sampling.make_sampler(
         exact_model(path, prediction),
         path,
         prediction=prediction,
         solver=solver,
-        num_steps=num_steps,
+        num_steps=NUM_STEPS,
         null_label=0,
-        diffusion=sde.Diffusion(form, last_step=last_step),
+        diffusion=sde.Diffusion(form, last_step=last_step, last_step_size=LAST_STEP_SIZE),
     )
-    indices = jnp.arange(16)
-    noise = sampling.initial_noise(0, indices, (2048,))
-    keys = sampling.brownian_keys(0, indices)
-    samples = np.asarray(jax.jit(sample)(None, noise, indices, keys=keys), np.float64)
-    mean, variance = chain_moments(path, form, solver, last_step, 0.04, num_steps)
+    keys, noise, normals = draws
+    samples = jax.jit(sample)(None, noise, np.arange(4), keys=keys)
+    x, mean, variance = np.asarray(noise, np.float64), 0.0, 1.0
+    steps = affine_steps(name, form, last_step, solver)
+    for (factor, offset, scale), normal in zip(steps, normals, strict=True):
+        x = factor * x + offset + scale * normal
+        mean, variance = factor * mean + offset, factor**2 * variance + scale**2
+    np.testing.assert_allclose(samples, x, atol=2e-5)
     assert mean == pytest.approx(MEAN, abs=0.03)
     # Without the noise of the last step its share of the variance is missing: SiT's forms other
     # than "constant" are small there.
-    missing = 2 * 0.04 * float(flow.diffusion(path, form, jnp.float32(0.96)))
+    missing = 2 * LAST_STEP_SIZE * exact_diffusion(name, form, 1 - LAST_STEP_SIZE)
     assert variance == pytest.approx(STD**2, abs=0.03 + missing * (last_step == "mean"))
-    assert abs(samples.mean() - mean) < 4 * (variance / samples.size) ** 0.5 + 1e-3
-    assert abs(samples.var() - variance) < 4 * variance * (2 / samples.size) ** 0.5 + 1e-3
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "last_step", "options"),
-    [
-        ("linear", "sigma", "mean", {}),
-        ("linear", "increasing_decreasing", "euler", {}),
-        ("gvp", "sbdm", "none", {"prediction": "score"}),
-        ("vp", "constant", "tweedie", {"prediction": "noise", "solver": "stochastic_heun"}),
-    ],
+    ("name", "solver", "rows"), [("gvp", "rk4", 2000), ("linear", EULER, 2000), ("vp", HEUN, 500)]
 )
-def test_mean_and_variance_of_the_samples(name, form, last_step, options):
-    check_moments(name, form, last_step, **options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "form", "last_step", "solver"),
-    [("linear", f, last, "euler_maruyama") for f in flow.DIFFUSION_FORMS for last in sde.LAST_STEPS]
-    + [("vp", form, "tweedie", "stochastic_heun") for form in flow.DIFFUSION_FORMS],
-)
-def test_mean_and_variance_of_every_form_and_last_step(name, form, last_step, solver):
-    check_moments(name, form, last_step, solver)
-
-
-@pytest.mark.parametrize(
-    ("name", "solver"),
-    [
-        ("gvp", "rk4"),
-        ("linear", "euler_maruyama"),
-        pytest.param("vp", "stochastic_heun", marks=pytest.mark.slow),
-    ],
-)
-def test_the_distribution_of_a_mixture(name, solver):
+def test_the_distribution_of_a_mixture(name, solver, rows):
     path = flow.get_path(name)
     sample = sampling.make_sampler(
         exact_model(path, "velocity", MIXTURE),
@@ -185,57 +203,62 @@ def test_the_distribution_of_a_mixture(name, solver):
         null_label=0,
         diffusion=sde.Diffusion(last_step="tweedie", last_step_size=0.004),
     )
-    indices = jnp.arange(10)
-    noise = sampling.initial_noise(1, indices, (2000,))
-    keys = sampling.brownian_keys(1, indices)
-    samples = jax.jit(sample)(None, noise, indices, keys=keys)
+
+    @jax.jit
+    def draw(indices):
+        noise = sampling.initial_noise(1, indices, (rows,))
+        return sample(None, noise, indices, keys=sampling.brownian_keys(1, indices))
+
+    samples = draw(np.arange(10))
     # Kolmogorov, p = 0.001, is 1.95; the rest is for the discretisation.
     assert distance_to_cdf(samples, MIXTURE) < 2.1 / samples.size**0.5
     assert distance_to_cdf(samples, GAUSSIAN) > 0.2
 
 
-def brownian(keys, times, rows=2000):
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def brownian(seed, indices, times, rows=2000):
     """W(times[-1]): no drift, and D = 1/2."""
-    return np.asarray(
-        sde.integrate(
-            lambda x, t: jnp.zeros_like(x),
-            lambda t: jnp.full_like(t, 0.5),
-            jnp.zeros((len(keys), rows)),
-            keys,
-            times,
-        )
+    return sde.integrate(
+        lambda x, t: jnp.zeros_like(x),
+        lambda t: jnp.full_like(t, 0.5),
+        jnp.zeros((len(indices), rows)),
+        sampling.brownian_keys(seed, indices),
+        np.array(times),
     )
 
 
 def test_brownian_motion():
-    keys = sampling.brownian_keys(5, jnp.arange(10))
-    noise = np.asarray(sampling.initial_noise(5, jnp.arange(10), (2000,)))
-    half, whole = brownian(keys, np.array([0, 0.5])), brownian(keys, np.array([0, 0.5, 1]))
+    key, indices = jax.random.key(5), np.arange(10)
+    noise = jax.jit(sampling.initial_noise, static_argnums=2)(key, indices, (2000,))
+    half = np.asarray(brownian(key, indices, (0, 0.5)))
+    whole = np.asarray(brownian(key, indices, (0, 0.5, 1)))
     limit = 4 / half.size**0.5
     for increment in (half, whole - half):
         assert abs(increment.mean()) < limit * 0.5**0.5
         assert increment.var() == pytest.approx(0.5, abs=0.5 * limit * 2**0.5)
-    columns = [half.ravel(), (whole - half).ravel(), noise.ravel()]
+    columns = [half.ravel(), (whole - half).ravel(), np.ravel(noise)]
     assert np.abs(np.corrcoef(columns) - np.eye(3)).max() < limit
     assert np.abs(np.corrcoef(half) - np.eye(10)).max() < 5 / 2000**0.5
 
 
 def test_brownian_motion_depends_on_seed_and_index_only():
-    times = np.linspace(0, 1, 4)
-    whole = brownian(sampling.brownian_keys(5, jnp.arange(10)), times, 5)
-    part = brownian(sampling.brownian_keys(jax.random.key(5), np.array([7, 2])), times, 5)
+    times, rows = (0, 0.25, 0.75, 1), 5
+    whole = np.asarray(brownian(jax.random.key(5), np.arange(10), times, rows))
+    part = jax.jit(lambda i: brownian.__wrapped__(5, i, times, rows))(np.array([7, 2]))
     np.testing.assert_array_equal(part, whole[[7, 2]])
     assert np.unique(whole).size == whole.size
-    assert np.abs(brownian(sampling.brownian_keys(6, jnp.arange(10)), times, 5) - whole).max() > 1
+    other = brownian(jax.random.key(6), np.arange(10), times, rows)
+    assert np.abs(other - whole).max() > 1
 
 
 def test_no_diffusion_is_the_ode():
     """With norm 0 nothing is random: the SDE sampler takes the ODE's Euler and Heun steps."""
     path = flow.get_path("linear")
-    noise = jnp.linspace(-2.0, 2.0, 5)[:, None]
-    keys = sampling.brownian_keys(0, jnp.arange(5))
+    noise = np.linspace(-2.0, 2.0, 5, dtype=np.float32)[:, None]
     velocity_fn = lambda x, t: exact(path, x, t)["velocity"]
-    for solver, ode in (("euler_maruyama", "euler"), ("stochastic_heun", "heun")):
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def both(noise, solver, ode):
         sample = sampling.make_sampler(
             exact_model(path, "velocity"),
             path,
@@ -245,9 +268,13 @@ def test_no_diffusion_is_the_ode():
             time_shift=2.0,
             diffusion=sde.Diffusion(norm=0.0, last_step="mean", last_step_size=0.1),
         )
-        found = jax.jit(sample)(None, noise, jnp.zeros(5, jnp.int32), keys=keys)
+        keys = sampling.brownian_keys(0, jnp.arange(5))
         x = solvers.integrate(velocity_fn, noise, solvers.time_grid(23, 0.0, 0.9, 2.0), ode)
         x = x + 0.1 * velocity_fn(x, jnp.float32(0.9))
+        return sample(None, noise, jnp.zeros(5, jnp.int32), keys=keys), x
+
+    for solver, ode in ((EULER, "euler"), (HEUN, "heun")):
+        found, x = both(noise, solver, ode)
         np.testing.assert_allclose(found, x, rtol=1e-5)
 
 
@@ -260,6 +287,6 @@ def test_errors():
         sde.Diffusion(last_step_size=0.0)
     with pytest.raises(ValueError, match="norm is -1; expected 0 or more"):
         sde.Diffusion(norm=-1)
-    x, keys = jnp.zeros((2, 2)), jax.random.split(jax.random.key(0))
+    x, keys = jnp.zeros((2, 2)), sampling.brownian_keys(0, np.arange(2))
     with pytest.raises(ValueError, match="'heun'; expected one of euler_maruyama, stochastic_heun"):
         sde.integrate(lambda x, t: x, lambda t: t, x, keys, solvers.time_grid(2), "heun")
