@@ -11,7 +11,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly. The older
 # emitters of the CPU start no MLIR pipeline for each kernel.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import fsspec

@@ -1,5 +1,9 @@
 import os
+import pathlib
 import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -75,3 +79,29 @@ def test_of_several_processes_the_signal_after_the_agreed_step_ends_at_once(monk
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+def test_processes_told_to_stop_in_their_last_moment_end_at_once():
+    """Where they do not settle, each waits for the other, for minutes, and dies of it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.run_leaving_process", address, str(rank)],
+            cwd=pathlib.Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=60)
+            assert "left after" in said, said
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
