@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import pathlib
 import random
@@ -445,10 +446,16 @@ from repulsor_jax.data import files
 from tests.test_encode import config
 
 prompt, decompress = encode.encode_images, files._read_chunk
+first_is_done = pathlib.Path(workdir) / "first_is_done"
 
 def late(*args, **options):
     prompt(*args, **options)
-    time.sleep(int(delay) * rank)
+    if rank == 0:
+        first_is_done.touch()
+        return
+    while not first_is_done.exists():
+        time.sleep(0.1)
+    time.sleep(int(delay))
 
 def told(*args):
     print("decompresses", flush=True)
@@ -465,22 +472,14 @@ except BaseException:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "delay"), [("folder", 40), ("archive", 0)])
-def test_two_processes(tmp_path, pictures, kind, delay):
-    """They may finish far apart, where JAX grants half a minute; and decompress an archive once."""
-    source = pictures
-    if kind == "archive":
-        source = tmp_path / "pictures.tar.gz"
-        with tarfile.open(source, "w:gz") as tar:
-            tar.add(pictures, "pictures")
+def start_two(workdir, kind, source, delay):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    arguments = [address, tmp_path / "two", kind, source, str(delay)]
-    pair = [
+    workdir.mkdir()
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(rank), *arguments],
+            [sys.executable, "-c", _PROCESS, str(rank), address, workdir, kind, source, str(delay)],
             cwd=ROOT,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
             stdout=subprocess.PIPE,
@@ -489,13 +488,24 @@ def test_two_processes(tmp_path, pictures, kind, delay):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
-    assert ["decompresses" in output for output in outputs] == [kind == "archive", False]
-    chosen = config(source, **{"data.source": kind, "data.test_split": ""})
-    encode_lib.encode(chosen, tmp_path / "one")
-    found = folder_digest(tmp_path / "two" / "data" / "train")
-    assert found == folder_digest(tmp_path / "one" / "data" / "train")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, pictures):
+    """They may finish far apart, where JAX grants half a minute; and decompress an archive once."""
+    archive = tmp_path / "pictures.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(pictures, "pictures")
+    sources = {"folder": (pictures, 32), "archive": (archive, 0)}
+    pairs = {kind: start_two(tmp_path / kind, kind, *given) for kind, given in sources.items()}
+    for kind, pair in pairs.items():
+        outputs = [process.communicate(timeout=200)[0] for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
+        assert ["decompresses" in output for output in outputs] == [kind == "archive", False]
+        chosen = config(sources[kind][0], **{"data.source": kind, "data.test_split": ""})
+        encode_lib.encode(chosen, tmp_path / "one" / kind)
+        found = folder_digest(tmp_path / kind / "data" / "train")
+        assert found == folder_digest(tmp_path / "one" / kind / "data" / "train")
 
 
 def folder_digest(folder):
@@ -503,40 +513,33 @@ def folder_digest(folder):
     return [(name, hashlib.sha256(data).hexdigest()) for name, data in content]
 
 
+_ENCODE = """
+import json, pathlib, sys
+from repulsor_jax import encode
+from tests.test_encode import config
+
+encode.encode(config(sys.argv[2], **json.loads(sys.argv[3])), pathlib.Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, pictures):
     """`benchmarks/kill_encode.py` is the long drill, on real pictures and 20 kills."""
 
-    def command(workdir):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "repulsor_jax.main",
-                "--config=configs/digits.py",
-                f"--workdir={workdir}",
-                "--mode=encode",
-                "--config.data.source=folder",
-                f"--config.data.source_path={pictures}",
-                "--config.data.image_size=8",
-                "--config.data.images_per_shard=2",
-                "--config.data.flips=True",
-                "--config.data.encode_workers=1",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    whole = command(tmp_path / "whole")
-    assert whole.wait(timeout=120) == 0, whole.communicate()[0]
+    options = {"data.images_per_shard": 2, "data.flips": True, "data.encode_workers": 1}
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", _ENCODE, str(folder), str(pictures), json.dumps(options)]
     draw = random.Random(0)
     kills = 0
-    for _ in range(5):
-        process = command(tmp_path / "killed")
-        incomplete = tmp_path / "killed" / "data" / ".train.incomplete"
+    for _ in range(4):
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        incomplete = folder / "data" / ".train.incomplete"
         count = len(list(incomplete.glob("*")))
         while process.poll() is None and len(list(incomplete.glob("*"))) == count:
             time.sleep(0.01)
@@ -545,10 +548,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, pictures
         process.kill()
         process.wait()
     assert kills
-    last = command(tmp_path / "killed")
-    assert last.wait(timeout=120) == 0, last.communicate()[0]
+    for workdir in (folder, tmp_path / "whole"):
+        encode_lib.encode(config(pictures, **options), workdir)
     for split in ("train", "test"):
-        found = folder_digest(tmp_path / "killed" / "data" / split)
+        found = folder_digest(folder / "data" / split)
         assert found == folder_digest(tmp_path / "whole" / "data" / split)
 
 

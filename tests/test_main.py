@@ -16,7 +16,7 @@ TINY = [
     "--config.total_steps=6",
     "--config.batch_size=16",
     "--config.model.hidden_size=16",
-    "--config.model.depth=2",
+    "--config.model.depth=1",
     "--config.regularizer.bank_rows=64",
     "--config.log.every_steps=2",
     "--config.sampling.num_steps=2",
@@ -43,33 +43,32 @@ def program(*arguments, start=("repulsor_jax.main",)):
 @pytest.mark.slow
 def test_encode_train_resume_and_sample(tmp_path):
     workdir = f"--workdir={tmp_path}"
-    encoded = program(workdir, "--mode=encode")
-    assert encoded.returncode == 0, encoded.stderr
-    trained = program(workdir, *TINY)
-    assert trained.returncode == 0, trained.stderr
-    assert "step 6/6" in trained.stdout
-    assert "frechet_pixels" in trained.stdout
+    # Sampling needs neither the head nor the bank of the run.
+    modes = ["encode", "train", "train", "sample"]
+    changes = [{}, {}, {"total_steps": 8}, {"regularizer.name": "none"}]
+    jobs = [
+        {"mode": mode, "workdir": str(tmp_path), "config": config}
+        for mode, config in zip(modes, changes, strict=True)
+    ]
+    done = program(workdir, *TINY, start=["tests.run_jobs", json.dumps(jobs)])
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stdout
+    assert "frechet_pixels" in done.stdout
     for name in ("loss_curve.png", "metrics.jsonl", "samples/train_00000006.png"):
         assert (tmp_path / name).is_file()
 
-    assert SECRET not in trained.stdout + trained.stderr
+    assert SECRET not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
-    longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
-    resumed = program(workdir, *longer)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "step 6 of 8" in resumed.stdout
-
-    # Sampling needs neither the head nor the bank of the run.
-    sampled = program(workdir, *longer, "--mode=sample", "--config.regularizer.name=none")
-    assert sampled.returncode == 0, sampled.stderr
+    assert "step 6 of 8" in done.stdout
     (path,) = (tmp_path / "samples").glob("step_8-*.npz")
     archive = np.load(path)
     assert archive["arr_0"].shape == (30, 8, 8, 1)
     assert archive["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(archive["arr_1"], np.arange(30) % 10)
 
+    longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
     wrong = program(workdir, *longer, "--mode=sample", "--config.model.hidden_size=32")
     assert wrong.returncode == 1
     assert "does not fit this configuration" in wrong.stderr
@@ -120,40 +119,56 @@ def kill_at_work(tmp_path, pattern, *arguments):
     job.wait()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("--config.model.depht=3", "error: config.model.depht: unknown key 'depht'"),
-        ("--config.optimizer.learning_rate=fast", "optimizer.learning_rate"),
-        ("--config.model.patch_size=3", "error: config.model.patch_size=3 must divide"),
-        ("--config.regularizer.name=attract", "error: config.regularizer.name='attract'"),
-        (
-            "--config.data.source_path=https://me:hunter2@host/x",
-            "error: config.data.source_path: f",
-        ),
-    ],
-)
-def test_bad_flags_fail_at_once_naming_the_key(tmp_path, argument, expected):
-    result = program(f"--workdir={tmp_path}", argument)
-    assert result.returncode != 0
-    assert expected in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "hunter2" not in result.stdout + result.stderr
-    assert not (tmp_path / "data").exists()
+BAD_FLAGS = {
+    "--config.model.depht=3": "error: config.model.depht: unknown key 'depht'",
+    "--config.optimizer.learning_rate=fast": "optimizer.learning_rate",
+    "--config.model.patch_size=3": "error: config.model.patch_size=3 must divide",
+    "--config.regularizer.name=attract": "error: config.regularizer.name='attract'",
+    "--config.data.source_path=https://me:hunter2@host/x": "error: config.data.source_path: f",
+}
+BAD_PLANS = {
+    "--topology=v5e-256": "error: --topology='v5e-256': expected 'local', or a kind of TPU",
+    "--price_per_chip_hour=-1": "error: --price_per_chip_hour=-1 must be at least 0",
+    "--compare=mesh.fsdq=2": "error: --compare='mesh.fsdq=2': config.mesh.fsdq: unknown key",
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ("--topology=v5e-256", "error: --topology='v5e-256': expected 'local', or a kind of TPU"),
-        ("--price_per_chip_hour=-1", "error: --price_per_chip_hour=-1 must be at least 0"),
-        ("--compare=mesh.fsdq=2", "error: --compare='mesh.fsdq=2': config.mesh.fsdq: unknown key"),
-    ],
-)
-def test_a_plan_that_cannot_be_made_is_one_line(tmp_path, argument, expected):
-    result = program(f"--workdir={tmp_path}", "--mode=plan", argument)
-    assert result.returncode == 1
-    assert result.stderr.startswith(expected), result.stderr
-    assert "Traceback" not in result.stderr
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory):
+    """What the program does with each bad argument: a folder with its work and what it said."""
+    folder = tmp_path_factory.mktemp("complaints")
+    lists = [
+        ["--config=configs/digits.py", f"--workdir={folder / str(number)}", *mode, argument]
+        for number, (mode, argument) in enumerate(
+            [([], argument) for argument in BAD_FLAGS]
+            + [(["--mode=plan"], argument) for argument in BAD_PLANS]
+        )
+    ]
+    command = [sys.executable, "-m", "tests.run_forks", folder, json.dumps(lists)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, cwd=ROOT, env=env, timeout=300, check=True)
+    return folder
+
+
+def said(complaints, argument):
+    number = [*BAD_FLAGS, *BAD_PLANS].index(argument)
+    parts = ("status", "stdout", "stderr")
+    return number, *((complaints / f"{number}.{part}").read_text() for part in parts)
+
+
+@pytest.mark.parametrize("argument", BAD_FLAGS)
+def test_bad_flags_fail_at_once_naming_the_key(complaints, argument):
+    number, status, stdout, stderr = said(complaints, argument)
+    assert int(status) > 0
+    assert BAD_FLAGS[argument] in stderr
+    assert "Traceback" not in stderr
+    assert "hunter2" not in stdout + stderr
+    assert not (complaints / str(number) / "data").exists()
+
+
+@pytest.mark.parametrize("argument", BAD_PLANS)
+def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
+    _, status, _, stderr = said(complaints, argument)
+    assert status == "1"
+    assert stderr.startswith(BAD_PLANS[argument]), stderr
+    assert "Traceback" not in stderr

@@ -65,5 +65,6 @@ def kernel_distance(
 
 
 def _kernel_sum(x: np.ndarray, y: np.ndarray, *, diagonal: bool = True) -> float:
-    kernel = (x @ y.T / x.shape[1] + 1.0) ** 3
+    base = x @ y.T / x.shape[1] + 1.0
+    kernel = base * base * base  # NumPy's power takes six times as long
     return float(kernel.sum() if diagonal else kernel.sum() - np.trace(kernel))
