@@ -16,6 +16,10 @@ os.environ.setdefault(
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false",
 )
 
+# Nor does freed memory go back to the system at once, in the workers and programs started here.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+
 import fsspec
 import jax
 import pytest

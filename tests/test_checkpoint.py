@@ -114,7 +114,7 @@ def test_inference_restores_ema_alone_and_needs_no_regulariser(saved):
     ("overrides", "expected"),
     [
         ({"model.hidden_size": 64}, "has shape.*expected"),
-        ({"model.depth": 3}, "block_2.*is missing"),
+        ({"model.depth": 2}, "block_1.*is missing"),
         ({"regularizer.name": "none"}, "also holds"),
         ({"regularizer.projection_dim": 4}, "has shape"),
     ],

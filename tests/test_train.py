@@ -32,24 +32,25 @@ from repulsor_jax.storage import CheckpointError, Storage
 from repulsor_jax.train import train
 from tests import tiny
 
+WRITE_LOSS_CURVE = train_lib._write_loss_curve
 MESH = {"mesh.data": 4, "mesh.fsdp": 2}
 
 
 def run(workdir, data_dir, *, whole_mesh=False, **overrides):
-    """Trains as the program does; two devices do where the mesh is not the subject."""
+    """Trains as the program does; one device does where the mesh is not the subject."""
     values = tiny.digits_dict(data_dir, **MESH, **overrides)
     workdir.mkdir(exist_ok=True)
     experiment, dataset = experiment_lib.prepare(
         config_lib.parse(values), workdir, draws_pictures=True
     )
     if not whole_mesh:
-        experiment = dataclasses.replace(experiment, mesh=tiny.mesh(2))
+        experiment = dataclasses.replace(experiment, mesh=tiny.mesh())
     return train(experiment, dataset, monitor.make_monitor(experiment), values.to_dict())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs of equal configurations share their compiled step and their first state."""
+    """Runs of equal configurations share their compiled step and first state; none draws curves."""
     sections = ("model", "flow", "regularizer", "optimizer")
     names = ("seed", "total_steps", "batch_size", *sections)
 
@@ -77,6 +78,7 @@ def compiled_once():
         patch.setattr(train_lib, "make_train_step", make)
         patch.setattr(train_lib, "compile_train_step", compiled)
         patch.setattr(train_lib, "create_train_state", create)
+        patch.setattr(train_lib, "_write_loss_curve", lambda workdir: None)
         yield
 
 
@@ -252,6 +254,7 @@ def test_a_non_finite_loss_stops_with_the_last_good_state(tmp_path, data_dir, mo
 
 def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypatch):
     drawn_from = []
+    monkeypatch.setattr(train_lib, "_write_loss_curve", WRITE_LOSS_CURVE)
 
     def make_generator(*arguments, **options):
         generator = generation.make_generator(*arguments, **options)

@@ -2,10 +2,13 @@
 
 import re
 
+import jax
 import pytest
 
+from repulsor_jax import regularizers
 from repulsor_jax import verify as verify_lib
 from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
 from repulsor_jax.verify import verify
 from tests import tiny
 from tests.test_checkpoint import flip, spoil
@@ -18,7 +21,9 @@ def test_every_checkpoint_is_read_and_what_is_damaged_named(tmp_path, capsys, mo
     monkeypatch.setattr(verify_lib, "_GROUP_BYTES", 20_000)  # in many parts
     assert verify(tmp_path / "checkpoints")
     said = capsys.readouterr().out
-    assert re.search(r"^ +3  whole    143 arrays, 0\.\d MB.*\n +5  whole ", said, re.M)
+    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    count = len(jax.tree.leaves(abstract_train_state(*parts, tiny.mesh())[0]))
+    assert re.search(rf"^ +3  whole    {count} arrays, 0\.\d MB.*\n +5  whole ", said, re.M)
 
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     spoil(tmp_path / "checkpoints" / "3")

@@ -39,7 +39,7 @@ def config_dict(**overrides: Any):
         "model.latent_size": 4,
         "model.in_channels": 2,
         "model.hidden_size": 32,
-        "model.depth": 2,
+        "model.depth": 1,
         "model.num_heads": 2,
         "model.num_classes": 3,
         "model.scan_blocks": False,
