@@ -16,10 +16,6 @@ os.environ.setdefault(
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false",
 )
 
-# Nor does freed memory go back to the system at once, in the workers and programs started here.
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-
 import fsspec
 import jax
 import pytest
@@ -29,7 +25,7 @@ from tests import fake_bucket
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Traced programs are many objects that stay: looking through all of them for garbage is slow.
-gc.set_threshold(100_000, 20, 50)
+gc.set_threshold(500_000, 50, 100)
 
 # Many tests compile the same tiny program: all workers of one run, children of one process, share
 # a cache of them, and so do the programs that they start. What a kill cuts short there does not

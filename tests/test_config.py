@@ -19,7 +19,7 @@ CONFIGS = pathlib.Path(default.__file__).parent
         ("model.hidden_size", 30, "config.model.num_heads=2|multiple of 4"),
         ("model.remat", "some", "config.model.remat='some' must be one of 'none', 'dots', 'full'"),
         ("model.label_dropout", 1.5, "config.model.label_dropout=1.5 must be at most 1"),
-        ("regularizer.block", 2, "config.regularizer.block=2 is past the last block, 1"),
+        ("regularizer.block", 1, "config.regularizer.block=1 is past the last block, 0"),
         ("regularizer.bank_rows", 40, r"config.regularizer.bank_rows=40 .* 32 and 48"),
         ("regularizer.temperature", 0.0, "config.regularizer.temperature=0.0 must be greater"),
         ("regularizer.weight", -1.0, "config.regularizer.weight=-1.0 must be at least 0"),
@@ -75,7 +75,7 @@ def test_registries_are_checked_by_name():
 
 def test_tap_defaults_to_a_quarter_of_the_depth():
     assert config_lib.tap_block(tiny.config(model__depth=12)) == 3
-    assert config_lib.tap_block(tiny.config(regularizer__block=1)) == 1
+    assert config_lib.tap_block(tiny.config(model__depth=12, regularizer__block=1)) == 1
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])

@@ -63,7 +63,7 @@ def test_what_may_change_is_noted():
 
 @pytest.mark.parametrize("force", [False, True])
 def test_another_model_is_refused_naming_all_that_differs(force):
-    message = r"model.depth: 2 -> 3; config.model.num_heads: 2 -> 4.*--workdir"
+    message = r"model.depth: 1 -> 3; config.model.num_heads: 2 -> 4.*--workdir"
     with pytest.raises(ConfigError, match=message):
         check(force=force, **{"model.depth": 3, "model.num_heads": 4})
 
