@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly. The older
-# emitters of the CPU start no MLIR pipeline for each kernel.
+# emitters of the CPU start no MLIR pipeline for each kernel. (XLA ends at once where it does not
+# know a flag: if a newer one drops one of these, take it out. XLA_FLAGS= in front sets none.)
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -496,10 +497,15 @@ def test_two_processes(tmp_path, pictures):
     archive = tmp_path / "pictures.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(pictures, "pictures")
-    sources = {"folder": (pictures, 32), "archive": (archive, 0)}
+    sources = {"folder": (pictures, 36), "archive": (archive, 0)}
     pairs = {kind: start_two(tmp_path / kind, kind, *given) for kind, given in sources.items()}
+    try:
+        said = {kind: [p.communicate(timeout=200)[0] for p in pair] for kind, pair in pairs.items()}
+    finally:
+        for process in itertools.chain(*pairs.values()):
+            process.kill()
     for kind, pair in pairs.items():
-        outputs = [process.communicate(timeout=200)[0] for process in pair]
+        outputs = said[kind]
         assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
         assert ["decompresses" in output for output in outputs] == [kind == "archive", False]
         chosen = config(sources[kind][0], **{"data.source": kind, "data.test_split": ""})

@@ -22,7 +22,9 @@ def test_published_counts(variant, gmacs):
 
 
 def test_agrees_with_what_xla_counts_of_an_unrolled_model():
-    config = tiny.config(model__hidden_size=64, model__latent_size=16, model__learn_sigma=True)
+    config = tiny.config(
+        model__depth=2, model__hidden_size=64, model__latent_size=16, model__learn_sigma=True
+    )
     model = build_model(dataclasses.replace(config.model, scan_blocks=False))
     params = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
 

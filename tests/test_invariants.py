@@ -12,7 +12,7 @@ from repulsor_jax.train_state import abstract_train_state, build_model, build_op
 from repulsor_jax.train_step import draw_inputs
 from tests import tiny
 
-# Each way of dividing alone, and all at once.
+# Data alone, fsdp alone, and all three at once.
 MESHES = [(8, 1, 1), (1, 4, 1), (2, 2, 2)]
 
 

@@ -1,4 +1,4 @@
-"""The program as a user types it, in processes of their own."""
+"""The program in processes of its own, as a user starts it; some run several jobs in one."""
 
 import json
 import os

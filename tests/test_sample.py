@@ -195,7 +195,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
 def test_autoguidance_leads_away_from_the_weak_run(run, workdir, tmp_path_factory):
     """One Euler step by hand, with a weak model of another depth."""
     weak_run = tmp_path_factory.mktemp("weak")
-    weak_values = values(model__depth=1)
+    weak_values = values(model__depth=2)
     weak_config = config_lib.parse(weak_values)
     weak_params = tiny.random_params(weak_config, seed=7)
     tiny.save_run(weak_run, weak_values, {2: weak_params})

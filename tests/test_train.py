@@ -110,10 +110,11 @@ def test_resume_is_invisible(tmp_path, data_dir, uninterrupted, stop):
 
 
 def test_resume_is_invisible_on_the_whole_mesh(tmp_path, data_dir):
-    run(tmp_path / "reference", data_dir, whole_mesh=True)
+    expected = run(tmp_path / "reference", data_dir, whole_mesh=True)
+    reference = (tmp_path / "reference", jax.device_get(tiny.raw(expected)))
     run(tmp_path / "run", data_dir, whole_mesh=True, total_steps=7)
-    run(tmp_path / "run", data_dir, whole_mesh=True)
-    assert losses(tmp_path / "run") == losses(tmp_path / "reference")
+    state = run(tmp_path / "run", data_dir, whole_mesh=True)
+    assert_same_run(tmp_path / "run", state, reference)
 
 
 def test_a_run_cut_between_checkpoints_repeats_the_lost_steps(tmp_path, data_dir, uninterrupted):
@@ -523,6 +524,14 @@ def test_a_run_goes_back_to_before_its_state_was_spoiled(
     assert_same_run(tmp_path, state, without(missing))
     event = read_events(tmp_path)[-1]
     assert (event["event"], "number" in event["arrays"]) == ("not finite", True)
+
+
+def test_a_spoiled_state_on_the_whole_mesh(tmp_path, data_dir, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    options = {"whole_mesh": True, "divergence__policy": "rollback"}
+    state = run_with_fault(monkeypatch, bad_state(BANK), (7,), one, data_dir, **options)
+    expected = run_on(monkeypatch, _Without, (6, 7, 8, 9), other, data_dir, **options)
+    assert_same_run(one, state, (other, jax.device_get(tiny.raw(expected))))
 
 
 @pytest.mark.parametrize(("part", "at"), [(BANK, 5), (BANK, 7), (EMA, 6)])

@@ -28,10 +28,12 @@ def test_one_step_is_what_its_parts_say():
     """
     c = config(
         seed=3,
+        model__depth=3,
         model__label_dropout=0.5,
         flow__time_distribution="logit_normal",
         flow__logit_normal_location=0.5,
         flow__logit_normal_scale=0.7,
+        regularizer__block=1,
         regularizer__weight=0.3,
         regularizer__warmup_steps=4,
         regularizer__temperature=0.2,
@@ -71,7 +73,7 @@ def test_one_step_is_what_its_parts_say():
     def loss_fn(params):
         ts = t[:, None, None, None]
         out, tokens = parts[1].apply(
-            {"params": params["model"]}, ts * data + (1 - ts) * noise, t, labels, tap=0
+            {"params": params["model"]}, ts * data + (1 - ts) * noise, t, labels, tap=1
         )
         flow_loss = jnp.mean((out - (data - noise)) ** 2)
         head = params["regularizer"]
