@@ -1,6 +1,7 @@
 """Every test runs on 8 virtual CPU devices, set before JAX initialises its backend."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -9,12 +10,14 @@ from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run for microseconds and compile for seconds: compile them quickly. The older
-# emitters of the CPU start no MLIR pipeline for each kernel. (XLA ends at once where it does not
-# know a flag: if a newer one drops one of these, take it out. XLA_FLAGS= in front sets none.)
+# emitters of the CPU, which newer versions no longer have, start no MLIR pipeline for each kernel.
+# (XLA ends at once where it does not know a flag.)
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_multi_thread_eigen=false"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
 import fsspec
