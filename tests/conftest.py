@@ -16,8 +16,11 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_multi_thread_eigen=false"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * importlib.metadata.version("jaxlib").startswith("0.10."),
+    + (
+        " --xla_cpu_use_fusion_emitters=false"
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else ""
+    ),
 )
 
 import fsspec

@@ -15,12 +15,10 @@ from repulsor_jax.train_state import build_model, init_model_params
 from repulsor_jax.train_step import LatentFormat
 from tests import tiny
 
-ONE_BLOCK = {"model__depth": 1}
-
 
 @pytest.fixture(scope="module")
 def params():
-    return tiny.random_params(tiny.config(**ONE_BLOCK))
+    return tiny.random_params(tiny.config())
 
 
 def test_a_sample_is_its_noise_carried_along_the_guided_velocity(params):
@@ -30,12 +28,11 @@ def test_a_sample_is_its_noise_carried_along_the_guided_velocity(params):
         params,
         8,
         latent_format=latent_format,
-        **ONE_BLOCK,
         sampling__cfg_scale=2.5,
         sampling__solver="euler",
         sampling__seed=4,
     )
-    model = build_model(tiny.config(**ONE_BLOCK).model)
+    model = build_model(tiny.config().model)
     velocity = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
     draw = jax.jit(
         lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(4), i), tiny.SHAPE)
@@ -90,7 +87,7 @@ def generate(params, count, mesh=None, latent_format=tiny.FORMAT, **overrides):
     ids=str,
 )
 def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
-    options = {f"sampling__{key}": value for key, value in options.items()} | ONE_BLOCK
+    options = {f"sampling__{key}": value for key, value in options.items()}
     images, labels = generate(params, 20, **options)
     assert images.shape == (20, *tiny.SHAPE)
     assert len({image.tobytes() for image in images}) == 20
@@ -106,7 +103,7 @@ def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
 
 
 def test_parameters_in_shards_give_the_same_samples():
-    wide = {"model__hidden_size": 64} | ONE_BLOCK
+    wide = {"model__hidden_size": 64}
     params = tiny.random_params(tiny.config(**wide))
     assert any(leaf.size >= sharding.MIN_SHARDED_SIZE for leaf in jax.tree.leaves(params))
     images, _ = generate(params, 8, **wide)

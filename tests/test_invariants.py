@@ -16,24 +16,19 @@ from tests import tiny
 MESHES = [(8, 1, 1), (1, 4, 1), (2, 2, 2)]
 
 
-def config(**overrides):
-    """Blocks that are alike say the same: one of them will do."""
-    return tiny.config(model__depth=1, **overrides)
-
-
 # 1. The mesh changes speed, never results.
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    state, history = tiny.build(config(), tiny.mesh()).run(tiny.batches(5))
+    state, history = tiny.build(tiny.config(), tiny.mesh()).run(tiny.batches(5))
     return jax.device_get(state), history
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_any_mesh_gives_the_same_losses_and_bank(on_one_device, shape):
     expected_state, expected = on_one_device
-    state, history = tiny.build(config(), tiny.mesh(*shape)).run(tiny.batches(5))
+    state, history = tiny.build(tiny.config(), tiny.mesh(*shape)).run(tiny.batches(5))
     for name in expected[0]:
         found = [m[name] for m in history]
         np.testing.assert_allclose(found, [m[name] for m in expected], rtol=2e-4, err_msg=name)
@@ -52,7 +47,7 @@ ROWS = (4096, 262_144, 1_048_576, 4_194_304)
 
 
 def step_text(rows, **overrides):
-    c = config(
+    c = tiny.config(
         batch_size=64, regularizer__bank_rows=rows, regularizer__projection_dim=16, **overrides
     )
     return tiny.compile_only(c, tiny.mesh(data=4, fsdp=2)).as_text()
@@ -133,7 +128,7 @@ def test_the_loss_and_the_enqueue_alone_send_no_more_than_the_queries():
 
 
 def test_the_bank_holds_the_last_batches_row_by_row():
-    c = config()
+    c = tiny.config()
     step = tiny.build(c, tiny.mesh(data=4, fsdp=2))
     state, expected = step.state, []
 
@@ -177,7 +172,7 @@ def test_the_bank_holds_the_last_batches_row_by_row():
 
 def test_weight_zero_compiles_to_the_program_without_a_regulariser():
     def program(**overrides):
-        compiled = tiny.compile_only(config(**overrides), tiny.mesh(data=2))
+        compiled = tiny.compile_only(tiny.config(**overrides), tiny.mesh(data=2))
         text = re.sub(r"metadata={[^}]*}", "", compiled.as_text())
         # Only names of the tables of source lines differ; the instructions must not.
         return compiled, [line for line in text.splitlines() if " = " in line]
@@ -188,7 +183,7 @@ def test_weight_zero_compiles_to_the_program_without_a_regulariser():
     assert zero_lines == none_lines
     assert zero.cost_analysis()["flops"] == none.cost_analysis()["flops"]
     assert on.cost_analysis()["flops"] > none.cost_analysis()["flops"]
-    c = config(regularizer__weight=0.0)
+    c = tiny.config(regularizer__weight=0.0)
     parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
     state, _ = abstract_train_state(*parts, tiny.mesh())
     assert state.bank is None

@@ -31,21 +31,12 @@ needs_libtpu = pytest.mark.skipif(
 
 
 open_topology = functools.cache(topology_lib.open_topology)  # a second or two each
-ONE_BLOCK = {"model__depth": 1}  # those that are alike say the same
-
-
-def config_dict(**overrides):
-    return tiny.config_dict(**ONE_BLOCK | overrides)
-
-
-def config(**overrides):
-    return tiny.config(**ONE_BLOCK | overrides)
 
 
 def plan(tmp_path, capsys, values=None, **options):
     """Plans, and returns what was written and what was printed."""
     options = Options(**{"topology": "local"} | options)
-    page = plan_lib.plan(values or config_dict(), tmp_path, options)
+    page = plan_lib.plan(values or tiny.config_dict(), tmp_path, options)
     return json.loads(page.with_suffix(".json").read_text()), capsys.readouterr().out, page
 
 
@@ -75,7 +66,7 @@ def num_params(c):
 
 
 def test_memory_by_kind_is_what_the_shards_hold():
-    c = config()
+    c = tiny.config()
     topology = open_topology("local")
     c = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, data=8))
     memory = memory_by_kind("train", topology, c)
@@ -89,7 +80,7 @@ def test_memory_by_kind_is_what_the_shards_hold():
 
 
 def test_the_sum_is_what_xla_says():
-    c = config(mesh__data=2, mesh__fsdp=4)
+    c = tiny.config(mesh__data=2, mesh__fsdp=4)
     topology = open_topology("local")
     found = program("train", topology, c)
     compiled = tiny.compile_only(c, sharding.create_mesh(2, 4))
@@ -119,7 +110,7 @@ def test_a_sampler_gathers_the_parameters_once():
     topology = open_topology("local")
 
     def sampler(**overrides):
-        return program("sample", topology, config(model__hidden_size=64, **overrides))
+        return program("sample", topology, tiny.config(model__hidden_size=64, **overrides))
 
     whole, shards = sampler(), sampler(mesh__fsdp=8)
     in_shards = (whole.memory["EMA"] - shards.memory["EMA"]) * 8 / 7
@@ -135,7 +126,7 @@ def test_a_sampler_gathers_the_parameters_once():
 
 def test_a_travelling_bank_is_noticed():
     """Made up: what a gather over all or a part of 8 devices would yield, and what is no bank."""
-    c = config(batch_size=64, regularizer__bank_rows=64 * 16, model__hidden_size=384)
+    c = tiny.config(batch_size=64, regularizer__bank_rows=64 * 16, model__hidden_size=384)
 
     def carries(shape, dtype="f32", kind="all-gather"):
         cost = Cost(collectives=[(Collective(kind, (Array(dtype, shape),)), 1)])
@@ -155,7 +146,7 @@ def test_a_travelling_bank_is_noticed():
 
 
 def test_a_local_plan_is_written_and_says_what_is_not_known(tmp_path, capsys):
-    record, text, page = plan(tmp_path, capsys, config_dict(mesh__fsdp=2))
+    record, text, page = plan(tmp_path, capsys, tiny.config_dict(mesh__fsdp=2))
     [variant] = record["variants"]
     assert variant["topology"]["num_devices"] == 8
     assert variant["mesh"] == {"data": 4, "fsdp": 2}
@@ -205,14 +196,14 @@ def test_variants_stand_side_by_side(tmp_path, capsys):
 )
 def test_bad_options_are_one_line_before_anything_is_compiled(tmp_path, options, expected):
     with pytest.raises(ConfigError) as found:
-        plan_lib.plan(config_dict(), tmp_path, Options(**{"topology": "local"} | options))
+        plan_lib.plan(tiny.config_dict(), tmp_path, Options(**{"topology": "local"} | options))
     assert str(found.value).startswith(expected) or expected in str(found.value)
     assert "\n" not in str(found.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_named(tmp_path):
-    values = config_dict(batch_size=12, regularizer__bank_rows=48)
+    values = tiny.config_dict(batch_size=12, regularizer__bank_rows=48)
     with pytest.raises(ConfigError, match="config.batch_size=12 must be a multiple of"):
         plan_lib.plan(values, tmp_path, Options("local"))
 
@@ -236,7 +227,7 @@ def test_the_next_batch_to_try_lies_on_the_line():
 
 def test_the_largest_batch_of_a_linear_program():
     topology = dataclasses.replace(open_topology("local"), device_bytes=1000.0)
-    c = config()
+    c = tiny.config()
     tried = []
 
     def compile_train(c):
@@ -254,9 +245,9 @@ def test_the_largest_batch_of_a_linear_program():
 
 
 def test_another_batch_keeps_the_bank():
-    c = with_batch(config(), 64)
+    c = with_batch(tiny.config(), 64)
     assert (c.batch_size, c.regularizer.bank_rows) == (64, 64)
-    assert with_batch(config(), 24).regularizer.bank_rows == 48
+    assert with_batch(tiny.config(), 24).regularizer.bank_rows == 48
 
 
 # TPU slices.
@@ -288,7 +279,7 @@ def test_a_topology_that_libtpu_does_not_know_is_named(name):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_slice_is_planned_without_it(tmp_path, capsys):
-    values = config_dict(mesh__fsdp=2, model__depth=2, model__scan_blocks=True)
+    values = tiny.config_dict(mesh__fsdp=2, model__depth=2, model__scan_blocks=True)
     record, text, _ = plan(tmp_path, capsys, values, topology="v5e:2x2", price_per_chip_hour=2.0)
     [variant] = record["variants"]
     train = variant["programs"]["train"]
@@ -297,7 +288,9 @@ def test_a_slice_is_planned_without_it(tmp_path, capsys):
     assert not train["carries_the_bank"]
     # The program is another than on a CPU, the products are the same, rounds of the scan included.
     topology = open_topology("local")
-    here = program("train", topology, config(mesh__data=8, model__depth=2, model__scan_blocks=True))
+    here = program(
+        "train", topology, tiny.config(mesh__data=8, model__depth=2, model__scan_blocks=True)
+    )
     np.testing.assert_allclose(train["flops"], 8 * here.cost.matmul_flops, rtol=0.1)
     run, time = variant["run"], train["estimate"]
     assert run["hours"] == pytest.approx(10 * time["seconds"] / 3600)
@@ -308,7 +301,7 @@ def test_a_slice_is_planned_without_it(tmp_path, capsys):
 
 @needs_libtpu
 def test_what_does_not_fit_is_an_answer(tmp_path, capsys):
-    values = config_dict(
+    values = tiny.config_dict(
         regularizer__projection_dim=4096, regularizer__bank_rows=2**22, data__autoencoder="none"
     )
     record, text, _ = plan(tmp_path, capsys, values, topology="v5e:2x2")
@@ -327,7 +320,7 @@ def test_every_size_of_bank_stays_where_it_is():
     topology = open_topology("v5e:2x2")
     sizes = []
     for rows in (2**14, 2**20):
-        c = config(batch_size=64, regularizer__bank_rows=rows)
+        c = tiny.config(batch_size=64, regularizer__bank_rows=rows)
         found = program("train", topology, c)
         sizes.append(found.cost.collective_bytes)
         assert max(each.largest for each, _ in found.cost.collectives) < rows * tiny.DIM / 4
@@ -346,7 +339,7 @@ def test_devices_are_those_here():
 @pytest.mark.slow
 def test_between_slices_go_the_gradients_once(tmp_path):
     topology = open_topology("v5e:2x2", 2)
-    c = config(mesh__data=2, mesh__fsdp=4, regularizer__name="none")
+    c = tiny.config(mesh__data=2, mesh__fsdp=4, regularizer__name="none")
     found = program("train", topology, c)
     rows = describe_collectives(found)
     between = [row for row in rows if row["over"] == "network"]
@@ -356,13 +349,15 @@ def test_between_slices_go_the_gradients_once(tmp_path):
     share = memory_by_kind("train", topology, c)["parameters"]
     assert 0.4 * share < sum(row["bytes"] for row in between) < 1.1 * share
     with pytest.raises(ConfigError, match=r"mesh.data=1.*2 slices"):
-        programs.abstract_experiment(config(mesh__data=1, mesh__fsdp=8), pathlib.Path(), topology)
+        programs.abstract_experiment(
+            tiny.config(mesh__data=1, mesh__fsdp=8), pathlib.Path(), topology
+        )
 
 
 @needs_libtpu
 def test_an_encoder_is_planned_for_one_of_several_hosts():
     topology = open_topology("v5e:4x4")
-    c = config(
+    c = tiny.config(
         data__autoencoder="taesd", model__in_channels=4, data__encode_batch_per_device=2,
         sampling__batch_size=16,
     )  # fmt: skip

@@ -16,17 +16,12 @@ from repulsor_jax.train_step import LatentFormat, make_train_step
 from tests import tiny
 
 
-def config(**overrides):
-    """Blocks that are alike say the same: one of them will do."""
-    return tiny.config(**{"model__depth": 1} | overrides)
-
-
 def test_one_step_is_what_its_parts_say():
     """Inputs, loss, gradient, AdamW, EMA and bank by hand, with nothing at its default.
 
     The third step of a run: two of the bank's three slots are written, lambda is warming up.
     """
-    c = config(
+    c = tiny.config(
         seed=3,
         model__depth=3,
         model__label_dropout=0.5,
@@ -111,7 +106,7 @@ def test_one_step_is_what_its_parts_say():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_the_state_is_donated():
-    step = tiny.build(config(), tiny.mesh(data=4, fsdp=2))
+    step = tiny.build(tiny.config(), tiny.mesh(data=4, fsdp=2))
     good, bad, other = tiny.batches(3)
     bad["latents"][3] = np.nan
     old = step.state
@@ -129,7 +124,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_state_is_donated():
 
 
 def test_ema_is_float32_under_bfloat16_compute_and_follows():
-    step = tiny.build(config(model__dtype="bfloat16"), tiny.mesh())
+    step = tiny.build(tiny.config(model__dtype="bfloat16"), tiny.mesh())
     state, history = step.run(tiny.batches(2))
     for leaf in jax.tree.leaves((state.params, state.ema_params)):
         assert leaf.dtype == jnp.float32
@@ -141,9 +136,9 @@ def test_accumulation_averages_the_gradients_of_strided_microbatches(regularizer
     """Without a regulariser it is the whole batch's step; with one, negatives differ."""
     batches = tiny.batches(3)
     kwargs = {"regularizer__name": regularizer}
-    whole, history = tiny.build(config(**kwargs), tiny.mesh()).run(batches)
+    whole, history = tiny.build(tiny.config(**kwargs), tiny.mesh()).run(batches)
     split, split_history = tiny.build(
-        config(optimizer__accumulation_steps=2, **kwargs), tiny.mesh(data=4)
+        tiny.config(optimizer__accumulation_steps=2, **kwargs), tiny.mesh(data=4)
     ).run(batches)
     assert int(split.step) == 3
     if regularizer == "none":
@@ -174,7 +169,7 @@ def test_learning_rate_warms_up_then_stays_or_falls_to_zero():
 
 def test_parameters_and_their_mirrors_are_sharded_alike():
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
-    c = config(model__hidden_size=64)
+    c = tiny.config(model__hidden_size=64)
     parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
     abstract, shardings = abstract_train_state(*parts, mesh)
     kernel = shardings.params["model"]["block_0"]["qkv"]["kernel"]
@@ -212,7 +207,7 @@ def test_parameters_and_their_mirrors_are_sharded_alike():
 )
 @pytest.mark.slow
 def test_the_other_choices_of_the_config_train_too(overrides):
-    _, history = tiny.build(config(**overrides), tiny.mesh(data=2)).run(tiny.batches(3))
+    _, history = tiny.build(tiny.config(**overrides), tiny.mesh(data=2)).run(tiny.batches(3))
     assert all(np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]) for m in history)
     assert len({m["loss"] for m in history}) == 3
 
