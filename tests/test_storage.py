@@ -276,6 +276,14 @@ def test_trouble_of_the_storage_is_no_damage(error, of_disk, of_bucket):
     assert storage_lib._may_pass(error, of_bucket=True) == of_bucket
 
 
+def test_a_refusal_that_gcsfs_reports_is_no_damage(bucket):
+    import gcsfs.retry  # once the fixture has bounded its waiting
+
+    error = gcsfs.retry.HttpError({"code": 401, "message": "login"})
+    assert not storage_lib._may_pass(error, of_bucket=False)
+    assert storage_lib._may_pass(error, of_bucket=True)
+
+
 def test_what_a_kill_left_is_cleared_or_brought_back(tmp_path):
     folder = tmp_path / "checkpoints"
     with opened(tmp_path) as checkpointer:
