@@ -100,8 +100,8 @@ def build(
     import jax
     import jax.numpy as jnp
 
-    from repulsor_jax import memory_bank, repulsion
-    from repulsor_jax.online_logsumexp import slots_at_once
+    from repulsor_jax.method import memory_bank, repulsion
+    from repulsor_jax.method.online_logsumexp import slots_at_once
     from repulsor_jax.planning.cost import program_cost
 
     num_slots = rows // args.batch_size

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from benchmarks import corrupt_checkpoint
 from configs import default
 from repulsor_jax import config as config_lib
-from repulsor_jax import integrity, regularizers, sharding
+from repulsor_jax import integrity, sharding
 from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.method import registry
 from repulsor_jax.train_state import (
     TrainState,
     abstract_train_state,
@@ -59,7 +60,7 @@ class Loop:
             }
         )
         config = config_lib.parse(c)
-        parts = (config, build_model(config.model), regularizers.build(config))
+        parts = (config, build_model(config.model), registry.build(config))
         everything = (*parts, build_optimizer(config))
         self.record = c.to_dict()
         mesh = sharding.create_mesh()

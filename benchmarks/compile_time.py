@@ -98,7 +98,8 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     from configs import imagenet256
     from repulsor_jax import config as config_lib
     from repulsor_jax import main as main_lib  # all that the program imports
-    from repulsor_jax import regularizers, sharding
+    from repulsor_jax import sharding
+    from repulsor_jax.method import registry
     from repulsor_jax.planning import programs
     from repulsor_jax.planning.topology import open_topology
     from repulsor_jax.train_state import build_optimizer, create_train_state
@@ -120,7 +121,7 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     step = built.compile()
     phase("trace and compile")
     if not args.topology:
-        parts = (config, experiment.model, regularizers.build(config), build_optimizer(config))
+        parts = (config, experiment.model, registry.build(config), build_optimizer(config))
         state = jax.block_until_ready(create_train_state(*parts, experiment.mesh))
         phase("state")
         latents, labels = built.kinds["batch"]

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from configs import default
 from repulsor_jax import config as config_lib
-from repulsor_jax import integrity, regularizers, sharding
+from repulsor_jax import integrity, sharding
 from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.method import registry
 from repulsor_jax.train_state import (
     TrainState,
     abstract_train_state,
@@ -167,7 +168,7 @@ def measure(megabytes: int) -> str:
 
 
 def _parts(config: config_lib.Config) -> tuple[Any, Any, Any, Any]:
-    return config, build_model(config.model), regularizers.build(config), build_optimizer(config)
+    return config, build_model(config.model), registry.build(config), build_optimizer(config)
 
 
 def _random(leaf: jax.Array, rng: np.random.Generator) -> jax.Array:

@@ -192,7 +192,8 @@ def compile_jax(
     import numpy as np
 
     from repulsor_jax import config as config_lib
-    from repulsor_jax import regularizers, sharding
+    from repulsor_jax import sharding
+    from repulsor_jax.method import registry
     from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
     from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
 
@@ -205,7 +206,7 @@ def compile_jax(
     config = config_lib.parse(c)
     mesh = sharding.create_mesh()
     model = build_model(config.model, mesh.devices.flat[0])
-    parts = (config, model, regularizers.build(config), build_optimizer(config))
+    parts = (config, model, registry.build(config), build_optimizer(config))
     abstract, _ = abstract_train_state(*parts, mesh)
     latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))
     compiled = compile_train_step(

@@ -11,12 +11,13 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import atomic, images, integrity, regularizers, resuming, sharding
+from repulsor_jax import atomic, images, integrity, resuming, sharding
 from repulsor_jax.checkpoint import open_for_training
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record
+from repulsor_jax.method import registry
 from repulsor_jax.metrics import (
     JSONL_NAME,
     MetricWriter,
@@ -77,7 +78,7 @@ def train(
     say = tqdm.write if is_main else lambda message: None
 
     # Model, regulariser, optimizer, data.
-    parts = (config, experiment.model, regularizers.build(config), build_optimizer(config))
+    parts = (config, experiment.model, registry.build(config), build_optimizer(config))
     abstract_state, _ = abstract_train_state(*parts, mesh)
     data = training_iterator(
         dataset,

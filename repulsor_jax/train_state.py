@@ -10,10 +10,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import memory_bank, sharding
-from repulsor_jax.memory_bank import MemoryBank
+from repulsor_jax import sharding
+from repulsor_jax.method import memory_bank
+from repulsor_jax.method.memory_bank import MemoryBank
+from repulsor_jax.method.registry import Regularizer
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.regularizers import Regularizer
 
 Array = jax.Array
 

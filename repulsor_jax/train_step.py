@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import flow, memory_bank, regularizers, sharding
+from repulsor_jax import flow, sharding
 from repulsor_jax.data.latent_dataset import normalize, sample_posterior
-from repulsor_jax.memory_bank import MemoryBank
+from repulsor_jax.method import memory_bank, registry
+from repulsor_jax.method.memory_bank import MemoryBank
+from repulsor_jax.method.registry import Regularizer
 from repulsor_jax.models.dit import DiT, drop_labels
-from repulsor_jax.regularizers import Regularizer
 from repulsor_jax.train_state import TrainState, learning_rate
 
 Array = jax.Array
@@ -95,7 +96,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         inputs = draw_inputs(rng, batch, config, latent_format)
-        weight = regularizers.weight(config.regularizer, state.step)
+        weight = registry.weight(config.regularizer, state.step)
         grad_fn = jax.grad(loss_fn, has_aux=True)
         grads, (metrics, z) = accumulate(
             lambda rows: grad_fn(state.params, rows, state.bank, weight),

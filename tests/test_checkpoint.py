@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import corrupt_checkpoint
-from repulsor_jax import memory_bank, regularizers
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.train_state import (
     abstract_train_state,
     build_model,
@@ -23,7 +23,7 @@ from tests import tiny
 
 
 def parts(c):
-    return c, build_model(c.model), regularizers.build(c), build_optimizer(c)
+    return c, build_model(c.model), registry.build(c), build_optimizer(c)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from repulsor_jax import dispersive
-from repulsor_jax.dispersive import VARIANTS
+from repulsor_jax.method import dispersive
+from repulsor_jax.method.dispersive import VARIANTS
 
 SHAPE = (5, 2, 3)  # of most tests here, which so share a program for each variant
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import hlo, memory_bank, regularizers, repulsion, sharding
+from repulsor_jax import hlo, sharding
+from repulsor_jax.method import memory_bank, registry, repulsion
 from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
 from repulsor_jax.train_step import draw_inputs
 from tests import tiny
@@ -184,7 +185,7 @@ def test_weight_zero_compiles_to_the_program_without_a_regulariser():
     assert zero.cost_analysis()["flops"] == none.cost_analysis()["flops"]
     assert on.cost_analysis()["flops"] > none.cost_analysis()["flops"]
     c = tiny.config(regularizer__weight=0.0)
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     state, _ = abstract_train_state(*parts, tiny.mesh())
     assert state.bank is None
     assert state.params["regularizer"] == {}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax import hlo, memory_bank
+from repulsor_jax import hlo
+from repulsor_jax.method import memory_bank
 from tests import tiny
 
 enqueue = jax.jit(memory_bank.enqueue)

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import memory_bank, regularizers, repulsion
-from repulsor_jax.dispersive import dispersive_loss
+from repulsor_jax.method import memory_bank, registry, repulsion
+from repulsor_jax.method.dispersive import dispersive_loss
 from tests import tiny
 
 
 @pytest.mark.parametrize("off", [{"regularizer.name": "none"}, {"regularizer.weight": 0.0}])
 def test_off_is_none(off):
-    assert regularizers.build(tiny.config(**off)) is None
+    assert registry.build(tiny.config(**off)) is None
 
 
 def test_an_unknown_name_is_refused_with_the_names():
     with pytest.raises(config_lib.ConfigError, match="'dispersive', 'none', 'repulsor'"):
-        regularizers.build(tiny.config(regularizer__name="attraction"))
+        registry.build(tiny.config(regularizer__name="attraction"))
 
 
 def test_repulsor_is_pool_head_and_loss():
-    r = regularizers.build(
+    r = registry.build(
         tiny.config(
             regularizer__pooling="flatten",
             regularizer__temperature=0.2,
@@ -53,7 +53,7 @@ def test_repulsor_is_pool_head_and_loss():
 
 @pytest.mark.parametrize("variant", ["l2", "hinge"])
 def test_dispersive_is_its_loss_without_parameters_or_bank(variant):
-    r = regularizers.build(
+    r = registry.build(
         tiny.config(
             regularizer__name="dispersive",
             regularizer__variant=variant,

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import hlo, memory_bank, repulsion, sharding
-from repulsor_jax.dispersive import dispersive_loss
+from repulsor_jax import hlo, sharding
+from repulsor_jax.method import memory_bank, repulsion
+from repulsor_jax.method.dispersive import dispersive_loss
 from tests import tiny
 
 

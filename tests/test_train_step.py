@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from repulsor_jax import memory_bank, regularizers
+from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.train_state import (
     abstract_train_state,
     build_model,
@@ -37,7 +37,7 @@ def test_one_step_is_what_its_parts_say():
         optimizer__weight_decay=0.1,
     )
     latent_format = LatentFormat(True, np.float32([0.5, -0.3]), np.float32([2.0, 0.5]))
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((tiny.SLOTS, tiny.BATCH, tiny.DIM)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
@@ -153,7 +153,7 @@ def test_accumulation_averages_the_gradients_of_strided_microbatches(regularizer
 
 def test_lambda_warms_up_linearly():
     c = tiny.config(regularizer__weight=0.4, regularizer__warmup_steps=4).regularizer
-    weights = [float(regularizers.weight(c, jnp.int32(s))) for s in range(6)]
+    weights = [float(registry.weight(c, jnp.int32(s))) for s in range(6)]
     np.testing.assert_allclose(weights, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_learning_rate_warms_up_then_stays_or_falls_to_zero():
 def test_parameters_and_their_mirrors_are_sharded_alike():
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     c = tiny.config(model__hidden_size=64)
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     abstract, shardings = abstract_train_state(*parts, mesh)
     kernel = shardings.params["model"]["block_0"]["qkv"]["kernel"]
     assert kernel.spec == jax.sharding.PartitionSpec("fsdp", "tensor")

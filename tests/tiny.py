@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from configs import default, digits
 from repulsor_jax import config as config_lib
-from repulsor_jax import regularizers, sharding
+from repulsor_jax import sharding
 from repulsor_jax.checkpoint import Checkpointer
 from repulsor_jax.data.latent_dataset import Description
+from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import (
     TrainState,
@@ -114,7 +115,7 @@ def random_params(c: config_lib.Config, seed: int = 0) -> Any:
 def save_run(workdir: pathlib.Path, values: Any, steps: dict[int, Any], **record: Any) -> None:
     """A run's checkpoints as training leaves them, with given EMA parameters for each step."""
     c = config_lib.parse(values)
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     state = create_train_state(*parts, mesh())
     channels = c.model.in_channels
     latents = {
@@ -149,7 +150,7 @@ class Step(NamedTuple):
 
 
 def compile_only(c: config_lib.Config, on: Mesh) -> jax.stages.Compiled:
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     abstract, _ = abstract_train_state(*parts, on)
     return compile_train_step(
         make_train_step(*parts, FORMAT), abstract, SHAPE, "float16", c.batch_size, on
@@ -157,7 +158,7 @@ def compile_only(c: config_lib.Config, on: Mesh) -> jax.stages.Compiled:
 
 
 def build(c: config_lib.Config, on: Mesh) -> Step:
-    parts = (c, build_model(c.model), regularizers.build(c), build_optimizer(c))
+    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     return Step(c, parts[1], create_train_state(*parts, on), compile_only(c, on), on)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repulsor_jax import regularizers, sharding
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
 from repulsor_jax.chips import GIB
 from repulsor_jax.config import Config, ConfigError
@@ -24,6 +24,7 @@ from repulsor_jax.data.encode import compiled_encoder
 from repulsor_jax.data.latent_dataset import Description
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.generation import configured_guidance, make_generate
+from repulsor_jax.method import registry
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.train_state import (
@@ -151,7 +152,7 @@ def build(name: str, experiment: Experiment, topology: Topology) -> Built:
 def _train(experiment: Experiment, topology: Topology) -> Built:
     del topology
     config, mesh = experiment.config, experiment.mesh
-    parts = (config, experiment.model, regularizers.build(config), build_optimizer(config))
+    parts = (config, experiment.model, registry.build(config), build_optimizer(config))
     state, _ = abstract_train_state(*parts, mesh)
     size, channels = config.model.latent_size, config.model.in_channels
     record = (size, size, channels * (2 if experiment.latent_format.stochastic else 1))

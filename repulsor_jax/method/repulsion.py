@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repulsor_jax import memory_bank
-from repulsor_jax.online_logsumexp import online_logsumexp, slots_at_once
+from repulsor_jax.method import memory_bank
+from repulsor_jax.method.online_logsumexp import online_logsumexp, slots_at_once
 
 DISTANCES = ("squared_l2", "cosine")
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import memory_bank, repulsion
-from repulsor_jax.dispersive import dispersive_loss
-from repulsor_jax.memory_bank import MemoryBank
+from repulsor_jax.method import memory_bank, repulsion
+from repulsor_jax.method.dispersive import dispersive_loss
+from repulsor_jax.method.memory_bank import MemoryBank
 
 Array = jax.Array
 
