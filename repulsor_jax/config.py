@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from repulsor_jax import flow, sde, solvers
+from repulsor_jax.flows import paths, sde, solvers
 from repulsor_jax.untrusted import has_secret
 
 # docs.cloud.google.com/storage/docs/buckets#naming; 222 characters where it has dots.
@@ -188,7 +188,7 @@ class SamplingConfig:
     rtol: float = _above(0)
     atol: float = _above(0)
     max_steps: int = _at_least(1)
-    diffusion_form: str = _one_of(*flow.DIFFUSION_FORMS)
+    diffusion_form: str = _one_of(*paths.DIFFUSION_FORMS)
     diffusion_norm: float = _at_least(0)
     last_step: str = _one_of(*sde.LAST_STEPS)
     last_step_size: float = dataclasses.field(metadata={"above": 0.0, "max": 0.5})

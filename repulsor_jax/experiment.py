@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import sampling, sharding
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latent_dataset
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.encode import data_directory, encode, load_autoencoder
+from repulsor_jax.flows import sampler
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model
@@ -171,7 +172,7 @@ def checked_mesh(
       devices: others than those here.
       trains: whether it is to train with, and not to sample or evaluate alone.
     """
-    config_lib.check_choice("sampling.solver", config.sampling.solver, sampling.SOLVERS)
+    config_lib.check_choice("sampling.solver", config.sampling.solver, sampler.SOLVERS)
     registry.check(config)
     try:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax import flow, sampling, sde, sharding, solvers
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
 from repulsor_jax.config import Config, SamplingConfig
 from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
+from repulsor_jax.flows import paths, sampler, sde, solvers
 from repulsor_jax.images import save_grid, to_uint8
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.shards import in_batches, one_late
@@ -151,9 +152,9 @@ def make_generate(
             )
         indices = jnp.arange(c.batch_size, dtype=jnp.int32) + first
         indices = jax.lax.with_sharding_constraint(indices, rows)
-        labels = sampling.sample_labels(c.seed, indices, num_classes, c.labels)
-        noise = sampling.initial_noise(c.seed, indices, shape)
-        keys = sampling.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
+        labels = sampler.sample_labels(c.seed, indices, num_classes, c.labels)
+        noise = sampler.initial_noise(c.seed, indices, shape)
+        keys = sampler.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
         latents = solve(
             params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
@@ -175,9 +176,9 @@ def make_solver(
     def predict_with(model: DiT) -> Callable[..., Any]:
         return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
 
-    return sampling.make_sampler(
+    return sampler.make_sampler(
         predict_with(model),
-        flow.get_path(config.flow.path),
+        paths.get_path(config.flow.path),
         prediction=config.flow.prediction,
         solver=c.solver,
         num_steps=c.num_steps,

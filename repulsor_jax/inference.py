@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from repulsor_jax import __version__, sde, sharding, solvers
+from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
+from repulsor_jax.flows import sde, solvers
 from repulsor_jax.folders import is_bucket
 from repulsor_jax.generation import Guidance, Guide
 from repulsor_jax.integrity import named_leaves

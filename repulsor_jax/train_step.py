@@ -14,8 +14,9 @@ import optax
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import flow, sharding
+from repulsor_jax import sharding
 from repulsor_jax.data.latent_dataset import normalize, sample_posterior
+from repulsor_jax.flows import paths
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.method.memory_bank import MemoryBank
 from repulsor_jax.method.registry import Regularizer
@@ -72,7 +73,7 @@ def make_train_step(
       scalars. A step whose loss or gradient is not finite, or above the configured limits, leaves
       the state as it was, and has the metric "refused" at 1.
     """
-    path = flow.get_path(config.flow.path)
+    path = paths.get_path(config.flow.path)
     tap = None if regularizer is None else config_lib.tap_block(config)
     schedule = learning_rate(config)
 
@@ -80,11 +81,11 @@ def make_train_step(
         params: dict, inputs: Inputs, bank: MemoryBank | None, weight: Array
     ) -> tuple[Array, tuple[Metrics, Array | None]]:
         data, noise, t, labels = inputs
-        x_t = flow.interpolate(path, data, noise, t)
+        x_t = paths.interpolate(path, data, noise, t)
         output: Any = model.apply({"params": params["model"]}, x_t, t, labels, tap=tap)
         if regularizer is not None:
             output, tokens = output
-        flow_loss = flow.flow_loss(
+        flow_loss = paths.flow_loss(
             path, config.flow.prediction, output, data, noise, t, config.flow.weighting
         ).mean()
         if regularizer is None:
@@ -154,8 +155,8 @@ def draw_inputs(
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
     data = normalize(latents, latent_format.shift, latent_format.factor)
-    t0, t1 = flow.time_interval(flow.get_path(config.flow.path), config.flow.prediction)
-    t = flow.sample_timesteps(
+    t0, t1 = paths.time_interval(paths.get_path(config.flow.path), config.flow.prediction)
+    t = paths.sample_timesteps(
         time_key,
         data.shape[0],
         config.flow.time_distribution,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from repulsor_jax import sampling
+from repulsor_jax.flows import sampler
 from repulsor_jax.models import dit, torch_weights
 
 TINY = pathlib.Path(__file__).parent / "data" / "sit_tiny.npz"
@@ -69,7 +69,7 @@ def check_against_reference(reference: Reference, scan: bool, remat: str) -> Non
     def run(variables: Any, x: Any, t: Any, labels: Any) -> Any:
         pairs = [model.apply(variables, x, t, labels, tap=i) for i in range(depth)]
         predict = functools.partial(model.apply, variables)
-        guided = sampling.guided_velocity(
+        guided = sampler.guided_velocity(
             predict, x, t, labels, null_label=model.num_classes, scale=3.0, channels=3
         )
         return pairs, predict(x, t, labels), guided

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import evaluate as evaluate_lib
-from repulsor_jax import flow, generation, sharding
+from repulsor_jax import generation, sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoint import CheckpointError
 from repulsor_jax.data.dataset_writer import write_latent_dataset
@@ -27,6 +27,7 @@ from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment
+from repulsor_jax.flows import paths
 from repulsor_jax.images import save_samples
 from repulsor_jax.train_step import LatentFormat
 from repulsor_jax.yardstick import Yardstick
@@ -44,7 +45,7 @@ class ExactModel:
     """The velocity of the flow to each class's Gaussian; without a class, to their mixture."""
 
     def apply(self, variables, x, t, labels):
-        path = flow.get_path("linear")
+        path = paths.get_path("linear")
         of_class = [
             exact(path, x, t, Mixture((1.0,), (mean,), (STD,)))["velocity"] for mean in MEANS
         ]

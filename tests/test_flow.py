@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import flow
+from repulsor_jax.flows import paths
 from tests.closed_form import DIFFUSIONS, exact_alpha_sigma, exact_coefficients
 
 PATHS = ("linear", "gvp", "vp")
@@ -44,11 +44,11 @@ def assert_close(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_coefficients(name):
-    found = flow.get_path(name).coefficients(jnp.asarray(TIMES, jnp.float32))
+    found = paths.get_path(name).coefficients(jnp.asarray(TIMES, jnp.float32))
     for value, expected in zip(found, exact_coefficients(name, TIMES), strict=True):
         np.testing.assert_allclose(value, expected, rtol=2e-5)
     ends = exact_alpha_sigma(name, np.array([0.0, 1.0]))
-    found = flow.get_path(name).coefficients(jnp.array([0.0, 1.0]))
+    found = paths.get_path(name).coefficients(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose((found.alpha, found.sigma), ends, atol=1e-6)
 
 
@@ -60,20 +60,20 @@ def test_interpolate_and_target_at_any_rank(name, rank):
     data, noise = rng.normal(size=shape), rng.normal(size=shape)
     t = TIMES.reshape(-1, *(1,) * (rank - 1))
     x, expected = exact_quantities(name, data, noise, t)
-    path = flow.get_path(name)
-    assert_close(flow.interpolate(path, data, noise, TIMES), x)
-    for prediction in flow.PREDICTIONS:
-        found = flow.target(path, prediction, data, noise, TIMES)
+    path = paths.get_path(name)
+    assert_close(paths.interpolate(path, data, noise, TIMES), x)
+    for prediction in paths.PREDICTIONS:
+        found = paths.target(path, prediction, data, noise, TIMES)
         assert_close(found, expected[prediction], 3e-5)
 
 
 def test_half_precision_inputs_are_computed_in_float32():
     data, noise = jnp.full((2, 3), 1.0, jnp.bfloat16), jnp.full((2, 3), 2.0, jnp.bfloat16)
     t = jnp.array([0.1234, 0.9876], jnp.float32)
-    path = flow.get_path("linear")
+    path = paths.get_path("linear")
     expected = np.repeat((2 - np.asarray(t, np.float64))[:, None], 3, axis=1)
-    assert_close(flow.interpolate(path, data, noise, t), expected, 1e-7)
-    assert flow.target(path, "velocity", data, noise, t).dtype == jnp.float32
+    assert_close(paths.interpolate(path, data, noise, t), expected, 1e-7)
+    assert paths.target(path, "velocity", data, noise, t).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -82,8 +82,8 @@ def test_half_precision_inputs_are_computed_in_float32():
 def test_convert(name, source, to, ends):
     data, noise = ends
     x, expected = exact_quantities(name, data, noise, TIMES[:, None, None])
-    path = flow.get_path(name)
-    found = flow.convert(path, expected[source], x, TIMES, source=source, to=to)
+    path = paths.get_path(name)
+    found = paths.convert(path, expected[source], x, TIMES, source=source, to=to)
     # At t = 0.02 a noise must be told from x to a few per cent of itself: some digits go.
     assert_close(found, expected[to], 1e-3 if name == "vp" else 1e-4)
 
@@ -92,12 +92,12 @@ def test_convert(name, source, to, ends):
 def test_a_velocity_converts_at_both_ends(name, ends):
     data, noise = (end[:2].astype(np.float32) for end in ends)
     t = np.array([0.0, 1.0])
-    path = flow.get_path(name)
-    x = flow.interpolate(path, data, noise, t)
-    velocity = flow.target(path, "velocity", data, noise, t)
+    path = paths.get_path(name)
+    x = paths.interpolate(path, data, noise, t)
+    velocity = paths.target(path, "velocity", data, noise, t)
     for to, expected in (("data", data), ("noise", noise)):
-        assert_close(flow.convert(path, velocity, x, t, source="velocity", to=to), expected)
-    found = flow.convert(path, data[:1], x[:1], t[:1], source="data", to="velocity")
+        assert_close(paths.convert(path, velocity, x, t, source="velocity", to=to), expected)
+    found = paths.convert(path, data[:1], x[:1], t[:1], source="data", to="velocity")
     assert_close(found, velocity[:1])
 
 
@@ -105,15 +105,15 @@ def test_a_velocity_converts_at_both_ends(name, ends):
 def test_values_of_the_published_code(name, reference_fixtures):
     values = np.load(reference_fixtures / "paths.npz")
     data, noise, t = values["data"], values["noise"], values["t"]
-    path = flow.get_path(name)
+    path = paths.get_path(name)
     coefficients = path.coefficients(jnp.asarray(t))
     for key, found in coefficients._asdict().items():
         np.testing.assert_allclose(found, values[f"{name}/{key}"], rtol=2e-6)
-    x = flow.interpolate(path, data, noise, t)
+    x = paths.interpolate(path, data, noise, t)
     assert_close(x, values[f"{name}/xt"], 2e-6)
-    assert_close(flow.target(path, "velocity", data, noise, t), values[f"{name}/ut"], 2e-6)
+    assert_close(paths.target(path, "velocity", data, noise, t), values[f"{name}/ut"], 2e-6)
     for to in ("score", "noise"):
-        found = flow.convert(path, values["velocity"], x, t, source="velocity", to=to)
+        found = paths.convert(path, values["velocity"], x, t, source="velocity", to=to)
         assert_close(found, values[f"{name}/{to}_from_velocity"], 5e-6)
 
 
@@ -133,8 +133,8 @@ def test_flow_loss(name, prediction, weighting, ends):
     error = output - expected[prediction]
     if prediction == "score":
         error *= sigma[:, None, None]
-    path = flow.get_path(name)
-    found = flow.flow_loss(path, prediction, output, data, noise, TIMES, weighting)
+    path = paths.get_path(name)
+    found = paths.flow_loss(path, prediction, output, data, noise, TIMES, weighting)
     assert found.shape == TIMES.shape
     np.testing.assert_allclose(found, weight * np.mean(error**2, axis=(1, 2)), rtol=1e-4)
 
@@ -144,47 +144,47 @@ def test_flow_loss(name, prediction, weighting, ends):
 def test_velocity_weighting_is_the_error_of_the_velocity(name, prediction, ends):
     data, noise = ends
     output = np.random.default_rng(2).normal(size=data.shape)
-    path = flow.get_path(name)
-    x = flow.interpolate(path, data, noise, TIMES)
-    velocity = flow.convert(path, output, x, TIMES, source=prediction, to="velocity")
-    expected = flow.flow_loss(path, "velocity", velocity, data, noise, TIMES)
-    found = flow.flow_loss(path, prediction, output, data, noise, TIMES, "velocity")
+    path = paths.get_path(name)
+    x = paths.interpolate(path, data, noise, TIMES)
+    velocity = paths.convert(path, output, x, TIMES, source=prediction, to="velocity")
+    expected = paths.flow_loss(path, "velocity", velocity, data, noise, TIMES)
+    found = paths.flow_loss(path, prediction, output, data, noise, TIMES, "velocity")
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("prediction", flow.PREDICTIONS)
+@pytest.mark.parametrize("prediction", paths.PREDICTIONS)
 def test_losses_and_gradients_are_finite_at_the_ends_of_the_interval(name, prediction):
-    path = flow.get_path(name)
-    t = jnp.array(flow.time_interval(path, prediction))
+    path = paths.get_path(name)
+    t = jnp.array(paths.time_interval(path, prediction))
     data, noise, output = jax.random.normal(jax.random.key(0), (3, 2, 8))
-    for weighting in ("none",) if prediction == "velocity" else flow.WEIGHTINGS:
-        loss = lambda o, w=weighting: flow.flow_loss(path, prediction, o, data, noise, t, w).sum()
+    for weighting in ("none",) if prediction == "velocity" else paths.WEIGHTINGS:
+        loss = lambda o, w=weighting: paths.flow_loss(path, prediction, o, data, noise, t, w).sum()
         value, gradient = jax.jit(jax.value_and_grad(loss))(output)
         assert np.isfinite(value)
         assert np.all(np.isfinite(gradient))
 
 
 def test_time_interval():
-    linear, vp = flow.get_path("linear"), flow.get_path("vp")
-    assert flow.time_interval(linear, "velocity") == (0.0, 1.0)
-    assert flow.time_interval(linear, "velocity", sampling=True) == (0.0, 1.0)
-    assert flow.time_interval(linear, "noise") == (1e-3, 1 - 1e-3)
-    assert flow.time_interval(vp, "velocity") == (0.0, 1 - 1e-5)
-    assert flow.time_interval(vp, "score", sampling=True) == (0.0, 1 - 1e-3)
+    linear, vp = paths.get_path("linear"), paths.get_path("vp")
+    assert paths.time_interval(linear, "velocity") == (0.0, 1.0)
+    assert paths.time_interval(linear, "velocity", sampling=True) == (0.0, 1.0)
+    assert paths.time_interval(linear, "noise") == (1e-3, 1 - 1e-3)
+    assert paths.time_interval(vp, "velocity") == (0.0, 1 - 1e-5)
+    assert paths.time_interval(vp, "score", sampling=True) == (0.0, 1 - 1e-3)
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("form", flow.DIFFUSION_FORMS)
+@pytest.mark.parametrize("form", paths.DIFFUSION_FORMS)
 def test_diffusion(name, form):
-    path = flow.get_path(name)
+    path = paths.get_path(name)
     alpha, d_alpha, sigma, d_sigma = exact_coefficients(name, TIMES)
     for norm in (1.0, 0.6):
-        found = flow.diffusion(path, form, jnp.asarray(TIMES, jnp.float32), norm)
+        found = paths.diffusion(path, form, jnp.asarray(TIMES, jnp.float32), norm)
         assert found.dtype == jnp.float32
         expected = DIFFUSIONS[form](TIMES, d_alpha / alpha, sigma, d_sigma, norm)
         np.testing.assert_allclose(found, expected, rtol=5e-5, atol=1e-7)
-    scalar = flow.diffusion(path, form, jnp.float32(TIMES[1]), 0.6)
+    scalar = paths.diffusion(path, form, jnp.float32(TIMES[1]), 0.6)
     assert scalar.shape == ()
     np.testing.assert_allclose(scalar, expected[1], rtol=5e-5)
 
@@ -194,29 +194,32 @@ def test_diffusion_of_the_published_code(name, reference_fixtures):
     values = np.load(reference_fixtures / "paths.npz")
     # The published keys, one of them misspelt.
     renamed = {"sbdm": "SBDM", "increasing_decreasing": "inccreasing-decreasing"}
-    for form in flow.DIFFUSION_FORMS:
-        found = flow.diffusion(flow.get_path(name), form, jnp.asarray(values["t"]))
+    for form in paths.DIFFUSION_FORMS:
+        found = paths.diffusion(paths.get_path(name), form, jnp.asarray(values["t"]))
         expected = values[f"{name}/diffusion/{renamed.get(form, form)}"]
         np.testing.assert_allclose(found, expected, rtol=5e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("form", flow.DIFFUSION_FORMS)
+@pytest.mark.parametrize("form", paths.DIFFUSION_FORMS)
 def test_sde_time_interval(form):
-    linear, vp = flow.get_path("linear"), flow.get_path("vp")
+    linear, vp = paths.get_path("linear"), paths.get_path("vp")
     singular = form == "sbdm"
-    assert flow.sde_time_interval(linear, "velocity", form, 0.04) == (1e-3 if singular else 0, 0.96)
-    assert flow.sde_time_interval(linear, "velocity", form, 0.0)[1] == 1 - 1e-3
-    assert flow.sde_time_interval(linear, "noise", form, 0.04) == (1e-3, 0.96)
-    assert flow.sde_time_interval(vp, "score", form, 0.04) == (0.0, 0.96)
-    assert flow.sde_time_interval(vp, "velocity", form, 0.0) == (0.0, 1 - 1e-3)
-    for path in (linear, flow.get_path("gvp"), vp):
-        for prediction in flow.PREDICTIONS:
-            ends = jnp.array(flow.sde_time_interval(path, prediction, form, 0.0), jnp.float32)
-            assert np.all(np.isfinite(flow.diffusion(path, form, ends)))
+    assert paths.sde_time_interval(linear, "velocity", form, 0.04) == (
+        1e-3 if singular else 0,
+        0.96,
+    )
+    assert paths.sde_time_interval(linear, "velocity", form, 0.0)[1] == 1 - 1e-3
+    assert paths.sde_time_interval(linear, "noise", form, 0.04) == (1e-3, 0.96)
+    assert paths.sde_time_interval(vp, "score", form, 0.04) == (0.0, 0.96)
+    assert paths.sde_time_interval(vp, "velocity", form, 0.0) == (0.0, 1 - 1e-3)
+    for path in (linear, paths.get_path("gvp"), vp):
+        for prediction in paths.PREDICTIONS:
+            ends = jnp.array(paths.sde_time_interval(path, prediction, form, 0.0), jnp.float32)
+            assert np.all(np.isfinite(paths.diffusion(path, form, ends)))
 
 
 def test_uniform_times():
-    t = np.sort(flow.sample_timesteps(jax.random.key(0), 100_000, t0=0.25, t1=0.75))
+    t = np.sort(paths.sample_timesteps(jax.random.key(0), 100_000, t0=0.25, t1=0.75))
     assert t[0] >= 0.25
     assert t[-1] <= 0.75
     cdf = (np.arange(t.size) + 0.5) / t.size
@@ -225,7 +228,7 @@ def test_uniform_times():
 
 @pytest.mark.parametrize(("location", "scale"), [(0.0, 1.0), (-0.8, 0.6), (1.0, 2.0)])
 def test_logit_normal_times(location, scale):
-    t = flow.sample_timesteps(
+    t = paths.sample_timesteps(
         jax.random.key(1), 100_000, "logit_normal", location=location, scale=scale
     )
     assert t.dtype == jnp.float32
@@ -241,22 +244,22 @@ def test_logit_normal_times(location, scale):
 
 
 def test_errors_name_what_is_allowed():
-    path, x, t = flow.get_path("linear"), jnp.ones((2, 3)), jnp.full(2, 0.5)
+    path, x, t = paths.get_path("linear"), jnp.ones((2, 3)), jnp.full(2, 0.5)
     with pytest.raises(ValueError, match="'cosine'; expected one of linear, gvp, vp"):
-        flow.get_path("cosine")
+        paths.get_path("cosine")
     with pytest.raises(ValueError, match="'x0'; expected one of velocity, score, noise"):
-        flow.target(path, "x0", x, x, t)
+        paths.target(path, "x0", x, x, t)
     with pytest.raises(ValueError, match=r"source 'x0'; expected one of .*data"):
-        flow.convert(path, x, x, t, source="x0", to="data")
+        paths.convert(path, x, x, t, source="x0", to="data")
     with pytest.raises(ValueError, match=r"to 'x0'; expected one of .*data"):
-        flow.convert(path, x, x, t, source="data", to="x0")
+        paths.convert(path, x, x, t, source="data", to="x0")
     with pytest.raises(ValueError, match="'snr'; expected one of none, velocity, likelihood"):
-        flow.flow_loss(path, "noise", x, x, x, t, "snr")
+        paths.flow_loss(path, "noise", x, x, x, t, "snr")
     with pytest.raises(ValueError, match="defined for score and noise"):
-        flow.flow_loss(path, "velocity", x, x, x, t, "likelihood")
+        paths.flow_loss(path, "velocity", x, x, x, t, "likelihood")
     with pytest.raises(ValueError, match="diffusion form 'SBDM'; expected one of constant, sbdm"):
-        flow.diffusion(path, "SBDM", t)
+        paths.diffusion(path, "SBDM", t)
     with pytest.raises(ValueError, match="last_step_size is 1.0; expected 0 or more and less"):
-        flow.sde_time_interval(path, "velocity", "sigma", 1.0)
+        paths.sde_time_interval(path, "velocity", "sigma", 1.0)
     with pytest.raises(ValueError, match="'beta'; expected one of uniform, logit_normal"):
-        flow.sample_timesteps(jax.random.key(0), 4, "beta")
+        paths.sample_timesteps(jax.random.key(0), 4, "beta")

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from repulsor_jax import flow, sampling, sde, solvers
+from repulsor_jax.flows import paths, sampler, sde, solvers
 from tests.closed_form import MEAN, STD, exact_model
 
 PATHS = ("linear", "gvp", "vp")
 
 
 @pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("prediction", flow.PREDICTIONS)
+@pytest.mark.parametrize("prediction", paths.PREDICTIONS)
 def test_every_prediction_maps_noise_quantiles_to_data_quantiles(name, prediction):
-    path = flow.get_path(name)
+    path = paths.get_path(name)
     model = exact_model(path, prediction)
-    sample = sampling.make_sampler(
+    sample = sampler.make_sampler(
         model, path, prediction=prediction, solver="heun", num_steps=200, null_label=0
     )
     noise = np.linspace(-2.0, 2.0, 5, dtype=np.float32)[:, None]
@@ -31,13 +31,13 @@ def test_every_prediction_maps_noise_quantiles_to_data_quantiles(name, predictio
 
 def test_a_last_step_leaves_no_noise():
     """With one point as data the flow must end on it, though vp stops before t = 1."""
-    path, point = flow.get_path("vp"), 2.0
+    path, point = paths.get_path("vp"), 2.0
 
     def model(params, x, t, labels):
         c = path.coefficients(t[:, None])
         return (x - c.alpha * point) / c.sigma
 
-    sample = sampling.make_sampler(
+    sample = sampler.make_sampler(
         model, path, prediction="noise", solver="euler", num_steps=20, null_label=0
     )
     noise = np.linspace(-3.0, 3.0, 16, dtype=np.float32)[:, None]
@@ -49,11 +49,11 @@ def test_a_last_step_leaves_no_noise():
     ("name", "solver"), [("linear", "midpoint"), ("gvp", "rk4"), ("vp", "dopri5")]
 )
 def test_the_other_solvers_arrive_at_the_data(name, solver):
-    path = flow.get_path(name)
+    path = paths.get_path(name)
     options = {"num_steps": 100, "time_shift": 1.5}
     if solver == "dopri5":
         options = {"tolerance": solvers.Tolerance(rtol=1e-5, atol=1e-5)}
-    sample = sampling.make_sampler(
+    sample = sampler.make_sampler(
         exact_model(path, "velocity"), path, solver=solver, null_label=0, **options
     )
     noise = np.linspace(-2.0, 2.0, 5, dtype=np.float32)[:, None]
@@ -62,13 +62,13 @@ def test_the_other_solvers_arrive_at_the_data(name, solver):
 
 
 def test_initial_noise_depends_on_seed_and_index_only():
-    draw = jax.jit(sampling.initial_noise, static_argnums=2)
+    draw = jax.jit(sampler.initial_noise, static_argnums=2)
     key, indices, shape = jax.random.key(3), np.arange(64), (4, 5, 2)
     noise = np.asarray(draw(key, indices, shape))
     assert noise.shape == (64, *shape)
     assert noise.dtype == np.float32
     subset = np.array([63, 0, 7])
-    part = jax.jit(lambda indices: sampling.initial_noise(3, indices, shape))(subset)
+    part = jax.jit(lambda indices: sampler.initial_noise(3, indices, shape))(subset)
     np.testing.assert_array_equal(part, noise[subset])
     assert np.abs(draw(jax.random.key(4), indices, shape) - noise).max() > 1
     assert np.unique(noise).size > 0.999 * noise.size
@@ -82,10 +82,10 @@ def test_initial_noise_depends_on_seed_and_index_only():
 
 def test_labels():
     indices = np.arange(1000, 5000)
-    balanced = sampling.sample_labels(0, indices, 10)
+    balanced = sampler.sample_labels(0, indices, 10)
     assert balanced.dtype == jnp.int32
     np.testing.assert_array_equal(balanced, np.arange(1000, 5000) % 10)
-    draw = jax.jit(lambda key, indices: sampling.sample_labels(key, indices, 10, mode="random"))
+    draw = jax.jit(lambda key, indices: sampler.sample_labels(key, indices, 10, mode="random"))
     labels = np.asarray(draw(jax.random.key(0), indices))
     assert labels.dtype == np.int32
     part = draw(jax.random.key(0), np.array([1009, 1003]))
@@ -127,7 +127,7 @@ ROWS = np.array([15, 2, 9, 4])  # some of them
 
 def toy_sampler(model=toy_model, **options):
     options = {"solver": "heun", "num_steps": 6, "null_label": 10} | options
-    return sampling.make_sampler(model, flow.get_path("linear"), **options)
+    return sampler.make_sampler(model, paths.get_path("linear"), **options)
 
 
 @pytest.mark.parametrize("channels", [None, 3])
@@ -142,7 +142,7 @@ def test_guidance_formula(channels):
 
     @jax.jit
     def guided(scale):
-        return sampling.guided_velocity(
+        return sampler.guided_velocity(
             model_fn, x, t, labels, null_label=10, scale=scale, channels=channels
         )
 
@@ -164,7 +164,7 @@ def test_no_guidance_is_one_call_without_doubling():
         return labels[:, None] * x
 
     labels, x = np.arange(4, dtype=np.int32), np.ones((4, 2), np.float32)
-    found = sampling.guided_velocity(model_fn, x, np.zeros(4), labels, null_label=9, scale=None)
+    found = sampler.guided_velocity(model_fn, x, np.zeros(4), labels, null_label=9, scale=None)
     assert calls == [4]
     np.testing.assert_array_equal(found, labels[:, None] * x)
 
@@ -176,7 +176,7 @@ def test_guidance_by_a_weaker_model():
 
     @jax.jit
     def guided(x):
-        return sampling.guided_velocity(
+        return sampler.guided_velocity(
             lambda *inputs: toy_model(params, *inputs),
             x,
             t,
@@ -203,7 +203,7 @@ def test_guidance_interval(batched):
 
     @jax.jit
     def guided(x, t, labels):
-        return sampling.guided_velocity(
+        return sampler.guided_velocity(
             lambda *inputs: toy_model(params, *inputs),
             x,
             t,
@@ -252,7 +252,7 @@ def counting_sampler(solver, num_steps=6, guiding=False, traced=False, **options
 
     @jax.jit
     def run(*arguments):
-        keys = sampling.brownian_keys(0, INDICES)
+        keys = sampler.brownian_keys(0, INDICES)
         return sample(params, noise, labels, *arguments, keys=keys, guiding_params=guiding_params)
 
     def count(*arguments):
@@ -352,7 +352,7 @@ def family(solver, guiding, num_steps=6):
 
     @jax.jit
     def run(noise, labels, indices, scale, interval):
-        keys = sampling.brownian_keys(3, indices)
+        keys = sampler.brownian_keys(3, indices)
         return sample(params, noise, labels, scale, interval, keys=keys, guiding_params=weak)
 
     return run, (noise, labels, INDICES)
@@ -420,4 +420,4 @@ def test_errors():
     with pytest.raises(ValueError, match="'x0'; expected one of velocity, score, noise"):
         toy_sampler(prediction="x0")
     with pytest.raises(ValueError, match="'cyclic'; expected one of balanced, random"):
-        sampling.sample_labels(0, jnp.arange(3), 10, mode="cyclic")
+        sampler.sample_labels(0, jnp.arange(3), 10, mode="cyclic")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import flow, sampling, sde, solvers
+from repulsor_jax.flows import paths, sampler, sde, solvers
 from tests.closed_form import (
     DIFFUSIONS,
     GAUSSIAN,
@@ -41,17 +41,17 @@ def test_weak_order(name, form, solver):
     The drift for Gaussian data is affine, so a step is x -> x' + a (x - mean) + c normal, and
     three rows show it all: no sampling error hides the order.
     """
-    path, t_end = flow.get_path(name), 0.9
+    path, t_end = paths.get_path(name), 0.9
 
     def drift_fn(x, t):
         at = exact(path, x, t)
-        return at["velocity"] + flow.diffusion(path, form, t) * at["score"]
+        return at["velocity"] + paths.diffusion(path, form, t) * at["score"]
 
     def advance(moments, now):
         mean, variance = moments
         x = sde.STEPS[solver](
             drift_fn,
-            lambda t: flow.diffusion(path, form, t),
+            lambda t: paths.diffusion(path, form, t),
             mean + jnp.array([0.0, 1.0, 0.0]),
             *now,
             jnp.array([0.0, 0.0, 1.0]),
@@ -133,11 +133,11 @@ def affine_steps(name, form, last_step, solver):
 @pytest.fixture(scope="module")
 def draws():
     """Start and increments of 4 x 8 samples, drawn from the keys that `sde` names."""
-    keys = sampling.brownian_keys(0, jnp.arange(4))
+    keys = sampler.brownian_keys(0, jnp.arange(4))
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
     draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (8,))))
     normals = jax.jit(lambda keys: draw(fold(keys, jnp.arange(NUM_STEPS))))(keys)
-    noise = sampling.initial_noise(0, jnp.arange(4), (8,))
+    noise = sampler.initial_noise(0, jnp.arange(4), (8,))
     return keys, noise, np.asarray(normals, np.float64).swapaxes(0, 1)
 
 
@@ -165,8 +165,8 @@ EULER, HEUN = "euler_maruyama", "stochastic_heun"
 )
 def test_samples_are_those_of_the_chain(draws, name, form, last_step, solver, prediction):
     """Every step of the very samples, and the moments that the chain gives them."""
-    path = flow.get_path(name)
-    sample = sampling.make_sampler(
+    path = paths.get_path(name)
+    sample = sampler.make_sampler(
         exact_model(path, prediction),
         path,
         prediction=prediction,
@@ -194,8 +194,8 @@ def test_samples_are_those_of_the_chain(draws, name, form, last_step, solver, pr
     ("name", "solver", "rows"), [("gvp", "rk4", 2000), ("linear", EULER, 2000), ("vp", HEUN, 500)]
 )
 def test_the_distribution_of_a_mixture(name, solver, rows):
-    path = flow.get_path(name)
-    sample = sampling.make_sampler(
+    path = paths.get_path(name)
+    sample = sampler.make_sampler(
         exact_model(path, "velocity", MIXTURE),
         path,
         solver=solver,
@@ -206,8 +206,8 @@ def test_the_distribution_of_a_mixture(name, solver, rows):
 
     @jax.jit
     def draw(indices):
-        noise = sampling.initial_noise(1, indices, (rows,))
-        return sample(None, noise, indices, keys=sampling.brownian_keys(1, indices))
+        noise = sampler.initial_noise(1, indices, (rows,))
+        return sample(None, noise, indices, keys=sampler.brownian_keys(1, indices))
 
     samples = draw(np.arange(10))
     # Kolmogorov, p = 0.001, is 1.95; the rest is for the discretisation.
@@ -222,14 +222,14 @@ def brownian(seed, indices, times, rows=2000):
         lambda x, t: jnp.zeros_like(x),
         lambda t: jnp.full_like(t, 0.5),
         jnp.zeros((len(indices), rows)),
-        sampling.brownian_keys(seed, indices),
+        sampler.brownian_keys(seed, indices),
         np.array(times),
     )
 
 
 def test_brownian_motion():
     key, indices = jax.random.key(5), np.arange(10)
-    noise = jax.jit(sampling.initial_noise, static_argnums=2)(key, indices, (2000,))
+    noise = jax.jit(sampler.initial_noise, static_argnums=2)(key, indices, (2000,))
     half = np.asarray(brownian(key, indices, (0, 0.5)))
     whole = np.asarray(brownian(key, indices, (0, 0.5, 1)))
     limit = 4 / half.size**0.5
@@ -253,13 +253,13 @@ def test_brownian_motion_depends_on_seed_and_index_only():
 
 def test_no_diffusion_is_the_ode():
     """With norm 0 nothing is random: the SDE sampler takes the ODE's Euler and Heun steps."""
-    path = flow.get_path("linear")
+    path = paths.get_path("linear")
     noise = np.linspace(-2.0, 2.0, 5, dtype=np.float32)[:, None]
     velocity_fn = lambda x, t: exact(path, x, t)["velocity"]
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def both(noise, solver, ode):
-        sample = sampling.make_sampler(
+        sample = sampler.make_sampler(
             exact_model(path, "velocity"),
             path,
             solver=solver,
@@ -268,7 +268,7 @@ def test_no_diffusion_is_the_ode():
             time_shift=2.0,
             diffusion=sde.Diffusion(norm=0.0, last_step="mean", last_step_size=0.1),
         )
-        keys = sampling.brownian_keys(0, jnp.arange(5))
+        keys = sampler.brownian_keys(0, jnp.arange(5))
         x = solvers.integrate(velocity_fn, noise, solvers.time_grid(23, 0.0, 0.9, 2.0), ode)
         x = x + 0.1 * velocity_fn(x, jnp.float32(0.9))
         return sample(None, noise, jnp.zeros(5, jnp.int32), keys=keys), x
@@ -287,6 +287,6 @@ def test_errors():
         sde.Diffusion(last_step_size=0.0)
     with pytest.raises(ValueError, match="norm is -1; expected 0 or more"):
         sde.Diffusion(norm=-1)
-    x, keys = jnp.zeros((2, 2)), sampling.brownian_keys(0, np.arange(2))
+    x, keys = jnp.zeros((2, 2)), sampler.brownian_keys(0, np.arange(2))
     with pytest.raises(ValueError, match="'heun'; expected one of euler_maruyama, stochastic_heun"):
         sde.integrate(lambda x, t: x, lambda t: t, x, keys, solvers.time_grid(2), "heun")

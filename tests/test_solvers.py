@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import flow, solvers
+from repulsor_jax.flows import paths, solvers
 from tests.closed_form import exact, exact_point
 
 QUANTILE = np.linspace(-2.0, 2.0, 5)[:, None]
@@ -33,8 +33,8 @@ def float64():
     ],
 )
 def test_order_of_convergence(float64, name, solver):
-    path = flow.get_path(name)
-    t_end = flow.time_interval(path, "velocity", sampling=True)[1]
+    path = paths.get_path(name)
+    t_end = paths.time_interval(path, "velocity", sampling=True)[1]
     order = ORDERS[solver]
     if (solver, name) == ("midpoint", "linear"):
         # dy/dt = (v' / 2 v) y with v quadratic: the h^3 error, g'' / 24 + g g' / 4 + g^3 / 6 for
@@ -95,7 +95,7 @@ def test_time_grid():
 
 @pytest.mark.parametrize("solver", ["euler", "rk4"])
 def test_a_shifted_grid_converges_too(float64, solver):
-    path = flow.get_path("linear")
+    path = paths.get_path("linear")
 
     @functools.partial(jax.jit, static_argnums=1)
     def error(quantile, num_steps):
@@ -109,8 +109,8 @@ def test_a_shifted_grid_converges_too(float64, solver):
 
 @pytest.mark.parametrize("name", ["gvp", "vp"])
 def test_dopri5_keeps_its_tolerance(float64, name):
-    path = flow.get_path(name)
-    t_end = flow.time_interval(path, "velocity", sampling=True)[1]
+    path = paths.get_path(name)
+    t_end = paths.time_interval(path, "velocity", sampling=True)[1]
 
     @functools.partial(jax.jit, static_argnums=1)
     def solve(quantile, tolerance):

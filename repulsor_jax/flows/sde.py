@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax import flow
-from repulsor_jax.solvers import as_float, starts_and_lengths
+from repulsor_jax.flows import paths
+from repulsor_jax.flows.solvers import as_float, starts_and_lengths
 
 Array = jax.Array
 DriftFn = Callable[[Array, Array], Array]
@@ -43,8 +43,8 @@ class Diffusion:
     last_step_size: float = 0.04
 
     def __post_init__(self) -> None:
-        flow.check_choice("diffusion form", self.form, flow.DIFFUSION_FORMS)
-        flow.check_choice("last step", self.last_step, LAST_STEPS)
+        paths.check_choice("diffusion form", self.form, paths.DIFFUSION_FORMS)
+        paths.check_choice("last step", self.last_step, LAST_STEPS)
         if not 0 < self.last_step_size < 1:
             raise ValueError(f"last_step_size is {self.last_step_size}; expected between 0 and 1")
         if self.norm < 0:
@@ -98,7 +98,7 @@ def integrate(
     Raises:
       ValueError: unknown solver.
     """
-    flow.check_choice("solver", solver, tuple(STEPS))
+    paths.check_choice("solver", solver, tuple(STEPS))
     x = as_float(noise)
 
     def step(x: Array, now: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:

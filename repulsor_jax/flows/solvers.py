@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax.flow import check_choice
+from repulsor_jax.flows.paths import check_choice
 
 Array = jax.Array
 VelocityFn = Callable[[Array, Array], Array]

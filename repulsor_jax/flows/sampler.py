@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repulsor_jax import flow, sde, solvers
+from repulsor_jax.flows import paths, sde, solvers
 
 Array = jax.Array
 ModelFn = Callable[[Array, Array, Array], Array]
@@ -61,7 +61,7 @@ def sample_labels(
     Raises:
       ValueError: unknown mode.
     """
-    flow.check_choice("label mode", mode, LABEL_MODES)
+    paths.check_choice("label mode", mode, LABEL_MODES)
     indices = jnp.asarray(indices, jnp.int32)
     if mode == "balanced":
         return indices % num_classes
@@ -165,7 +165,7 @@ def guided_velocity(
 
 def make_sampler(
     model_fn: Callable[[Any, Array, Array, Array], Array],
-    path: flow.Path,
+    path: paths.Path,
     *,
     prediction: str = "velocity",
     solver: str = "euler",
@@ -208,15 +208,15 @@ def make_sampler(
       ValueError: unknown prediction or solver, too few steps, or a time shift with "dopri5"; from
         `sample`, an SDE solver without keys.
     """
-    flow.check_choice("solver", solver, SOLVERS)
+    paths.check_choice("solver", solver, SOLVERS)
     stochastic = solver in sde.STEPS
     tolerance, diffusion = tolerance or solvers.Tolerance(), diffusion or sde.Diffusion()
     has_last_step = stochastic and diffusion.last_step != "none"
     last_step_size = diffusion.last_step_size if has_last_step else 0.0
     if stochastic:
-        t_start, t_end = flow.sde_time_interval(path, prediction, diffusion.form, last_step_size)
+        t_start, t_end = paths.sde_time_interval(path, prediction, diffusion.form, last_step_size)
     else:
-        t_start, t_end = flow.time_interval(path, prediction, sampling=True)
+        t_start, t_end = paths.time_interval(path, prediction, sampling=True)
     if solver in solvers.ADAPTIVE and time_shift != 1.0:
         raise ValueError(
             f"time_shift is {time_shift}, but {solver!r} chooses its steps; expected 1"
@@ -251,13 +251,13 @@ def make_sampler(
                 interval=interval,
                 guiding_fn=weak_fn,
             )
-            return [flow.convert(path, output, x, t, source=prediction, to=q) for q in quantities]
+            return [paths.convert(path, output, x, t, source=prediction, to=q) for q in quantities]
 
         def velocity_fn(x: Array, t: Array) -> Array:
             return predict(x, t, "velocity")[0]
 
         def diffusion_fn(t: Array) -> Array:
-            return flow.diffusion(path, diffusion.form, t, diffusion.norm)
+            return paths.diffusion(path, diffusion.form, t, diffusion.norm)
 
         def drift_fn(x: Array, t: Array) -> Array:
             velocity, score = predict(x, t, "velocity", "score")
