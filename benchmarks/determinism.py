@@ -111,7 +111,7 @@ def placed_params(boxed: dict, mesh: Mesh) -> dict:
 
 def compared(first: np.ndarray, other: np.ndarray) -> str:
     """Says that all bits agree, or by how much the latents differ, and how many 8-bit values."""
-    from repulsor_jax.images import to_uint8
+    from repulsor_jax.files.pictures import to_uint8
 
     if (first == other).all():
         return "bit-equal"

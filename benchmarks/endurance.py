@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from repulsor_jax.images import Curve, save_curves
+from repulsor_jax.files.pictures import Curve, save_curves
 from repulsor_jax.metrics import JSONL_NAME, read_jsonl
 
 EVERY = 100  # steps between checkpoints, grids and evaluations

@@ -91,7 +91,7 @@ def measured_here(
     from configs import default
     from repulsor_jax.config import parse
     from repulsor_jax.evaluate import evaluate
-    from repulsor_jax.images import save_samples
+    from repulsor_jax.files.pictures import save_samples
 
     for name, images in zip(("samples", "reference"), halves, strict=True):
         save_samples(folder / f"{name}.npz", [images], np.zeros(len(images)))

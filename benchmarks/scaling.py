@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from repulsor_jax import chips as chips_lib
-from repulsor_jax import images
+from repulsor_jax.files import pictures
 
 SLICES = {
     8: "v5p:2x2x2",
@@ -127,7 +127,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         }
         for scaling in args.scaling.split(",")
     }
-    images.save_curves(args.output.with_suffix(".png"), curves, "chips")
+    pictures.save_curves(args.output.with_suffix(".png"), curves, "chips")
     print(f"\n{table}\n{args.output.with_suffix('.md')}, {args.output.with_suffix('.png')}")
 
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import ml_collections
 
+from repulsor_jax.files.untrusted import has_secret
 from repulsor_jax.flows import paths, sde, solvers
-from repulsor_jax.untrusted import has_secret
 
 # docs.cloud.google.com/storage/docs/buckets#naming; 222 characters where it has dots.
 _LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repulsor_jax import atomic, sharding
+from repulsor_jax import sharding
 from repulsor_jax.config import DivergenceConfig
+from repulsor_jax.files import atomic
 
 EVENTS, FOLDER = "events.jsonl", "divergence"
 

@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from repulsor_jax import images
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import preprocess
@@ -283,7 +282,7 @@ def _write_preview(
     records = ((chosen - np.searchsorted(skipped, chosen)) * dataset.views).tolist()
     stored = decode_records(dataset.open().__getitems__(records), dataset.shape, dataset.dtype)
     latents = stored["latents"][..., : dataset.latent_shape[-1]].astype(np.float32)
-    decode = jax.jit(lambda params, z: images.to_uint8(autoencoder.decode(params, z)))
+    decode = jax.jit(lambda params, z: pictures.to_uint8(autoencoder.decode(params, z)))
     decoded = np.concatenate([decode(autoencoder.params, z[None]) for z in latents])
     read, _ = preprocess.read_images(source, chosen.tolist(), dataset.image_size)
     originals = np.stack([image for image in read if isinstance(image, np.ndarray)])
@@ -299,6 +298,6 @@ def _write_preview(
             rows.append(np.concatenate([row, blank]))
     with contextlib.suppress(ValueError):  # images that are neither grey nor RGB
         upscale = max(1, 64 // originals.shape[1])
-        images.save_grid(np.concatenate(rows), path, columns=columns, upscale=upscale)
+        pictures.save_grid(np.concatenate(rows), path, columns=columns, upscale=upscale)
         tqdm.write(f"{path}: {len(chosen)} images above what is decoded of their latents")
     tqdm.write(f"PSNR of these {psnr.mean():.2f} dB (from {psnr.min():.2f} to {psnr.max():.2f})")

@@ -17,7 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from repulsor_jax import atomic, inference, sharding
+from repulsor_jax import inference, sharding
 from repulsor_jax.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -29,6 +29,8 @@ from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
 from repulsor_jax.experiment import Experiment, checked_mesh
+from repulsor_jax.files import atomic
+from repulsor_jax.files.shards import Shards, digest
 from repulsor_jax.folders import open_folder
 from repulsor_jax.generation import (
     Generator,
@@ -39,7 +41,6 @@ from repulsor_jax.generation import (
     write_grid,
 )
 from repulsor_jax.inference import LoadedGuide
-from repulsor_jax.shards import Shards, digest
 from repulsor_jax.yardstick import Yardstick, make_yardstick, open_yardstick
 
 

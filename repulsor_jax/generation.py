@@ -18,10 +18,10 @@ from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_t
 from repulsor_jax.config import Config, SamplingConfig
 from repulsor_jax.data.latent_dataset import denormalize
 from repulsor_jax.experiment import Experiment
+from repulsor_jax.files.pictures import save_grid, to_uint8
+from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.flows import paths, sampler, sde, solvers
-from repulsor_jax.images import save_grid, to_uint8
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.shards import in_batches, one_late
 
 _MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
 

@@ -21,6 +21,7 @@ from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.divergence import DivergedError
 from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.evaluate import evaluate
+from repulsor_jax.files.untrusted import printable
 from repulsor_jax.generation import SamplingError
 from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
@@ -28,7 +29,6 @@ from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.replay import replay
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
-from repulsor_jax.untrusted import printable
 from repulsor_jax.verify import verify
 
 _CONFIG = config_flags.DEFINE_config_file(

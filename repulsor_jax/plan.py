@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from repulsor_jax import __version__, atomic
+from repulsor_jax import __version__
 from repulsor_jax import config as config_lib
 from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.files import atomic
 from repulsor_jax.planning import report
 from repulsor_jax.planning.largest_batch import largest_batch
 from repulsor_jax.planning.programs import PROGRAMS, Program, abstract_experiment, compile_program

@@ -5,8 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repulsor_jax.atomic import Appender
 from repulsor_jax.config import ConfigError
+from repulsor_jax.files.atomic import Appender
 
 FREE = "free"  # changes nothing of what is learnt
 NOTED = "noted"  # may change, and is written down

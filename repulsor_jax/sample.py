@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from repulsor_jax import atomic, images, inference, sharding
+from repulsor_jax import inference, sharding
 from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
+from repulsor_jax.files import atomic, pictures
+from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 from repulsor_jax.generation import (
     batches,
     check_finite,
@@ -17,7 +19,6 @@ from repulsor_jax.generation import (
     make_generator,
     write_grid,
 )
-from repulsor_jax.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 
 
 def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pathlib.Path:
@@ -88,7 +89,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
             if config.sampling.save_png:
                 _save_pngs(path, ((shards.rows(k), x) for k, x in enumerate(shards.read("images"))))
             atomic.remove_stale(path)
-            images.save_samples(path, shards.read("images"), labels)
+            pictures.save_samples(path, shards.read("images"), labels)
             shown = min(count, config.sampling.grid_samples)
             first = _first(shards.read("images"), shown)
             write_grid(experiment, path.with_suffix(".png"), first, labels[:shown])
@@ -104,7 +105,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
 def _save_pngs(path: pathlib.Path, pieces: Iterable[tuple[range, np.ndarray]]) -> None:
     """Writes the folder of PNG files beside the .npz."""
     for rows, piece in pieces:
-        images.save_pngs(path.with_suffix(""), rows.start, piece)
+        pictures.save_pngs(path.with_suffix(""), rows.start, piece)
 
 
 def _first(pieces: Iterator[np.ndarray], count: int) -> np.ndarray:

@@ -11,12 +11,13 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import atomic, images, integrity, resuming, sharding
+from repulsor_jax import integrity, resuming, sharding
 from repulsor_jax.checkpoint import open_for_training
 from repulsor_jax.data.latent_dataset import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record
+from repulsor_jax.files import atomic, pictures
 from repulsor_jax.method import registry
 from repulsor_jax.metrics import (
     JSONL_NAME,
@@ -240,4 +241,4 @@ def _write_loss_curve(workdir: pathlib.Path) -> None:
                 steps.append(line["step"])
                 values.append(line[name])
     if curves:
-        images.save_curves(workdir / "loss_curve.png", curves, "training step")
+        pictures.save_curves(workdir / "loss_curve.png", curves, "training step")

@@ -3,7 +3,7 @@ import fcntl
 
 import pytest
 
-from repulsor_jax import atomic
+from repulsor_jax.files import atomic
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -15,8 +15,8 @@ from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation import features, inception
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.measure import Reference, metrics
-from repulsor_jax.images import save_samples
-from repulsor_jax.shards import Shards
+from repulsor_jax.files.pictures import save_samples
+from repulsor_jax.files.shards import Shards
 from tests import tiny
 from tests.oracle_inception import random_tensor
 

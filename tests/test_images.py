@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repulsor_jax.images import save_curves, save_grid, save_samples, to_uint8
+from repulsor_jax.files.pictures import save_curves, save_grid, save_samples, to_uint8
 
 
 def random_images(count, height=8, width=6, channels=3):

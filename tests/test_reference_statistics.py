@@ -7,7 +7,7 @@ import pytest
 
 from repulsor_jax.evaluation import reference
 from repulsor_jax.evaluation.frechet import GaussianStatistics
-from repulsor_jax.images import save_samples
+from repulsor_jax.files.pictures import save_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 8, 3), np.uint8)
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from repulsor_jax import atomic, resuming
+from repulsor_jax import resuming
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latent_dataset
+from repulsor_jax.files import atomic
 from tests import tiny
 
 LATENTS = {"shift": [0.0], "dataset": {"images": 100, "shards_sha256": "abc"}}

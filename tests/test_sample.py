@@ -150,7 +150,7 @@ def test_a_kill_at_the_very_end_is_mended(workdir, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("repulsor_jax.atomic.write_text", killed)
+        patch.setattr("repulsor_jax.files.atomic.write_text", killed)
         with pytest.raises(KeyboardInterrupt):
             draw(workdir)
     path = draw(workdir)

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import images, inference, integrity, main, untrusted, weights
+from repulsor_jax import inference, integrity, main
 from repulsor_jax.autoencoders import files as weight_files
 from repulsor_jax.autoencoders import kl
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
@@ -37,6 +37,7 @@ from repulsor_jax.data.latent_sources import open_latent_source
 from repulsor_jax.data.preprocess import BadImageError, read_images
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.evaluation import reference
+from repulsor_jax.files import pictures, tensors, untrusted
 from tests import tiny
 from tests.test_latent_dataset import edit, make_batches, write
 from tests.test_weights import Call, Global, TorchPickler, tensor, write_torch
@@ -120,7 +121,7 @@ def test_a_pth_that_calls_a_function(tmp_path, zipped):
         sizes = {"little_endian": True, "type_sizes": {}, "protocol_version": 1001}
         lead = [0x1950A86A20F9469CFC6C, 1001, sizes]
         path.write_bytes(b"".join(pickle.dumps(each, 2) for each in lead) + content)
-    for read in (weights.read_tensors, lambda file: kl.load_kl("kl", weights=str(file.parent))):
+    for read in (tensors.read_tensors, lambda file: kl.load_kl("kl", weights=str(file.parent))):
         path.with_name("config.json").write_text("{}")
         path.with_name("diffusion_pytorch_model.bin").write_bytes(path.read_bytes())
         with pytest.raises(ValueError, match=r"\.(pth|bin): .*os\.system, which is refused"):
@@ -139,14 +140,14 @@ def test_a_view_of_a_view_does_not_read_other_memory(tmp_path):
     inner = tensor("0", memory[:100], (10, 10), (10, 1))
     value = {"x": Call(rebuild, inner, 9, (50,), (1,), False, {})}
     with pytest.raises(ValueError, match=r"x\.pth: .*a tensor on a ndarray"):
-        weights.read_tensors(write_torch(tmp_path / "x.pth", value, {"0": memory[:100]}))
+        tensors.read_tensors(write_torch(tmp_path / "x.pth", value, {"0": memory[:100]}))
 
 
 def test_tensors_take_no_more_than_the_file(tmp_path):
     one = np.ones(1, np.float32)
     path = write_torch(tmp_path / "x.pth", {"x": tensor("0", one, (10**12,), (0,))}, {"0": one})
     with pytest.raises(ValueError, match=r"x\.pth: .*beyond the storage's 1"):
-        weights.read_tensors(path)
+        tensors.read_tensors(path)
     # In the format before the zip, storages are made before their bytes are looked for.
     many = np.broadcast_to(one, 2**18)
     lead = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
@@ -158,7 +159,7 @@ def test_tensors_take_no_more_than_the_file(tmp_path):
     with pytest.raises(
         ValueError, match=r"y\.pth: .*found storages of 3,145,728 bytes or more in a"
     ):
-        weights.read_tensors(path)
+        tensors.read_tensors(path)
     size = HUGE // 4
     value = {"x": tensor("0", np.broadcast_to(one, size), (size,), (1,))}
     write_torch(path, value, {})
@@ -173,7 +174,7 @@ def test_tensors_take_no_more_than_the_file(tmp_path):
         with zipfile.ZipFile(path) as archive, pytest.raises(MemoryError):
             archive.read("archive/data/0")
         with pytest.raises(ValueError, match=r"y\.pth: .*found archive/data/0 compressed"):
-            weights.read_tensors(path)
+            tensors.read_tensors(path)
 
 
 PICKLES = {
@@ -201,7 +202,7 @@ def test_pickles_of_tensors_that_are_none(tmp_path, content, legacy):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", content)
     with little_memory(), pytest.raises(ValueError, match=r"x\.pth: ") as error:
-        weights.read_tensors(path)
+        tensors.read_tensors(path)
     assert len(str(error.value)) < 500
 
 
@@ -214,7 +215,7 @@ def test_a_small_pickle_takes_little_memory(tmp_path):
         if sys.version_info < (3, 12):
             with pytest.raises(MemoryError):
                 pickle.loads(content)
-        assert weights.read_tensors(tmp_path / "x.pth") == {}
+        assert tensors.read_tensors(tmp_path / "x.pth") == {}
 
 
 def test_attributes_of_a_state_dict_are_dropped(tmp_path):
@@ -222,7 +223,7 @@ def test_attributes_of_a_state_dict_are_dropped(tmp_path):
     assert pickle.loads(content).items == 1
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
-    assert weights.read_tensors(tmp_path / "x.pth") == {}
+    assert tensors.read_tensors(tmp_path / "x.pth") == {}
 
 
 def safetensors(*entries, length=None, data=bytes(16)):
@@ -245,7 +246,7 @@ def test_safetensors_that_lie(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with little_memory(), pytest.raises(ValueError, match=r"x\.safetensors: found \d+ bytes"):
-        weights.read_tensors(path)
+        tensors.read_tensors(path)
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_class_names_that_move_the_cursor(tmp_path, kind):
 def test_labels_of_a_grid_may_hold_anything(tmp_path):
     grid = np.zeros((2, 16, 16, 1), np.uint8)
     labels = ["two\nlines\x1b", "long" * 10**5]
-    images.save_grid(grid, tmp_path / "x.png", columns=2, column_labels=labels)
+    pictures.save_grid(grid, tmp_path / "x.png", columns=2, column_labels=labels)
     with Image.open(tmp_path / "x.png") as picture:
         assert math.prod(picture.size) < 10**4
 

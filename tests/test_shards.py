@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from repulsor_jax.shards import Shards, digest, fill, one_late, whole_batches
+from repulsor_jax.files.shards import Shards, digest, fill, one_late, whole_batches
 
 SQUARES = np.arange(23)[:, None] ** 2
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from repulsor_jax import atomic
 from repulsor_jax import storage as storage_lib
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.files import atomic
 from repulsor_jax.metrics import MetricWriter, read_jsonl
 from repulsor_jax.storage import Storage
 

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from repulsor_jax.autoencoders import get_autoencoder, tiny
 from repulsor_jax.autoencoders.base import load_params, method
-from repulsor_jax.weights import read_tensors
+from repulsor_jax.files.tensors import read_tensors
 from tests import autoencoder_oracles as oracles
 from tests.conftest import SHARED
 

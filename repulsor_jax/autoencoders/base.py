@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax.weights import to_linen
+from repulsor_jax.files.tensors import to_linen
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

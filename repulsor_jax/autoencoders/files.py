@@ -4,7 +4,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from repulsor_jax.untrusted import printable
+from repulsor_jax.files.untrusted import printable
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

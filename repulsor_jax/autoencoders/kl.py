@@ -24,8 +24,8 @@ from repulsor_jax.autoencoders.base import (
     method,
     upsample,
 )
-from repulsor_jax.untrusted import read_json
-from repulsor_jax.weights import read_tensors, tensors_sha256
+from repulsor_jax.files.tensors import read_tensors, tensors_sha256
+from repulsor_jax.files.untrusted import read_json
 
 REPOSITORIES = {
     "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",

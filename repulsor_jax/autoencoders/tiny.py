@@ -24,7 +24,7 @@ from repulsor_jax.autoencoders.base import (
     method,
     upsample,
 )
-from repulsor_jax.weights import read_tensors, tensors_sha256
+from repulsor_jax.files.tensors import read_tensors, tensors_sha256
 
 _DOWNSAMPLING = 8
 _IMAGE = (1, _DOWNSAMPLING, _DOWNSAMPLING, 3)  # the smallest

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from repulsor_jax import atomic
 from repulsor_jax.data.latent_dataset import (
     DTYPES,
     FORMAT_VERSION,
@@ -35,6 +34,7 @@ from repulsor_jax.data.latent_dataset import (
     open_latent_dataset,
     record_dtype,
 )
+from repulsor_jax.files import atomic
 from repulsor_jax.integrity import file_sha256
 
 _JOB = "job.json"

@@ -17,7 +17,7 @@ from repulsor_jax.data.latent_sources import LatentSource
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import Images, read_in_order
-from repulsor_jax.untrusted import printable
+from repulsor_jax.files.untrusted import printable
 
 _CHUNK = 16  # images that a worker process reads at a time
 _LATENTS_AT_ONCE = 256

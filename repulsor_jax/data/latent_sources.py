@@ -24,7 +24,7 @@ from repulsor_jax.data.listing import (
     shorten,
     subfolders,
 )
-from repulsor_jax.untrusted import read_json
+from repulsor_jax.files.untrusted import read_json
 
 KINDS = ("fast-dit", "lightning-dit", "npy", "npy:moments", "npy:scaled", "repa")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repulsor_jax.untrusted import has_controls, printable
+from repulsor_jax.files.untrusted import has_controls, printable
 
 UNLABELLED = "unlabelled"  # the one class of files without classes
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from repulsor_jax.data.files import open_archive, open_folder
 from repulsor_jax.data.listing import Item, Names, digest
-from repulsor_jax.untrusted import read_json
+from repulsor_jax.files.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
 

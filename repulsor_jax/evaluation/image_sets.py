@@ -19,9 +19,9 @@ from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order
 from repulsor_jax.evaluation import reference
-from repulsor_jax.images import to_uint8
+from repulsor_jax.files.pictures import to_uint8
+from repulsor_jax.files.shards import in_batches
 from repulsor_jax.integrity import file_sha256
-from repulsor_jax.shards import in_batches
 
 Array = jax.Array
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repulsor_jax import atomic, sharding
+from repulsor_jax import sharding
 from repulsor_jax.evaluation import reference as reference_lib
 from repulsor_jax.evaluation.features import FeatureSpace
 from repulsor_jax.evaluation.frechet import (
@@ -23,8 +23,9 @@ from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
 from repulsor_jax.evaluation.inception_score import SPLITS, adm_inception_score, inception_score
 from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from repulsor_jax.files import atomic
+from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 from repulsor_jax.generation import Generator, Guidance, batches, check_finite
-from repulsor_jax.shards import Arrays, Shards, digest, fill, one_late, whole_batches
 
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]

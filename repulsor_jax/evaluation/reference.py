@@ -21,8 +21,8 @@ from typing import IO
 import numpy as np
 from absl import logging
 
-from repulsor_jax import atomic
 from repulsor_jax.evaluation.frechet import GaussianStatistics
+from repulsor_jax.files import atomic
 
 PathLike = str | os.PathLike[str]
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repulsor_jax import atomic, images
+from repulsor_jax.files import atomic, pictures
 
 Record = dict[str, Any]
 
@@ -132,7 +132,7 @@ def plot_steps(folder: pathlib.Path, newest: Record) -> pathlib.Path | None:
         return None
     curves = _curves(records, lambda record: record["protocol"]["step"], lambda record: "")
     path = folder / _STEP_PLOT
-    images.save_curves(path, curves, "training step")
+    pictures.save_curves(path, curves, "training step")
     return path
 
 
@@ -157,7 +157,7 @@ def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path 
             lambda record: record["protocol"]["cfg_interval"][0],
             lambda record: f"to t = {record['protocol']['cfg_interval'][1]:g}",
         )
-        images.save_curves(path, panels, "guidance from t =")
+        pictures.save_curves(path, panels, "guidance from t =")
         return path
 
     def interval(record: Record) -> str:
@@ -175,7 +175,7 @@ def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path 
             own, lambda record: record["protocol"]["cfg_scale"], lambda record, line=line: line
         ).items():
             curves.setdefault(metric, {}).update(found)
-    images.save_curves(path, curves, "guidance scale")
+    pictures.save_curves(path, curves, "guidance scale")
     return path
 
 

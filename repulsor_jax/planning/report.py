@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from repulsor_jax import atomic
+from repulsor_jax.files import atomic
 
 Values = dict[str, Any]
 

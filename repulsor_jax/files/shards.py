@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repulsor_jax import atomic, integrity, sharding
+from repulsor_jax import integrity, sharding
+from repulsor_jax.files import atomic
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]

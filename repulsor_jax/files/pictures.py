@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from repulsor_jax import atomic
-from repulsor_jax.untrusted import printable
+from repulsor_jax.files import atomic
+from repulsor_jax.files.untrusted import printable
 
 PathLike = str | os.PathLike[str]
 
