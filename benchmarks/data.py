@@ -28,12 +28,12 @@ import numpy as np
 from absl import app, flags
 
 from repulsor_jax.autoencoders import get_autoencoder
-from repulsor_jax.data.dataset_writer import open_writer, write_latent_dataset
-from repulsor_jax.data.encode import compiled_encoder, encode_images
-from repulsor_jax.data.latent_dataset import Description, LatentDataset
+from repulsor_jax.data.encoder import compiled_encoder, encode_images
+from repulsor_jax.data.latents import Description, LatentDataset
 from repulsor_jax.data.pipeline import training_iterator
 from repulsor_jax.data.sources import ImageSource, Item, open_source
 from repulsor_jax.data.workers import read_in_order
+from repulsor_jax.data.writer import open_writer, write_latent_dataset
 
 _PART = flags.DEFINE_enum("part", "read", ["read", "encode"], "Which table.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the table has the medians.", lower_bound=1)

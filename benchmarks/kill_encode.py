@@ -23,7 +23,7 @@ import time
 
 from absl import app, flags
 
-from repulsor_jax.data.latent_dataset import METADATA
+from repulsor_jax.data.latents import METADATA
 
 _SOURCE = flags.DEFINE_string("source", "folder", "folder or archive.")
 _SOURCE_PATH = flags.DEFINE_string("source_path", None, "The folder or archive.", required=True)

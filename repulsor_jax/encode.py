@@ -17,18 +17,18 @@ from tqdm import tqdm
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import preprocess
-from repulsor_jax.data.dataset_writer import open_writer
-from repulsor_jax.data.encode import convert_latents, encode_images
-from repulsor_jax.data.latent_dataset import (
+from repulsor_jax.data.converted import KINDS as LATENT_KINDS
+from repulsor_jax.data.converted import LatentSource, open_latent_source
+from repulsor_jax.data.encoder import convert_latents, encode_images
+from repulsor_jax.data.latents import (
     METADATA,
     Description,
     LatentDataset,
     decode_records,
     open_latent_dataset,
 )
-from repulsor_jax.data.latent_sources import KINDS as LATENT_KINDS
-from repulsor_jax.data.latent_sources import LatentSource, open_latent_source
 from repulsor_jax.data.sources import ImageSource, open_source
+from repulsor_jax.data.writer import open_writer
 
 _PREVIEW_COLUMNS = 8
 

@@ -13,8 +13,8 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import latent_dataset
-from repulsor_jax.data.latent_dataset import LatentDataset
+from repulsor_jax.data import latents
+from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.encode import data_directory, encode, load_autoencoder
 from repulsor_jax.flows import sampler
 from repulsor_jax.method import registry
@@ -70,10 +70,10 @@ def prepare(
     data_dir = data_directory(config, workdir)
     if config.data.encode_if_missing:
         encode(config, workdir)
-    dataset = latent_dataset.open_latent_dataset(data_dir / "train")
+    dataset = latents.open_latent_dataset(data_dir / "train")
     check_dataset(config, dataset)
     has_held_out = (data_dir / "test").exists()
-    held_out = latent_dataset.open_latent_dataset(data_dir / "test") if has_held_out else None
+    held_out = latents.open_latent_dataset(data_dir / "test") if has_held_out else None
     if held_out is None and config.evaluation.every_steps and config.evaluation.reference == "test":
         raise ConfigError(
             f"config.evaluation needs a reference, and {data_dir / 'test'} is absent: encode a "
@@ -89,13 +89,13 @@ def prepare(
     if config.data.verify:
         for each in (dataset, held_out):
             if each is not None:
-                latent_dataset.verify(
+                latents.verify(
                     each,
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),
                     progress=jax.process_index() == 0,
                 )
-    shift, factor = latent_dataset.normalization(dataset, config.data.normalization)
+    shift, factor = latents.normalization(dataset, config.data.normalization)
     experiment = Experiment(
         config=config,
         workdir=workdir,
@@ -104,7 +104,7 @@ def prepare(
         autoencoder=autoencoder,
         latent_format=LatentFormat(dataset.stochastic, shift, factor),
         latents_sha256=dataset.weights_sha256,
-        dataset=latent_dataset.identity(dataset),
+        dataset=latents.identity(dataset),
         class_names=dataset.class_names,
     )
     return experiment, dataset

@@ -16,7 +16,7 @@ import numpy as np
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
 from repulsor_jax.config import Config, SamplingConfig
-from repulsor_jax.data.latent_dataset import denormalize
+from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
 from repulsor_jax.files.shards import in_batches, one_late

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from repulsor_jax import integrity, resuming, sharding
 from repulsor_jax.checkpoint import open_for_training
-from repulsor_jax.data.latent_dataset import LatentDataset
+from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record

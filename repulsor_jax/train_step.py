@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.data.latent_dataset import normalize, sample_posterior
+from repulsor_jax.data.latents import normalize, sample_posterior
 from repulsor_jax.flows import paths
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.method.memory_bank import MemoryBank

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data.latent_dataset import open_latent_dataset
+from repulsor_jax.data.latents import open_latent_dataset
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.encode import data_directory, load_autoencoder
 from repulsor_jax.evaluation import reference as reference_lib

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from repulsor_jax.data import dataset_writer as dw
-from repulsor_jax.data import latent_dataset as ld
+from repulsor_jax.data import latents as ld
+from repulsor_jax.data import writer as dw
 from tests import tiny
 
 

@@ -24,11 +24,11 @@ from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import ConfigError
-from repulsor_jax.data.dataset_writer import open_writer
-from repulsor_jax.data.encode import encode_images
-from repulsor_jax.data.latent_dataset import decode_records, open_latent_dataset
+from repulsor_jax.data.encoder import encode_images
+from repulsor_jax.data.latents import decode_records, open_latent_dataset
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import Item, open_source
+from repulsor_jax.data.writer import open_writer
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

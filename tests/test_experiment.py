@@ -5,7 +5,7 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax.data.latent_dataset import open_latent_dataset
+from repulsor_jax.data.latents import open_latent_dataset
 from tests import tiny
 
 

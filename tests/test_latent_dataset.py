@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax.data import latent_dataset as ld
-from repulsor_jax.data.dataset_writer import write_latent_dataset
+from repulsor_jax.data import latents as ld
+from repulsor_jax.data.writer import write_latent_dataset
 from tests import tiny
 
 

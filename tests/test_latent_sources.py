@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from repulsor_jax.data.latent_sources import open_latent_source
+from repulsor_jax.data.converted import open_latent_source
 
 LABELS = [2, 0, 1, 2, 0, 1, 2, 0, 1, 0, 2, 1]
 

@@ -3,13 +3,13 @@ import json
 import numpy as np
 import pytest
 
-from repulsor_jax.data.dataset_writer import write_latent_dataset
-from repulsor_jax.data.latent_dataset import LatentDataset
+from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import (
     DamagedDataError,
     rescale_position,
     training_iterator,
 )
+from repulsor_jax.data.writer import write_latent_dataset
 from tests import tiny
 
 COUNT = 22

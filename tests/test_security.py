@@ -32,8 +32,8 @@ from repulsor_jax import inference, integrity, main
 from repulsor_jax.autoencoders import files as weight_files
 from repulsor_jax.autoencoders import kl
 from repulsor_jax.checkpoint import Checkpointer, CheckpointError
-from repulsor_jax.data import latent_dataset
-from repulsor_jax.data.latent_sources import open_latent_source
+from repulsor_jax.data import latents
+from repulsor_jax.data.converted import open_latent_source
 from repulsor_jax.data.preprocess import BadImageError, read_images
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.evaluation import reference
@@ -388,7 +388,7 @@ def test_tar_with_a_header_larger_than_memory(tmp_path, kind):
 
 
 def test_compressed_tar_that_fills_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("repulsor_jax.data.files._ALWAYS_EXPANDED", 2**20)
+    monkeypatch.setattr("repulsor_jax.data.archives._ALWAYS_EXPANDED", 2**20)
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(bytes(2**26), 9))
     assert 200 * path.stat().st_size < 2**26
@@ -398,7 +398,7 @@ def test_compressed_tar_that_fills_the_disk(tmp_path, monkeypatch):
 
 
 def test_bombs_in_a_zip(tmp_path, monkeypatch):
-    monkeypatch.setattr("repulsor_jax.data.files.MAX_FILE_BYTES", HUGE // 2)
+    monkeypatch.setattr("repulsor_jax.data.archives.MAX_FILE_BYTES", HUGE // 2)
     path = zeros_zip(tmp_path / "x.zip", "cat/1.png", HUGE)  # honest, and a thousandfold
     source = open_source("archive", ".", path=str(path))
     with little_memory():
@@ -490,7 +490,7 @@ def test_shards_outside_of_a_data_set(dataset):
     for name in ("../other", str(dataset.parent / "other"), "../../etc/passwd", "", ".", "a\x1b"):
         edit(dataset, shards=[shard | {"name": name}])
         with pytest.raises(ValueError, match=r"dataset\.json: shards: found .* in this folder"):
-            latent_dataset.open_latent_dataset(dataset)
+            latents.open_latent_dataset(dataset)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_shards_outside_of_a_data_set(dataset):
 def test_values_of_a_data_set(dataset, changes):
     edit(dataset, **changes)
     with little_memory(), pytest.raises(ValueError, match=r"dataset\.json: ") as error:
-        latent_dataset.open_latent_dataset(dataset)
+        latents.open_latent_dataset(dataset)
     assert len(str(error.value)) < 600
     assert next(iter(changes)) in str(error.value)
     assert "\x1b" not in str(error.value)
@@ -526,14 +526,14 @@ NESTED = "[" * 10**6
 
 
 def test_metadata_that_is_nested(dataset, tmp_path):
-    opened = latent_dataset.open_latent_dataset(dataset)
+    opened = latents.open_latent_dataset(dataset)
     (dataset / ".verified-0-of-1.json").write_text(NESTED)
-    latent_dataset.verify(opened)
+    latents.verify(opened)
     (dataset / "dataset.json").write_text(NESTED)
     with pytest.raises(RecursionError):
         json.loads(NESTED)
     with pytest.raises(ValueError, match=r"dataset\.json: .*nested too deeply"):
-        latent_dataset.open_latent_dataset(dataset)
+        latents.open_latent_dataset(dataset)
     (tmp_path / "vae-sd").mkdir()
     (tmp_path / "vae-sd" / "dataset.json").write_text(NESTED)
     with pytest.raises(ValueError, match=r"dataset\.json: .*nested too deeply"):

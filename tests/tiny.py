@@ -13,7 +13,7 @@ from configs import default, digits
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.checkpoint import Checkpointer
-from repulsor_jax.data.latent_dataset import Description
+from repulsor_jax.data.latents import Description
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import (

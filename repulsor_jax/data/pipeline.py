@@ -8,7 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from repulsor_jax.data.latent_dataset import LatentDataset, decode_records
+from repulsor_jax.data.latents import LatentDataset, decode_records
 
 
 class DamagedDataError(RuntimeError):

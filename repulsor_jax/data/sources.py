@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from repulsor_jax.data.files import open_archive, open_folder
+from repulsor_jax.data.archives import open_archive, open_folder
 from repulsor_jax.data.listing import Item, Names, digest
 from repulsor_jax.files.untrusted import read_json
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.data.latent_dataset import LatentDataset, decode_records
+from repulsor_jax.data.latents import LatentDataset, decode_records
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order

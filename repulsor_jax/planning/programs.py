@@ -20,8 +20,8 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
 from repulsor_jax.chips import GIB
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data.encode import compiled_encoder
-from repulsor_jax.data.latent_dataset import Description
+from repulsor_jax.data.encoder import compiled_encoder
+from repulsor_jax.data.latents import Description
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.generation import configured_guidance, make_generate
 from repulsor_jax.method import registry

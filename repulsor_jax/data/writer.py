@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from repulsor_jax.data.latent_dataset import (
+from repulsor_jax.data.latents import (
     DTYPES,
     FORMAT_VERSION,
     METADATA,

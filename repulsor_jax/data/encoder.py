@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.data.dataset_writer import Batch, DatasetWriter
-from repulsor_jax.data.latent_dataset import Description, Skipped
-from repulsor_jax.data.latent_sources import LatentSource
+from repulsor_jax.data.converted import LatentSource
+from repulsor_jax.data.latents import Description, Skipped
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import Images, read_in_order
+from repulsor_jax.data.writer import Batch, DatasetWriter
 from repulsor_jax.files.untrusted import printable
 
 _CHUNK = 16  # images that a worker process reads at a time
