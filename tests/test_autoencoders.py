@@ -14,9 +14,9 @@ from repulsor_jax.autoencoders import (
     AUTOENCODERS,
     decode_in_slices,
     decode_in_tiles,
-    files,
     get_autoencoder,
     kl,
+    weights,
 )
 from repulsor_jax.autoencoders.base import method, upsample
 from repulsor_jax.sharding import batch_sharding, create_mesh, replicated, use_mesh
@@ -109,7 +109,7 @@ def test_nothing_there(tmp_path):
 def test_a_local_path_comes_before_a_repository(monkeypatch, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert str(files.locate("taesd", "org/name", "", ["x"])) == "org/name"
+    assert str(weights.locate("taesd", "org/name", "", ["x"])) == "org/name"
 
 
 def test_every_name_is_known(monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from repulsor_jax.autoencoders.base import Autoencoder
 from repulsor_jax.autoencoders.identity import identity
 from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, abstract_kl, load_kl
-from repulsor_jax.autoencoders.pieces import decode_in_slices, decode_in_tiles
+from repulsor_jax.autoencoders.slices import decode_in_slices, decode_in_tiles
 from repulsor_jax.autoencoders.tiny import CONFIGS, abstract_tiny, load_tiny
 
 __all__ = [
