@@ -25,8 +25,9 @@ from tqdm import tqdm
 from benchmarks import corrupt_checkpoint
 from configs import default
 from repulsor_jax import config as config_lib
-from repulsor_jax import integrity, sharding
-from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import integrity
+from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.method import registry
 from repulsor_jax.train_state import (
     TrainState,

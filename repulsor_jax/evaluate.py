@@ -18,12 +18,13 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import inference, sharding
-from repulsor_jax.checkpoint import (
+from repulsor_jax.checkpoints.checkpointer import (
     Checkpointer,
     CheckpointError,
     DamagedCheckpointError,
     checkpoint_directory,
 )
+from repulsor_jax.checkpoints.places import open_folder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import npz_images
@@ -31,7 +32,6 @@ from repulsor_jax.evaluation.measure import image_features, metrics, sample_feat
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Shards, digest
-from repulsor_jax.folders import open_folder
 from repulsor_jax.generation import (
     Generator,
     Guidance,

@@ -13,15 +13,19 @@ import numpy as np
 
 from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError, checkpoint_directory
+from repulsor_jax.checkpoints.checkpointer import (
+    Checkpointer,
+    CheckpointError,
+    checkpoint_directory,
+)
+from repulsor_jax.checkpoints.integrity import named_leaves
+from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import has_controls
 from repulsor_jax.flows import sde, solvers
-from repulsor_jax.folders import is_bucket
 from repulsor_jax.generation import Guidance, Guide
-from repulsor_jax.integrity import named_leaves
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
 

@@ -14,9 +14,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import distributed, folders, preemption
+from repulsor_jax import distributed, preemption
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax.checkpoint import CheckpointError, checkpoint_directory
+from repulsor_jax.checkpoints import places
+from repulsor_jax.checkpoints.checkpointer import CheckpointError, checkpoint_directory
+from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.divergence import DivergedError
 from repulsor_jax.encode import data_directory, encode
@@ -29,7 +31,6 @@ from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.replay import replay
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
-from repulsor_jax.verify import verify
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -142,8 +143,8 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
     try:
         config = config_lib.parse(_CONFIG.value)
-        if any(map(folders.is_bucket, (config.checkpoint.directory, config.sampling.guiding_run))):
-            folders.bound_waiting()
+        if any(map(places.is_bucket, (config.checkpoint.directory, config.sampling.guiding_run))):
+            places.bound_waiting()
         workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value == "plan":
             plan(_CONFIG.value, workdir, _plan_options())

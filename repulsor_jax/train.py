@@ -11,8 +11,9 @@ import jax
 from clu import parameter_overview
 from tqdm import tqdm
 
-from repulsor_jax import integrity, resuming, sharding
-from repulsor_jax.checkpoint import open_for_training
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import integrity, resuming
+from repulsor_jax.checkpoints.checkpointer import open_for_training
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import open_latent_dataset
 from repulsor_jax.data.sources import open_source
@@ -28,7 +29,6 @@ from repulsor_jax.evaluation.image_sets import (
 )
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment, check_weights
-from repulsor_jax.integrity import file_sha256
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"

@@ -81,15 +81,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def _bucket_server() -> Iterator[fake_bucket.Bucket]:
-    from repulsor_jax import folders
+    from repulsor_jax.checkpoints import places
 
     with fake_bucket.serve() as bucket, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         patch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        patch.setattr(folders, "_WRITE_RETRIES", 1)
-        folders.bound_waiting()
+        patch.setattr(places, "_WRITE_RETRIES", 1)
+        places.bound_waiting()
         yield bucket
 
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax import sharding, storage
-from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import storage
+from repulsor_jax.checkpoints.checkpointer import Checkpointer
 
 RECORDS = ({"next_index": 1}, {"batch_size": 16}, {})
 

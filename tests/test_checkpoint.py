@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks import corrupt_checkpoint
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from repulsor_jax.checkpoints.checkpointer import (
+    Checkpointer,
+    CheckpointError,
+    DamagedCheckpointError,
+)
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.train_state import (
     abstract_train_state,

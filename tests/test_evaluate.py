@@ -19,7 +19,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import evaluate as evaluate_lib
 from repulsor_jax import generation, sharding
 from repulsor_jax.autoencoders import get_autoencoder
-from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.data.writer import write_latent_dataset
 from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
 from repulsor_jax.evaluation.features import FeatureSpace, pixel_space

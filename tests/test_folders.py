@@ -15,11 +15,11 @@ from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import folders
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints import places
+from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints.storage import Storage
+from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.sample import sample
-from repulsor_jax.storage import Storage
-from repulsor_jax.verify import verify
 from tests import fake_bucket, tiny
 from tests.test_storage import RECORDS, look, state
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_whole_or_not_there_whenever_a_run_is_killed(bucket):
     }
     assert len(whole) == 2  # always as many objects as in the end
     expected = jax.tree.map(np.asarray, {step: state(step) for step in (10, 12)})
-    folder = folders.open_folder(WHERE)
+    folder = places.open_folder(WHERE)
     seen = []
     for index, objects in enumerate(history):
         bucket.objects = dict(objects)
@@ -95,7 +95,7 @@ def test_moving_again_after_a_deletion_that_failed_keeps_the_only_whole_copy(buc
     whole = {name.partition("/12/")[2]: bucket.objects[name][1] for name in bucket.names()}
     bucket.trouble = "503"
     bucket.fails = lambda method, name: method == "DELETE" and name.endswith("/12/state/b")
-    folder = folders.open_folder(WHERE)
+    folder = places.open_folder(WHERE)
     with pytest.raises(OSError, match="Service Unavailable"):
         folder.move("12", "12.replaced")
     assert folder.steps() == []
@@ -111,7 +111,7 @@ def test_what_is_not_whole_is_not_moved_and_its_target_not_touched(bucket):
         bucket.put(PREFIX + name, b"a")
     there = dict(bucket.objects)
     with pytest.raises(OSError, match=f"{WHERE}/12 is not whole"):
-        folders.open_folder(WHERE).move("12", "12.replaced")
+        places.open_folder(WHERE).move("12", "12.replaced")
     assert bucket.objects == there
 
 
@@ -128,23 +128,23 @@ def test_a_checkpoint_of_a_run_looks_like_one(bucket):
     with opened() as checkpointer:
         checkpointer.save(10, state(10), *RECORDS)
     bucket.objects.pop(f"{PREFIX}10/commit_success.txt")
-    folders.open_folder(WHERE).tidy()
+    places.open_folder(WHERE).tidy()
     assert bucket.names() == []
 
 
 def test_a_listing_may_take_longer_than_an_answer(bucket, monkeypatch):
-    monkeypatch.setattr(folders, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(places, "ANSWER_SECONDS", 0.2)
     bucket.put(f"{PREFIX}10/commit_success.txt", b"")
     bucket.trouble = "slow"
     bucket.fails = lambda method, name: not name and time.sleep(0.5)
-    assert folders.open_folder(WHERE).steps() == [10]
+    assert places.open_folder(WHERE).steps() == [10]
 
 
 def test_what_a_deletion_left_on_a_disk_is_in_nobodys_way(tmp_path, monkeypatch):
     def fail(path):
         raise OSError("Input/output error")
 
-    folder = folders.open_folder(tmp_path)
+    folder = places.open_folder(tmp_path)
     (tmp_path / "10/state").mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
@@ -189,7 +189,7 @@ def test_training_goes_on_and_saves_when_it_can_again(bucket, trouble, capsys):
 
 
 def test_a_bucket_that_does_not_answer_holds_nothing_up(bucket, monkeypatch, capsys):
-    monkeypatch.setattr(folders, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(places, "ANSWER_SECONDS", 0.2)
     with opened() as checkpointer:
         checkpointer.save(10, state(10), *RECORDS)
         checkpointer.wait()
@@ -254,7 +254,7 @@ def test_addresses_are_checked_before_anything_starts(key, monkeypatch):
 
 def test_an_orbax_that_keeps_its_retries_elsewhere_is_one_warning(bucket, monkeypatch, capsys):
     monkeypatch.delattr(tensorstore_utils, "_BASE_TS_CONTEXT")
-    folders.bound_waiting()
+    places.bound_waiting()
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1
     assert re.match("warning: .*_BASE_TS_CONTEXT", said[0])

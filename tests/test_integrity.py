@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax import integrity
+from repulsor_jax.checkpoints import integrity
 from tests import tiny
 
 RNG = np.random.default_rng(0)

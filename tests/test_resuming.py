@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from repulsor_jax import resuming
+from repulsor_jax.checkpoints import resuming
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latents
 from repulsor_jax.files import atomic

@@ -10,7 +10,7 @@ from PIL import Image
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import generation, inference
-from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.sample import sample
 from tests import tiny
 

@@ -28,10 +28,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import inference, integrity, main
+from repulsor_jax import inference, main
 from repulsor_jax.autoencoders import kl
 from repulsor_jax.autoencoders import weights as weight_files
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints import integrity
+from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
 from repulsor_jax.data import latents
 from repulsor_jax.data.converted import open_latent_source
 from repulsor_jax.data.preprocess import BadImageError, read_images

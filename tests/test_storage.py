@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from repulsor_jax import storage as storage_lib
-from repulsor_jax.checkpoint import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints import storage as storage_lib
+from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints.storage import Storage
 from repulsor_jax.files import atomic
 from repulsor_jax.metrics import MetricWriter, read_jsonl
-from repulsor_jax.storage import Storage
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ({"next_index": 1}, {"batch_size": 16}, {"shift": [0.5]})

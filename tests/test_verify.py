@@ -5,11 +5,11 @@ import re
 import jax
 import pytest
 
-from repulsor_jax import verify as verify_lib
-from repulsor_jax.checkpoint import CheckpointError
+from repulsor_jax.checkpoints import verify as verify_lib
+from repulsor_jax.checkpoints.checkpointer import CheckpointError
+from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.method import registry
 from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
-from repulsor_jax.verify import verify
 from tests import tiny
 from tests.test_checkpoint import flip, spoil
 

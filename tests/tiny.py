@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from configs import default, digits
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.checkpoint import Checkpointer
+from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.data.latents import Description
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT

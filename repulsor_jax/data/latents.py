@@ -26,8 +26,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
+from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.files.untrusted import has_controls, is_plain_name, read_json
-from repulsor_jax.integrity import file_sha256
 
 FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repulsor_jax import integrity, sharding
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import integrity
 from repulsor_jax.files import atomic
 
 T = TypeVar("T")

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from repulsor_jax import manifest, sharding
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints.places import DAMAGED, is_bucket
+from repulsor_jax.checkpoints.storage import CheckpointError, DamagedCheckpointError, Storage
 from repulsor_jax.config import CheckpointConfig
 from repulsor_jax.data.pipeline import rescale_position
-from repulsor_jax.folders import DAMAGED, is_bucket
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.memory_bank import MemoryBank
-from repulsor_jax.storage import CheckpointError, DamagedCheckpointError, Storage
 from repulsor_jax.train_state import TrainState
 
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]

@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from repulsor_jax import manifest, sharding
-from repulsor_jax.integrity import named_leaves
-from repulsor_jax.storage import CheckpointError, DamagedCheckpointError, Storage
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints.integrity import named_leaves
+from repulsor_jax.checkpoints.storage import CheckpointError, DamagedCheckpointError, Storage
 
 _GROUP_BYTES = 256 << 20  # read at a time
 _WHOLE = "whole"

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repulsor_jax import __version__, integrity
+from repulsor_jax import __version__
+from repulsor_jax.checkpoints import integrity
 
 FORMAT = 1
 

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from repulsor_jax import sharding
-from repulsor_jax.folders import DAMAGED, RECORDS, REPLACED, is_bucket, open_folder
+from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, REPLACED, is_bucket, open_folder
 
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
