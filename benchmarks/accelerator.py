@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
 
 
 def print_rows(args: argparse.Namespace, rows: dict[str, Row]) -> None:
-    from repulsor_jax import chips
+    from repulsor_jax.runtime import chips
 
     kind = rows["none"]["device_kind"]
     chip = chips.find(kind)

@@ -18,7 +18,7 @@ import sys
 
 from tqdm import tqdm
 
-from repulsor_jax.metrics import JSONL_NAME, read_jsonl
+from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
 
 SETTINGS = [
     ("none", 0.0),

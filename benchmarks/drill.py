@@ -36,8 +36,8 @@ import time
 
 from tqdm import tqdm
 
-from repulsor_jax.metrics import JSONL_NAME, read_jsonl
-from repulsor_jax.preemption import EXIT_CODE
+from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
+from repulsor_jax.runtime.preemption import EXIT_CODE
 
 EVERY, LOOK_EVERY = 10, 40  # steps between checkpoints, and between evaluations
 MOMENTS = ("starting", "data set", "steps", "save", "evaluation", "after the end")

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from repulsor_jax.files.pictures import Curve, save_curves
-from repulsor_jax.metrics import JSONL_NAME, read_jsonl
+from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
 
 EVERY = 100  # steps between checkpoints, grids and evaluations
 _DEVICES = 2

@@ -13,8 +13,8 @@ import pathlib
 import time
 from typing import Any
 
-from repulsor_jax import chips as chips_lib
 from repulsor_jax.files import pictures
+from repulsor_jax.runtime import chips as chips_lib
 
 SLICES = {
     8: "v5p:2x2x2",

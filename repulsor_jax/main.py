@@ -14,13 +14,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import distributed, preemption
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoints import places
 from repulsor_jax.checkpoints.checkpointer import CheckpointError, checkpoint_directory
 from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.data.pipeline import DamagedDataError
-from repulsor_jax.divergence import DivergedError
 from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.files.untrusted import printable
@@ -29,6 +27,8 @@ from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.replay import replay
+from repulsor_jax.runtime import distributed, preemption
+from repulsor_jax.runtime.guard import DivergedError
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 

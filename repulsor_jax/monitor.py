@@ -20,7 +20,7 @@ from repulsor_jax.generation import (
     make_generator,
 )
 from repulsor_jax.inference import load_guide, params_sha256
-from repulsor_jax.metrics import JSONL_NAME, MetricWriter, read_jsonl
+from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from repulsor_jax.yardstick import make_yardstick
 
 

@@ -16,20 +16,16 @@ from repulsor_jax.checkpoints import integrity, resuming
 from repulsor_jax.checkpoints.checkpointer import open_for_training
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
-from repulsor_jax.divergence import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.experiment import Experiment, latents_record
 from repulsor_jax.files import atomic, pictures
 from repulsor_jax.method import registry
-from repulsor_jax.metrics import (
-    JSONL_NAME,
-    MetricWriter,
-    StepRecorder,
-    read_jsonl,
-)
 from repulsor_jax.monitor import Monitor, is_due
-from repulsor_jax.preemption import Preempted, Preemption
-from repulsor_jax.profiling import Profiler, step_annotation
-from repulsor_jax.throughput import training_throughput
+from repulsor_jax.runtime.guard import EVENTS, DivergedError, DivergencePolicy
+from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, StepRecorder, read_jsonl
+from repulsor_jax.runtime.preemption import Preempted, Preemption
+from repulsor_jax.runtime.profiling import Profiler, step_annotation
+from repulsor_jax.runtime.throughput import training_throughput
+from repulsor_jax.runtime.watchdog import Watchdog
 from repulsor_jax.train_state import (
     TrainState,
     abstract_train_state,
@@ -37,7 +33,6 @@ from repulsor_jax.train_state import (
     create_train_state,
 )
 from repulsor_jax.train_step import compile_train_step, make_train_step
-from repulsor_jax.watchdog import Watchdog
 
 _CURVES = ("flow_loss", "regularizer_loss", "fid_", "frechet_")  # what their names start with
 

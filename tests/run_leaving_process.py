@@ -10,7 +10,8 @@ import time
 
 import jax
 
-from repulsor_jax import preemption, sharding
+from repulsor_jax import sharding
+from repulsor_jax.runtime import preemption
 
 
 def main(address, rank):

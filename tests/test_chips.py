@@ -1,4 +1,4 @@
-from repulsor_jax import chips
+from repulsor_jax.runtime import chips
 
 
 def test_devices_are_found_by_what_jax_calls_them():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from repulsor_jax import distributed
-from repulsor_jax.distributed import JoinError, Launcher, detect
+from repulsor_jax.runtime import distributed
+from repulsor_jax.runtime.distributed import JoinError, Launcher, detect
 
 # What srun sets in each of 16 tasks on 2 nodes of 8 GPUs.
 SRUN = {

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 
-from repulsor_jax import metrics
-from repulsor_jax.throughput import Throughput
+from repulsor_jax.runtime import metrics
+from repulsor_jax.runtime.throughput import Throughput
 
 THROUGHPUT = Throughput(batch_size=8, flops=4e12, num_chips=2, peak_flops=4e14)
 

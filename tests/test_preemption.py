@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from repulsor_jax import preemption
-from repulsor_jax.preemption import Preemption
+from repulsor_jax.runtime import preemption
+from repulsor_jax.runtime.preemption import Preemption
 
 
 @pytest.fixture

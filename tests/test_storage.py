@@ -22,7 +22,7 @@ from repulsor_jax.checkpoints import storage as storage_lib
 from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
 from repulsor_jax.checkpoints.storage import Storage
 from repulsor_jax.files import atomic
-from repulsor_jax.metrics import MetricWriter, read_jsonl
+from repulsor_jax.runtime.metrics import MetricWriter, read_jsonl
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORDS = ({"next_index": 1}, {"batch_size": 16}, {"shift": [0.5]})

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from repulsor_jax import flops, throughput
+from repulsor_jax.runtime import flops, throughput
 from tests import tiny
 
 

@@ -25,10 +25,10 @@ from repulsor_jax import train_state as train_state_lib
 from repulsor_jax import train_step as train_step_lib
 from repulsor_jax.checkpoints.storage import CheckpointError, Storage
 from repulsor_jax.data import pipeline
-from repulsor_jax.divergence import DivergedError
-from repulsor_jax.metrics import read_jsonl
-from repulsor_jax.preemption import Preempted
 from repulsor_jax.replay import replay
+from repulsor_jax.runtime.guard import DivergedError
+from repulsor_jax.runtime.metrics import read_jsonl
+from repulsor_jax.runtime.preemption import Preempted
 from repulsor_jax.train import train
 from tests import tiny
 

@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
-from repulsor_jax.chips import GIB
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description
@@ -27,6 +26,7 @@ from repulsor_jax.generation import configured_guidance, make_generate
 from repulsor_jax.method import registry
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
+from repulsor_jax.runtime.chips import GIB
 from repulsor_jax.train_state import (
     abstract_train_state,
     build_model,

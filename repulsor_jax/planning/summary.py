@@ -4,11 +4,12 @@ import collections
 import math
 from typing import Any
 
-from repulsor_jax import flops, sharding
+from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.planning.estimate import Estimate, estimate, mesh_axes, spread
 from repulsor_jax.planning.programs import Program
 from repulsor_jax.planning.topology import Topology
+from repulsor_jax.runtime import flops
 
 Values = dict[str, Any]
 _STATE = ("parameters", "optimizer", "EMA")

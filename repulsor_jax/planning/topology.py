@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from repulsor_jax import chips
-from repulsor_jax.chips import GIB, Chip
 from repulsor_jax.config import ConfigError
+from repulsor_jax.runtime import chips
+from repulsor_jax.runtime.chips import GIB, Chip
 
 KNOWN = {
     "v4": "v4:2x2x1 to v4:16x16x16",

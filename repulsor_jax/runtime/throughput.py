@@ -8,8 +8,8 @@ import dataclasses
 
 import jax
 
-from repulsor_jax import chips, flops
 from repulsor_jax.config import ModelConfig
+from repulsor_jax.runtime import chips, flops
 
 
 @dataclasses.dataclass(frozen=True)

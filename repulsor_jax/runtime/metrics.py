@@ -18,9 +18,9 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from repulsor_jax.divergence import Refusal
 from repulsor_jax.files import atomic
-from repulsor_jax.throughput import Throughput
+from repulsor_jax.runtime.guard import Refusal
+from repulsor_jax.runtime.throughput import Throughput
 
 JSONL_NAME = "metrics.jsonl"
 
