@@ -54,7 +54,7 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     from repulsor_jax import sharding
     from repulsor_jax.config import parse
     from repulsor_jax.flows import sampler, sde
-    from repulsor_jax.generation import make_solver
+    from repulsor_jax.inference.generator import make_solver
     from repulsor_jax.train_state import build_model, init_model_params
 
     config = parse(config_dict(options))

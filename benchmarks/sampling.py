@@ -195,13 +195,13 @@ def compiled_step_counts(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
-    """Our sampler as `repulsor_jax.generation` jits it: scale and interval are traced."""
+    """Our sampler as `repulsor_jax.inference.run.generator` jits it: scale and interval are traced."""
     os.environ["JAX_PLATFORMS"] = args.platform
     import jax
     import numpy as np
 
     from repulsor_jax import config as config_lib
-    from repulsor_jax.generation import make_solver
+    from repulsor_jax.inference.generator import make_solver
     from repulsor_jax.train_state import build_model
 
     c = model_config(args)
@@ -315,7 +315,7 @@ def build_sweep(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     from repulsor_jax import sharding
     from repulsor_jax.autoencoders import get_autoencoder
     from repulsor_jax.experiment import Experiment
-    from repulsor_jax.generation import Guidance, generate_images, make_generator
+    from repulsor_jax.inference.generator import Guidance, generate_images, make_generator
     from repulsor_jax.train_state import build_model
     from repulsor_jax.train_step import LatentFormat
 

@@ -17,7 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from repulsor_jax import inference, sharding
+from repulsor_jax import sharding
 from repulsor_jax.checkpoints.checkpointer import (
     Checkpointer,
     CheckpointError,
@@ -32,7 +32,8 @@ from repulsor_jax.evaluation.measure import image_features, metrics, sample_feat
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Shards, digest
-from repulsor_jax.generation import (
+from repulsor_jax.inference import run
+from repulsor_jax.inference.generator import (
     Generator,
     Guidance,
     configured_guidance,
@@ -40,7 +41,7 @@ from repulsor_jax.generation import (
     make_generator,
     write_grid,
 )
-from repulsor_jax.inference import LoadedGuide
+from repulsor_jax.inference.run import LoadedGuide
 from repulsor_jax.yardstick import Yardstick, make_yardstick, open_yardstick
 
 
@@ -92,25 +93,25 @@ def _evaluate_checkpoints(
     records: list[report.Record] = []
     if checkpoints == "follow":
         _wait_for(checkpoint_directory(config.checkpoint, workdir), config.evaluation.poll_seconds)
-    with inference.open_checkpoints(config, workdir) as checkpointer:
+    with run.open_checkpoints(config, workdir) as checkpointer:
         wanted = _wanted_steps(checkpointer, checkpoints, config)
         first = next(wanted)
-        experiment = inference.open_experiment(config, workdir, checkpointer, first)
-        guide = inference.load_guide(experiment)
+        experiment = run.open_experiment(config, workdir, checkpointer, first)
+        guide = run.load_guide(experiment)
         generator = make_generator(experiment, guide.guide if guide else None)
         evaluator = Evaluator(experiment, generator, guide, make_yardstick(experiment))
         guidances, by_step = sweep(config), None
         events = SummaryWriter(str(workdir / "tensorboard" / "evaluation")) if is_main else None
         for step in itertools.chain([first], wanted):
             try:
-                params = inference.restore_params(experiment, checkpointer, step)
+                params = run.restore_params(experiment, checkpointer, step)
             except (CheckpointError, FileNotFoundError):
                 # One of several processes cannot go its own way.
                 if jax.process_count() > 1 or step in checkpointer.steps():
                     raise
                 tqdm.write(f"step {step} was removed before it could be evaluated")
                 continue
-            digest_of_params = inference.params_sha256(params)
+            digest_of_params = run.params_sha256(params)
             of_step = [
                 evaluate_params(
                     evaluator,
@@ -246,7 +247,7 @@ def evaluate_params(
     """
     experiment, generator, guide = evaluator.experiment, evaluator.generator, evaluator.guide
     yardstick = evaluator.yardstick
-    protocol = inference.protocol(
+    protocol = run.protocol(
         experiment,
         guidance,
         step=step,

@@ -9,17 +9,18 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from repulsor_jax import generation, sharding
+from repulsor_jax import sharding
 from repulsor_jax.evaluate import Evaluator, evaluate_params
 from repulsor_jax.experiment import Experiment
-from repulsor_jax.generation import (
+from repulsor_jax.inference import generator
+from repulsor_jax.inference.generator import (
     Generator,
     SamplingError,
     configured_guidance,
     generate_images,
     make_generator,
 )
-from repulsor_jax.inference import load_guide, params_sha256
+from repulsor_jax.inference.run import load_guide, params_sha256
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from repulsor_jax.yardstick import make_yardstick
 
@@ -105,7 +106,7 @@ class Monitor:
         if jax.process_index() == 0:
             path = self._grid_path(step)
             try:
-                generation.write_grid(self.experiment, path, *samples)
+                generator.write_grid(self.experiment, path, *samples)
                 writer.image(step, "samples", path)
             except OSError as error:  # no reason to lose the run
                 _say(f"step {step}: no grid: {error}")

@@ -6,9 +6,10 @@ import zipfile
 import jax
 import numpy as np
 
-from repulsor_jax import inference, sharding
+from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import checked_mesh
+from repulsor_jax.inference import run
 from repulsor_jax.method import registry
 from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
 from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
@@ -50,7 +51,7 @@ def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[s
     model = build_model(config.model, mesh.devices.flat[0])
     parts = (config, model, registry.build(config), build_optimizer(config))
     abstract_state, _ = abstract_train_state(*parts, mesh)
-    with inference.open_checkpoints(config, workdir) as checkpointer:
+    with run.open_checkpoints(config, workdir) as checkpointer:
         before = [saved for saved in checkpointer.steps() if saved < step]
         if not before:
             raise ConfigError(f"--event={event}: {checkpointer.directory} holds no step before it")

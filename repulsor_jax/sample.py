@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from repulsor_jax import inference, sharding
+from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
 from repulsor_jax.files import atomic, pictures
 from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
-from repulsor_jax.generation import (
+from repulsor_jax.inference import run
+from repulsor_jax.inference.generator import (
     batches,
     check_finite,
     configured_guidance,
@@ -40,18 +41,18 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
       ConfigError, CheckpointError: one message that names the key or file.
       SamplingError: a sample is not a finite number.
     """
-    with inference.open_checkpoints(config, workdir) as checkpointer:
+    with run.open_checkpoints(config, workdir) as checkpointer:
         step = checkpointer.resolve(step)
-        experiment = inference.open_experiment(config, workdir, checkpointer, step)
-        guide = inference.load_guide(experiment)
-        params = inference.restore_params(experiment, checkpointer, step)
+        experiment = run.open_experiment(config, workdir, checkpointer, step)
+        guide = run.load_guide(experiment)
+        params = run.restore_params(experiment, checkpointer, step)
     guidance = configured_guidance(config.sampling)
     count, batch_size = config.sampling.num_samples, config.sampling.batch_size
-    protocol = inference.protocol(
+    protocol = run.protocol(
         experiment,
         guidance,
         step=step,
-        weights_sha256=inference.params_sha256(params),
+        weights_sha256=run.params_sha256(params),
         num_samples=count,
         guide=guide.description if guide else None,
     )

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import evaluate as evaluate_lib
-from repulsor_jax import generation, sharding
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.data.writer import write_latent_dataset
@@ -29,6 +29,7 @@ from repulsor_jax.evaluation.measure import Reference, image_reference, make_ext
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_samples
 from repulsor_jax.flows import paths
+from repulsor_jax.inference import generator
 from repulsor_jax.train_step import LatentFormat
 from repulsor_jax.yardstick import Yardstick
 from tests import tiny
@@ -69,7 +70,7 @@ def exact_evaluator(folder, reference, mesh, **overrides):
     )
     space = pixel_space(DIM)
     yardstick = Yardstick(folder, space, make_extractor(space, mesh), reference)
-    return Evaluator(experiment, generation.make_generator(experiment), None, yardstick)
+    return Evaluator(experiment, generator.make_generator(experiment), None, yardstick)
 
 
 def known_distribution(shift=0.0, scale=1.0):
@@ -183,9 +184,7 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ExactModel, "apply", broken)
     evaluator = exact_evaluator(tmp_path, known_distribution(), tiny.mesh(8))
-    with pytest.raises(
-        generation.SamplingError, match="sample 2 is not finite, nor are 132 others"
-    ):
+    with pytest.raises(generator.SamplingError, match="sample 2 is not finite, nor are 132 others"):
         measure(evaluator, 600)
 
 
@@ -248,10 +247,10 @@ def samples_of(workdir, seeds, count):
     c = config_lib.parse(values())
     with evaluate_lib.inference.open_checkpoints(c, workdir) as checkpointer:
         experiment = evaluate_lib.inference.open_experiment(c, workdir, checkpointer, None)
-    generator = generation.make_generator(experiment)
+    generator = generator.make_generator(experiment)
     everywhere = sharding.replicated(experiment.mesh)
     params = [jax.device_put(tiny.random_params(c, seed), everywhere) for seed in seeds]
-    return [generation.generate_images(generator, each, count, None) for each in params]
+    return [generator.generate_images(generator, each, count, None) for each in params]
 
 
 def steps_drawn(monkeypatch, evaluate_some):

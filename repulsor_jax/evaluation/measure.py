@@ -25,7 +25,7 @@ from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
-from repulsor_jax.generation import Generator, Guidance, batches, check_finite
+from repulsor_jax.inference.generator import Generator, Guidance, batches, check_finite
 
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]

@@ -22,7 +22,7 @@ from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description
 from repulsor_jax.experiment import Experiment, checked_mesh
-from repulsor_jax.generation import configured_guidance, make_generate
+from repulsor_jax.inference.generator import configured_guidance, make_generate
 from repulsor_jax.method import registry
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host

@@ -25,7 +25,7 @@ from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import has_controls
 from repulsor_jax.flows import sde, solvers
-from repulsor_jax.generation import Guidance, Guide
+from repulsor_jax.inference.generator import Guidance, Guide
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
 
