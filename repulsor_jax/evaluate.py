@@ -29,6 +29,7 @@ from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
+from repulsor_jax.evaluation.yardstick import Yardstick, make_yardstick, open_yardstick
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Shards, digest
@@ -42,7 +43,6 @@ from repulsor_jax.inference.generator import (
     write_grid,
 )
 from repulsor_jax.inference.run import LoadedGuide
-from repulsor_jax.yardstick import Yardstick, make_yardstick, open_yardstick
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import data_directory, encode
 from repulsor_jax.evaluate import evaluate
+from repulsor_jax.evaluation.monitor import make_monitor
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.generator import SamplingError
-from repulsor_jax.monitor import make_monitor
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.replay import replay

@@ -16,10 +16,10 @@ from repulsor_jax.checkpoints import integrity, resuming
 from repulsor_jax.checkpoints.checkpointer import open_for_training
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
+from repulsor_jax.evaluation.monitor import Monitor, is_due
 from repulsor_jax.experiment import Experiment, latents_record
 from repulsor_jax.files import atomic, pictures
 from repulsor_jax.method import registry
-from repulsor_jax.monitor import Monitor, is_due
 from repulsor_jax.runtime.guard import EVENTS, DivergedError, DivergencePolicy
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, StepRecorder, read_jsonl
 from repulsor_jax.runtime.preemption import Preempted, Preemption

@@ -26,12 +26,12 @@ from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import Reference, image_reference, make_extractor
+from repulsor_jax.evaluation.yardstick import Yardstick
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_samples
 from repulsor_jax.flows import paths
 from repulsor_jax.inference import generator
 from repulsor_jax.train_step import LatentFormat
-from repulsor_jax.yardstick import Yardstick
 from tests import tiny
 from tests.closed_form import Mixture, exact
 from tests.test_sources import TinyImages

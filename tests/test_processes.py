@@ -16,7 +16,7 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.evaluate import evaluate
-from repulsor_jax.monitor import make_monitor
+from repulsor_jax.evaluation.monitor import make_monitor
 from repulsor_jax.runtime.metrics import read_jsonl
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train

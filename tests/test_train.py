@@ -19,12 +19,12 @@ import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax import monitor
 from repulsor_jax import train as train_lib
 from repulsor_jax import train_state as train_state_lib
 from repulsor_jax import train_step as train_step_lib
 from repulsor_jax.checkpoints.storage import CheckpointError, Storage
 from repulsor_jax.data import pipeline
+from repulsor_jax.evaluation import monitor
 from repulsor_jax.inference import generator
 from repulsor_jax.replay import replay
 from repulsor_jax.runtime.guard import DivergedError

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from repulsor_jax import sharding
 from repulsor_jax.evaluate import Evaluator, evaluate_params
+from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.inference import generator
 from repulsor_jax.inference.generator import (
@@ -22,7 +23,6 @@ from repulsor_jax.inference.generator import (
 )
 from repulsor_jax.inference.run import load_guide, params_sha256
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
-from repulsor_jax.yardstick import make_yardstick
 
 
 @dataclasses.dataclass(frozen=True)
