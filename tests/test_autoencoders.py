@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from repulsor_jax import hlo
 from repulsor_jax.autoencoders import (
     AUTOENCODERS,
     decode_in_slices,
@@ -19,6 +18,7 @@ from repulsor_jax.autoencoders import (
     weights,
 )
 from repulsor_jax.autoencoders.base import method, upsample
+from repulsor_jax.planning import hlo
 from repulsor_jax.sharding import batch_sharding, create_mesh, replicated, use_mesh
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax import hlo
+from repulsor_jax.planning import hlo
 from tests import tiny
 
 

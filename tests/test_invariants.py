@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import hlo, sharding
+from repulsor_jax import sharding
 from repulsor_jax.method import memory_bank, registry, repulsion
+from repulsor_jax.planning import hlo
 from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
 from repulsor_jax.train_step import draw_inputs
 from tests import tiny

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax import hlo
 from repulsor_jax.method import memory_bank
+from repulsor_jax.planning import hlo
 from tests import tiny
 
 enqueue = jax.jit(memory_bank.enqueue)

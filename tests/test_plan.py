@@ -15,11 +15,11 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import plan as plan_lib
 from repulsor_jax import sharding
 from repulsor_jax.config import ConfigError
-from repulsor_jax.hlo import Array, Collective
 from repulsor_jax.plan import Options
 from repulsor_jax.planning import programs
 from repulsor_jax.planning import topology as topology_lib
 from repulsor_jax.planning.cost import Cost
+from repulsor_jax.planning.hlo import Array, Collective
 from repulsor_jax.planning.largest_batch import largest_batch, next_guess, with_batch
 from repulsor_jax.planning.summary import carries_the_bank, describe_collectives
 from tests import tiny

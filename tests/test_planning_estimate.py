@@ -6,9 +6,9 @@ import types
 
 import pytest
 
-from repulsor_jax.hlo import Array, Collective
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.estimate import closed_sides, estimate, lanes_of, mesh_axes, spread
+from repulsor_jax.planning.hlo import Array, Collective
 from repulsor_jax.planning.topology import Topology
 from repulsor_jax.runtime import chips
 from tests import tiny

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repulsor_jax import hlo, sharding
+from repulsor_jax import sharding
 from repulsor_jax.method import memory_bank, repulsion
 from repulsor_jax.method.dispersive import dispersive_loss
+from repulsor_jax.planning import hlo
 from tests import tiny
 
 

@@ -17,8 +17,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from repulsor_jax import hlo
-from repulsor_jax.hlo import Array, Collective, Instruction, Module
+from repulsor_jax.planning import hlo
+from repulsor_jax.planning.hlo import Array, Collective, Instruction, Module
 
 # Instructions that move nothing: they name, or wait for, what others made.
 _FREE = {

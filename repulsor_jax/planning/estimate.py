@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from repulsor_jax.hlo import Collective
 from repulsor_jax.planning.cost import Cost
+from repulsor_jax.planning.hlo import Collective
 from repulsor_jax.planning.topology import Topology
 
 _TORUS_3D = ("v4", "v5p", "tpu7x")  # closed where every side is a multiple of 4
