@@ -195,7 +195,7 @@ def compiled_step_counts(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
-    """Our sampler as `repulsor_jax.inference.run.generator` jits it: scale and interval are traced."""
+    """Our sampler as `repulsor_jax.inference.generator` jits it: scale and interval are traced."""
     os.environ["JAX_PLATFORMS"] = args.platform
     import jax
     import numpy as np

@@ -29,6 +29,7 @@ from repulsor_jax.data.latents import (
 )
 from repulsor_jax.data.sources import ImageSource, open_source
 from repulsor_jax.data.writer import open_writer
+from repulsor_jax.files import pictures
 
 _PREVIEW_COLUMNS = 8
 
@@ -292,8 +293,8 @@ def _write_preview(
     columns = min(_PREVIEW_COLUMNS, len(chosen))
     rows = []
     for start in range(0, len(chosen), columns):
-        for pictures in (originals, decoded):
-            row = pictures[start : start + columns]
+        for images in (originals, decoded):
+            row = images[start : start + columns]
             blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
             rows.append(np.concatenate([row, blank]))
     with contextlib.suppress(ValueError):  # images that are neither grey nor RGB

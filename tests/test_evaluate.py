@@ -30,7 +30,7 @@ from repulsor_jax.evaluation.yardstick import Yardstick
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_samples
 from repulsor_jax.flows import paths
-from repulsor_jax.inference import generator
+from repulsor_jax.inference import generator as generator_lib
 from repulsor_jax.train_step import LatentFormat
 from tests import tiny
 from tests.closed_form import Mixture, exact
@@ -70,7 +70,7 @@ def exact_evaluator(folder, reference, mesh, **overrides):
     )
     space = pixel_space(DIM)
     yardstick = Yardstick(folder, space, make_extractor(space, mesh), reference)
-    return Evaluator(experiment, generator.make_generator(experiment), None, yardstick)
+    return Evaluator(experiment, generator_lib.make_generator(experiment), None, yardstick)
 
 
 def known_distribution(shift=0.0, scale=1.0):
@@ -184,7 +184,9 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(ExactModel, "apply", broken)
     evaluator = exact_evaluator(tmp_path, known_distribution(), tiny.mesh(8))
-    with pytest.raises(generator.SamplingError, match="sample 2 is not finite, nor are 132 others"):
+    with pytest.raises(
+        generator_lib.SamplingError, match="sample 2 is not finite, nor are 132 others"
+    ):
         measure(evaluator, 600)
 
 
@@ -247,10 +249,10 @@ def samples_of(workdir, seeds, count):
     c = config_lib.parse(values())
     with evaluate_lib.inference.open_checkpoints(c, workdir) as checkpointer:
         experiment = evaluate_lib.inference.open_experiment(c, workdir, checkpointer, None)
-    generator = generator.make_generator(experiment)
+    generator = generator_lib.make_generator(experiment)
     everywhere = sharding.replicated(experiment.mesh)
     params = [jax.device_put(tiny.random_params(c, seed), everywhere) for seed in seeds]
-    return [generator.generate_images(generator, each, count, None) for each in params]
+    return [generator_lib.generate_images(generator, each, count, None) for each in params]
 
 
 def steps_drawn(monkeypatch, evaluate_some):

@@ -7,7 +7,7 @@ import pytest
 
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import latents
+from repulsor_jax.data import latents as latents_lib
 from repulsor_jax.files import atomic
 from tests import tiny
 
@@ -122,9 +122,9 @@ def test_the_identity_of_a_data_set_is_its_content(tmp_path):
             "num_images": 8,
             "mean": (0.0, 0.0),
             "std": (1.0, 1.0),
-            "shards": (latents.Shard(f"{directory}.array_record", 8, sha256),),
+            "shards": (latents_lib.Shard(f"{directory}.array_record", 8, sha256),),
         }
-        return latents.identity(latents.LatentDataset(**about))
+        return latents_lib.identity(latents_lib.LatentDataset(**about))
 
     assert dataset() == dataset("b", source="elsewhere")
     assert json.loads(json.dumps(dataset())) == dataset()

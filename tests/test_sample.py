@@ -10,7 +10,8 @@ from PIL import Image
 
 from repulsor_jax import config as config_lib
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
-from repulsor_jax.inference import generator, run
+from repulsor_jax.inference import generator as generator_lib
+from repulsor_jax.inference import run as run_lib
 from repulsor_jax.sample import sample
 from tests import tiny
 
@@ -118,7 +119,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(workdir, monkeypatch
     started = []
 
     def make_generator(*arguments):
-        generator = generator.make_generator(*arguments)
+        generator = generator_lib.make_generator(*arguments)
 
         def start(params, first, guidance):
             started.append(first)
@@ -126,7 +127,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(workdir, monkeypatch
                 raise KeyboardInterrupt
             return generator.start(params, first, guidance)
 
-        return generator.Generator(generator.batch_size, start)
+        return generator_lib.Generator(generator.batch_size, start)
 
     monkeypatch.setattr("repulsor_jax.sample.make_generator", make_generator)
     resumed = False
@@ -160,7 +161,7 @@ def test_a_kill_at_the_very_end_is_mended(workdir, monkeypatch):
 
 def test_a_sample_that_is_not_finite_is_an_error_that_names_it(workdir):
     """A solver that gives a sample up, as dopri5 does, must not write a black picture."""
-    with pytest.raises(generator.SamplingError, match=r"sample 0 is not finite.*max_steps"):
+    with pytest.raises(generator_lib.SamplingError, match=r"sample 0 is not finite.*max_steps"):
         draw(workdir, sampling__solver="dopri5", sampling__max_steps=1)
 
 
@@ -223,7 +224,7 @@ def test_autoguidance_leads_away_from_the_weak_run(run, workdir, tmp_path_factor
     assert np.abs(strong - weak).max() > 0.1
     guide = json.loads(path.with_suffix(".json").read_text())["guide"]
     assert guide["step"] == 2
-    assert guide["weights_sha256"] == run.params_sha256(weak_params)
+    assert guide["weights_sha256"] == run_lib.params_sha256(weak_params)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +251,5 @@ def test_a_digest_of_parameters_is_that_of_their_values_alone():
     c = config_lib.parse(values())
     params = tiny.random_params(c)
     sharded = jax.device_put(params, tiny.sharding.replicated(tiny.mesh(8)))
-    assert run.params_sha256(sharded) == run.params_sha256(params)
-    assert run.params_sha256(tiny.random_params(c, seed=1)) != run.params_sha256(params)
+    assert run_lib.params_sha256(sharded) == run_lib.params_sha256(params)
+    assert run_lib.params_sha256(tiny.random_params(c, seed=1)) != run_lib.params_sha256(params)

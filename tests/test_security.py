@@ -39,7 +39,7 @@ from repulsor_jax.data.preprocess import BadImageError, read_images
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.evaluation import reference
 from repulsor_jax.files import pictures, tensors, untrusted
-from repulsor_jax.inference import run
+from repulsor_jax.inference import run as run_lib
 from tests import tiny
 from tests.test_latent_dataset import edit, make_batches, write
 from tests.test_weights import Call, Global, TorchPickler, tensor, write_torch
@@ -577,7 +577,7 @@ def test_files_of_a_checkpoint_that_are_hostile(run, content):
 
     def read():
         with Checkpointer(folder / "checkpoints", read_only=True) as checkpointer:
-            run._records(checkpointer, 2)
+            run_lib._records(checkpointer, 2)
             return checkpointer.restore_ema(abstract, 2)[0]
 
     np.testing.assert_array_equal(read()["a"], params["a"])
@@ -626,7 +626,7 @@ def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
             Checkpointer(run[0] / "checkpoints", read_only=True) as checkpointer,
             pytest.raises(ValueError, match="checkpoints/2: ") as error,
         ):
-            run._records(checkpointer, 2)
+            run_lib._records(checkpointer, 2)
         assert "\x1b" not in str(error.value)
         assert "manifest" not in str(error.value)
         assert "was changed" not in str(error.value)

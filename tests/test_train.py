@@ -25,7 +25,7 @@ from repulsor_jax import train_step as train_step_lib
 from repulsor_jax.checkpoints.storage import CheckpointError, Storage
 from repulsor_jax.data import pipeline
 from repulsor_jax.evaluation import monitor
-from repulsor_jax.inference import generator
+from repulsor_jax.inference import generator as generator_lib
 from repulsor_jax.replay import replay
 from repulsor_jax.runtime.guard import DivergedError
 from repulsor_jax.runtime.metrics import read_jsonl
@@ -259,7 +259,7 @@ def test_pictures_and_distance_are_written_from_ema(tmp_path, data_dir, monkeypa
     monkeypatch.setattr(train_lib, "_write_loss_curve", WRITE_LOSS_CURVE)
 
     def make_generator(*arguments, **options):
-        generator = generator.make_generator(*arguments, **options)
+        generator = generator_lib.make_generator(*arguments, **options)
 
         def spy(params, first, guidance):
             drawn_from.append(jax.device_get(params))

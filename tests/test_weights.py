@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import save_file
 
-from repulsor_jax.files import tensors
+from repulsor_jax.files import tensors as tensor_files
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -108,12 +108,12 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
 def test_torch_files(tmp_path, suffix):
-    assert_same(tensors.read_tensors(write_state(tmp_path / f"x{suffix}", TENSORS)), TENSORS)
+    assert_same(tensor_files.read_tensors(write_state(tmp_path / f"x{suffix}", TENSORS)), TENSORS)
 
 
 def test_safetensors_files(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors")
-    assert_same(tensors.read_tensors(tmp_path / "x.safetensors"), TENSORS)
+    assert_same(tensor_files.read_tensors(tmp_path / "x.safetensors"), TENSORS)
 
 
 def test_bfloat16(tmp_path):
@@ -126,7 +126,7 @@ def test_bfloat16(tmp_path):
     data = struct.pack("<Q", len(header)) + header + upper.tobytes()
     (tmp_path / "x.safetensors").write_bytes(data)
     for path in (tmp_path / "x.safetensors", write_state(tmp_path / "x.pth", {"x": array})):
-        found = tensors.read_tensors(path)["x"]
+        found = tensor_files.read_tensors(path)["x"]
         assert found.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found.astype(np.float32), expected)
 
@@ -141,7 +141,7 @@ def test_strides_offsets_and_shared_storages(tmp_path):
             Global("torch._utils", "_rebuild_parameter"), tensor("0", base), True, {}
         ),
     }
-    found = tensors.read_tensors(write_torch(tmp_path / "x.pth", value, {"0": base}))
+    found = tensor_files.read_tensors(write_torch(tmp_path / "x.pth", value, {"0": base}))
     np.testing.assert_array_equal(found["transposed"], base[5:17].reshape(4, 3).T)
     np.testing.assert_array_equal(found["expanded"], [[0, 4, 8], [0, 4, 8]])
     assert found["empty"].shape == (0, 3)
@@ -165,7 +165,7 @@ def test_what_torch_writes(tmp_path):
     for zipped in (True, False):
         path = tmp_path / f"{zipped}.pth"
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
-        found = tensors.read_tensors(path)
+        found = tensor_files.read_tensors(path)
         assert list(found) == list(state)
         for name, expected in state.items():
             assert str(expected.dtype) in (f"torch.{found[name].dtype}", "torch.bool")
@@ -175,7 +175,7 @@ def test_what_torch_writes(tmp_path):
     for length in (20, 300, len(content) - 150, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"False\.pth: its pickle is not one of tensors"):
-            tensors.read_tensors(path)
+            tensor_files.read_tensors(path)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, module, name, argumen
     array = TENSORS["b.weight"]
     path = write_torch(tmp_path / "x.pth", {"x": tensor("0", array), "y": call}, {"0": array})
     with pytest.raises(ValueError, match=rf"x\.pth: .*{module}\.{name}, which is refused"):
-        tensors.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert not marker.exists()
 
 
@@ -226,7 +226,7 @@ def test_tensors_that_reach_beyond_their_storage(tmp_path, changes, complaint):
     array = TENSORS["b.weight"]
     path = write_torch(tmp_path / "x.pth", {"x": tensor("0", array, **changes)}, {"0": array})
     with pytest.raises(ValueError, match=r"x\.pth: ") as error:
-        tensors.read_tensors(path)
+        tensor_files.read_tensors(path)
     assert complaint in str(error.value)
 
 
@@ -239,14 +239,14 @@ def test_other_content(tmp_path):
     ]:
         path = write_torch(tmp_path / "x.pth", value, {"0": array})
         with pytest.raises(ValueError, match=r"x\.pth: ") as error:
-            tensors.read_tensors(path)
+            tensor_files.read_tensors(path)
         assert complaint in str(error.value)
 
 
 def test_a_storage_is_missing(tmp_path):
     path = write_torch(tmp_path / "x.pth", {"x": tensor("9", TENSORS["b.weight"])}, {})
     with pytest.raises(ValueError, match=r"x\.pth: .*archive/data/9"):
-        tensors.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -260,7 +260,7 @@ def test_truncated_files(tmp_path, suffix, kept):
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     with pytest.raises(ValueError, match=rf"x\{suffix}: found \d+ bytes"):
-        tensors.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def test_flipped_bytes_in_a_torch_file(tmp_path):
@@ -269,19 +269,19 @@ def test_flipped_bytes_in_a_torch_file(tmp_path):
     where = data.index(TENSORS["b.weight"].tobytes())
     path.write_bytes(data[:where] + b"\xff\xff" + data[where + 2 :])
     with pytest.raises(ValueError, match=r"x\.pth: the zip is damaged .*CRC"):
-        tensors.read_tensors(path)
+        tensor_files.read_tensors(path)
 
 
 def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.pth: found no such file"):
-        tensors.read_tensors(tmp_path / "x.pth")
+        tensor_files.read_tensors(tmp_path / "x.pth")
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.npz: found suffix '.npz', expected .safetensors"):
-        tensors.read_tensors(tmp_path / "x.npz")
+        tensor_files.read_tensors(tmp_path / "x.npz")
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("readme", "no tensors")
     with pytest.raises(ValueError, match=r"x\.pt: found a zip without data\.pkl"):
-        tensors.read_tensors(tmp_path / "x.pt")
+        tensor_files.read_tensors(tmp_path / "x.pt")
 
 
 def test_digest(tmp_path):
@@ -289,15 +289,15 @@ def test_digest(tmp_path):
     for name in ("a.bias", "b.weight", "count"):
         array = TENSORS[name].astype(np.float32)
         digest.update(json.dumps([name, list(array.shape)]).encode() + array.tobytes())
-    assert tensors.tensors_sha256(TENSORS) == digest.hexdigest()
+    assert tensor_files.tensors_sha256(TENSORS) == digest.hexdigest()
     wider = {name: array.astype(np.float64) for name, array in reversed(TENSORS.items())}
-    assert tensors.tensors_sha256(wider) == digest.hexdigest()
+    assert tensor_files.tensors_sha256(wider) == digest.hexdigest()
     for changed in (
         {**TENSORS, "count": np.array(8)},
         {**TENSORS, "count": np.array([7])},
         {"b.weight" if name == "b.weight" else name + "x": a for name, a in TENSORS.items()},
     ):
-        assert tensors.tensors_sha256(changed) != digest.hexdigest()
+        assert tensor_files.tensors_sha256(changed) != digest.hexdigest()
 
 
 class Layers(nn.Module):
@@ -323,7 +323,7 @@ def layers():
 
 def test_to_linen(layers):
     abstract, tensors = layers
-    params = tensors.to_linen(tensors, abstract, "file")
+    params = tensor_files.to_linen(tensors, abstract, "file")
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda a: a.shape, abstract)
     kernel = params["conv"]["kernel"]
     assert kernel[2, 1, 0, 3] == np.float32(tensors["conv.weight"][3, 0, 2, 1])
@@ -351,5 +351,5 @@ def test_tensors_that_do_not_fit(layers):
         ),
     ]:
         with pytest.raises(ValueError, match="file") as error:
-            tensors.to_linen(wrong, abstract, "file.pth")
+            tensor_files.to_linen(wrong, abstract, "file.pth")
         assert str(error.value) == complaint

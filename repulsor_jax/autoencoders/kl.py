@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repulsor_jax.autoencoders import weights as weight_files
 from repulsor_jax.autoencoders.base import (
     Autoencoder,
     abstract_params,
@@ -284,7 +285,7 @@ def load_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoenco
         another model, or tensors that are missing, superfluous or of another shape.
     """
     module_dtype = compute_dtype(dtype)
-    path = weights.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
+    path = weight_files.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
     folder = path if path.is_dir() else path.parent
     config = KLConfig()
     if name == "kl":
@@ -296,7 +297,7 @@ def load_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoenco
                 f"{folder / 'config.json'}: found {found}, expected {config}, which "
                 f"{name!r} is; set config.data.autoencoder to 'kl' for another model"
             )
-    file = weights.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0] if path.is_dir() else path
+    file = weight_files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0] if path.is_dir() else path
     tensors = _with_current_names(read_tensors(file))
     module = AutoencoderKL(config, module_dtype)
     params = load_params(module, _image(config), tensors, str(file))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repulsor_jax.autoencoders import weights as weight_files
 from repulsor_jax.autoencoders.base import (
     Autoencoder,
     abstract_params,
@@ -158,14 +159,14 @@ def load_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoen
     config, module_dtype = CONFIGS[name], compute_dtype(dtype)
     both = ["diffusion_pytorch_model.safetensors", f"{name}.safetensors"]
     published = both[1] if config.pooled else both[0]  # diffusers has no model of the pooled one
-    path = weights.locate(name, weights, f"madebyollin/{name}", [published])
+    path = weight_files.locate(name, weights, f"madebyollin/{name}", [published])
     found = [path]
     if path.is_dir():
         halves = [
             [f"{name}_{part}{suffix}" for part in ("encoder", "decoder")]
             for suffix in (".safetensors", ".pth")
         ]
-        found = weights.find(path, [[file] for file in both] + halves)
+        found = weight_files.find(path, [[file] for file in both] + halves)
     if len(found) == 1:
         tensors = _with_published_names(read_tensors(found[0]), found[0])
     else:

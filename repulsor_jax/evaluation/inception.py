@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repulsor_jax.files import tensors
+from repulsor_jax.files import tensors as tensor_files
 
 Array = jax.Array
 Params = dict[str, dict[str, np.ndarray]]
@@ -278,7 +278,7 @@ def load_params(path: str | os.PathLike[str]) -> Params:
             f"{path}: found no Inception weights; get {WEIGHTS_NAME} from {WEIGHTS_URL}, or do "
             "without: a Fréchet distance of pixels or latents needs none, and is not called FID"
         )
-    return params_from_state_dict(tensors.read_tensors(path), source=path)
+    return params_from_state_dict(tensor_files.read_tensors(path), source=path)
 
 
 def params_from_state_dict(
@@ -303,7 +303,7 @@ def params_from_state_dict(
     """
     tensors = {k: np.asarray(v) for k, v in state.items() if not k.endswith("num_batches_tracked")}
     expected = tensor_shapes()
-    tensors.check_tensors(tensors, expected, source)
+    tensor_files.check_tensors(tensors, expected, source)
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ValueError(f"{source}: {name}: found values that are not finite numbers")
