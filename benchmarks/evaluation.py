@@ -77,7 +77,7 @@ def random_weights(folder: pathlib.Path) -> pathlib.Path:
     import torch
 
     from repulsor_jax.evaluation import inception
-    from tests.oracle_inception import random_tensor
+    from tests.oracles.inception import random_tensor
 
     state = {n: torch.from_numpy(random_tensor(n, s)) for n, s in inception.tensor_shapes().items()}
     path = folder / "weights.pth"
@@ -110,7 +110,7 @@ def measured_here(
 def measured_by_torch_fidelity(
     halves: list[np.ndarray], weights: pathlib.Path
 ) -> tuple[dict[str, float], float]:
-    from tests.oracle_inception import import_torch_fidelity
+    from tests.oracles.inception import import_torch_fidelity
 
     torch_fidelity = import_torch_fidelity()
     import torch

@@ -27,7 +27,7 @@ import fsspec
 import jax
 import pytest
 
-from tests import fake_bucket
+from tests.oracles import fake_bucket
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -72,7 +72,7 @@ def reference_fixtures() -> pathlib.Path:
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The digits, encoded once for all tests of this process."""
     from repulsor_jax import config, encode
-    from tests import tiny
+    from tests.oracles import tiny
 
     workdir = tmp_path_factory.mktemp("digits")
     encode.encode(config.parse(tiny.digits_dict()), workdir)

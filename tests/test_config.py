@@ -6,7 +6,7 @@ import pytest
 
 from configs import default, digits, imagenet256
 from repulsor_jax import config as config_lib
-from tests import tiny
+from tests.oracles import tiny
 
 CONFIGS = pathlib.Path(default.__file__).parent
 

@@ -6,7 +6,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.data.latents import open_latent_dataset
-from tests import tiny
+from tests.oracles import tiny
 
 
 @pytest.fixture(scope="module")

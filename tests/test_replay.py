@@ -3,7 +3,7 @@ import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax.replay import replay
-from tests import tiny
+from tests.oracles import tiny
 
 
 @pytest.mark.parametrize("content", ["absent", "empty", "torn", "other", "no latents"])

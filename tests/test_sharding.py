@@ -7,7 +7,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from repulsor_jax import sharding
-from tests import tiny
+from tests.oracles import tiny
 
 
 @pytest.mark.parametrize(

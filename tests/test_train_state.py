@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from repulsor_jax.train_state import build_model
-from tests import tiny
+from tests.oracles import tiny
 
 WIDE = {"model__hidden_size": 144, "model__num_heads": 2}  # heads of 72, as XL's
 HOPPER = SimpleNamespace(compute_capability="9.0")

@@ -13,7 +13,7 @@ from repulsor_jax.train_state import (
     learning_rate,
 )
 from repulsor_jax.train_step import LatentFormat, make_train_step
-from tests import tiny
+from tests.oracles import tiny
 
 
 def test_one_step_is_what_its_parts_say():

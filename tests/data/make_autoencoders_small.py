@@ -2,7 +2,7 @@
 
     python -m tests.data.make_autoencoders_small
 
-`kl` is diffusers' AutoencoderKL, `tiny` the equations in tests/autoencoder_oracles.py, both in
+`kl` is diffusers' AutoencoderKL, `tiny` the equations in tests/oracles/autoencoders.py, both in
 float64, with random weights that are exact in float16, in which the file stores them.
 """
 
@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 import torch
 
-from tests.autoencoder_oracles import (
+from tests.oracles.autoencoders import (
     kl_config,
     load_diffusers,
     randomise,

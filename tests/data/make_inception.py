@@ -3,7 +3,7 @@
     python -m tests.data.make_inception               writes inception.npz beside this file
     python -m tests.data.make_inception other.npz     compares with a file of the same layout
 
-The weights are `tests.oracle_inception.random_tensor`'s, which any test can make again; the shapes
+The weights are `tests.oracles.inception.random_tensor`'s, which any test can make again; the shapes
 here are torch-fidelity's own.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 import torch
 
-from tests.oracle_inception import import_torch_fidelity, random_tensor, torch_inception
+from tests.oracles.inception import import_torch_fidelity, random_tensor, torch_inception
 
 
 def make() -> dict[str, np.ndarray]:

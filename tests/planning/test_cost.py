@@ -1,0 +1,299 @@
+"""The walk through the HLO against closed forms, hand counts and XLA's count of flat programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from repulsor_jax.planning.cost import program_cost
+from repulsor_jax.runtime import flops
+from repulsor_jax.train_state import build_model, init_model_params
+from tests.oracles import tiny
+
+
+def compiled(f, *shapes, shardings=None, out=None):
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=shardings and shardings[k])
+        for k, shape in enumerate(shapes)
+    ]
+    return jax.jit(f, out_shardings=out).lower(*arguments).compile()
+
+
+def cost(f, *shapes, **kwargs):
+    return program_cost(compiled(f, *shapes, **kwargs).as_text())
+
+
+def test_a_matrix_product_is_two_flops_per_multiply_add():
+    found = compiled(lambda x, y: x @ y, (24, 40), (40, 56))
+    ours = program_cost(found.as_text())
+    assert ours.matmul_flops == 2 * 24 * 40 * 56
+    assert ours.matmul_flops == found.cost_analysis()["flops"]
+    assert ours.bytes_accessed == 4 * (24 * 40 + 40 * 56 + 24 * 56)
+    assert ours.bytes_accessed == found.cost_analysis()["bytes accessed"]
+
+
+def test_a_batched_product_with_two_contracted_axes():
+    ours = cost(lambda x, y: jnp.einsum("bijk,bljk->bil", x, y), (3, 4, 5, 6), (3, 7, 5, 6))
+    assert ours.matmul_flops == 2 * 3 * 4 * 7 * 5 * 6
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (2, 0)), ((0, 0), (0, 0))], ids=str)
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
+def test_a_convolution_counts_what_is_no_padding(padding, strides, dilation):
+    def f(x, w):
+        return jax.lax.conv_general_dilated(
+            x,
+            w,
+            strides,
+            padding,
+            lhs_dilation=dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    found = compiled(f, (2, 9, 8, 3), (3, 3, 3, 5))
+    ours = program_cost(found.as_text())
+    ones = f(jnp.ones((2, 9, 8, 1)), jnp.ones((3, 3, 1, 1)))  # taps that meet something
+    assert ours.matmul_flops == 2 * 3 * 5 * float(ones.sum())
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def looped(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def flat(x, w):
+        for k in range(6):
+            x = jnp.tanh(x @ w[k])
+        return x
+
+    shapes = (16, 32), (6, 32, 32)
+    ours = cost(looped, *shapes)
+    assert ours.matmul_flops == cost(flat, *shapes).matmul_flops == 6 * 2 * 16 * 32 * 32
+    assert ours.other_flops >= 6 * 16 * 32
+    once = compiled(looped, *shapes).cost_analysis()["flops"]
+    assert once < 2 * 2 * 16 * 32 * 32  # what XLA says of it: the reason for this module
+    # The weights are read once, a slice in each round, and not whole in each.
+    assert ours.bytes_accessed < 4 * (2 * 6 * 32 * 32 + 12 * 6 * 16 * 32)
+
+
+def test_loops_in_loops_multiply():
+    def f(x):
+        def outer(x, _):
+            return jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=3)[0], None
+
+        return jax.lax.scan(outer, x, None, length=5)[0]
+
+    assert cost(f, (8, 8)).matmul_flops == 15 * 2 * 8**3
+
+
+def test_a_loop_without_a_known_end_is_counted_once_and_said():
+    def f(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ x, x)
+
+    ours = cost(f, (8, 8))
+    assert ours.unknown_loops == 1
+    assert ours.matmul_flops == 2 * 8**3
+
+
+def test_of_two_branches_the_dearer_counts():
+    def f(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)
+
+    assert cost(f, (8, 8)).matmul_flops == 2 * 2 * 8**3
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_the_model_against_its_closed_form(scan_blocks):
+    config = tiny.config(model__hidden_size=64, model__depth=3, model__scan_blocks=scan_blocks)
+    model = build_model(config.model)
+    params = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((4, *tiny.SHAPE), jnp.float32)
+    t = jax.ShapeDtypeStruct((4,), jnp.float32)
+    labels = jax.ShapeDtypeStruct((4,), jnp.int32)
+    forward = jax.jit(lambda *arguments: model.apply({"params": arguments[0]}, *arguments[1:]))
+    ours = program_cost(forward.lower(params, x, t, labels).compile().as_text())
+    # XLA may compute a product with a vector of one element otherwise than as a product.
+    assert ours.matmul_flops == pytest.approx(4 * flops.forward_flops(config.model), rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_train_step_is_three_forward_passes_and_the_same_scanned():
+    steps = [
+        program_cost(
+            tiny.compile_only(
+                tiny.config(
+                    regularizer__name="none",
+                    model__depth=3,
+                    model__hidden_size=64,
+                    model__scan_blocks=scan,
+                ),
+                tiny.mesh(),
+            ).as_text()
+        )
+        for scan in (False, True)
+    ]
+    model = tiny.config(model__depth=3, model__hidden_size=64).model
+    closed = tiny.BATCH * flops.training_flops(model)
+    for step in steps:
+        # Less the gradient of the latents, which nobody asks for.
+        assert step.matmul_flops == pytest.approx(closed, rel=0.03)
+    assert steps[0].matmul_flops == pytest.approx(steps[1].matmul_flops, rel=0.01)
+
+
+def test_collectives_in_a_loop_count_each_round():
+    mesh = tiny.mesh(data=8)
+
+    def f(x):
+        def body(x, _):
+            return jax.lax.psum(x, "data") / 8, None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    mapped = jax.shard_map(
+        f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )  # fmt: skip
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    ours = cost(mapped, (8, 128), shardings=[rows], out=rows)
+    assert [(each.kind, count) for each, count in ours.collectives] == [("all-reduce", 5)]
+    assert ours.collective_bytes == 5 * 128 * 4
+
+
+def test_the_gradient_of_a_sharded_product_is_reduced_once():
+    mesh = tiny.mesh(data=8)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def gradient(w, x):
+        return jax.grad(lambda w: ((x @ w) ** 2).sum())(w)
+
+    ours = cost(gradient, (32, 16), (64, 32), shardings=[whole, rows], out=whole)
+    [(reduce, count)] = ours.collectives
+    assert (reduce.kind, count, reduce.num_bytes) == ("all-reduce", 1, 32 * 16 * 4)
+    assert ours.matmul_flops == 2 * 2 * (64 // 8) * 32 * 16  # forward and gradient, a device's rows
+
+
+FUSIONS = """HloModule test
+
+%sliced (a: f32[10,64], i: s32[]) -> f32[64] {
+  %a = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64]{0} bitcast(%row)
+}
+
+%updated (a: f32[10,64], r: f32[1,64], i: s32[]) -> f32[10,64] {
+  %a = f32[10,64]{1,0} parameter(0)
+  %r = f32[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %twice = f32[1,64]{1,0} add(%r, %r)
+  ROOT %new = f32[10,64]{1,0} dynamic-update-slice(%a, %twice, %i, %zero)
+}
+
+ENTRY %main (a: f32[10,64], r: f32[1,64], i: s32[]) -> f32[10,64] {
+  %a = f32[10,64]{1,0} parameter(0)
+  %r = f32[1,64]{1,0} parameter(1)
+  %i = s32[]{:S(2)} parameter(2)
+  %one = f32[64]{0:S(1)} fusion(%a, %i), kind=kLoop, calls=%sliced
+  %start = (f32[1,64]{1,0:S(1)}, f32[1,64]{1,0}, u32[]{:S(2)}) copy-start(%r)
+  %near = f32[1,64]{1,0:S(1)} copy-done(%start)
+  ROOT %two = f32[10,64]{1,0} fusion(%a, %near, %i), kind=kLoop, calls=%updated
+}
+"""
+
+
+def test_slices_and_updates_in_place_move_the_slice_alone():
+    """By hand: one row read, one row copied to the chip's own memory, one row written."""
+    ours = program_cost(FUSIONS)
+    assert ours.bytes_accessed == 3 * 64 * 4
+    assert ours.other_flops == 64
+
+
+SCATTERED = """HloModule test
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter (a: f32[8,16]) -> f32[2,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %sum = f32[8,16]{1,0} all-reduce(%a), channel_id=3, replica_groups=[1,4]<=[4], to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[2,16]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={2,16}
+}
+
+%piece (b: f32[2,16]) -> f32[8,16] {
+  %b = f32[2,16]{1,0} parameter(0)
+  ROOT %all = f32[8,16]{1,0} all-gather(%b), channel_id=4, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %mine = f32[2,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %first = f32[8,16]{1,0} fusion(%mine), kind=kCustom, calls=%piece
+  ROOT %second = f32[8,16]{1,0} fusion(%mine), kind=kCustom, calls=%piece
+}
+"""
+
+
+def test_a_fused_reduce_scatter_and_the_pieces_of_one_gather():
+    """As TPU programs have them: a gather is fused in pieces with what it overlaps."""
+    found = [(each.kind, n, each.num_bytes, each.sent_bytes) for each, n in
+             program_cost(SCATTERED).collectives]  # fmt: skip
+    assert found == [
+        ("reduce-scatter", 1, 2 * 16 * 4, 3 * 2 * 16 * 4),
+        ("all-gather", 1, 8 * 16 * 4, 3 / 4 * 8 * 16 * 4),
+    ]
+
+
+TWO_SLICES = """HloModule test, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %in = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %t = token[] after-all()
+  %out = (f32[8]{0}, u32[], token[]) send(%in, %t), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %back = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=3, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = (f32[8]{0}, token[]) recv-done(%back), channel_id=3
+  ROOT %y = f32[8]{0} get-tuple-element(%done), index=0
+}
+"""  # noqa: E501
+
+
+def test_two_slices_run_one_program_each_and_meet_in_between():
+    inside, between = program_cost(TWO_SLICES, num_devices=8).collectives
+    assert inside[0].groups == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert (between[0].kind, between[0].num_bytes) == ("all-reduce", 32)
+    assert between[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+def test_float32_products_at_highest_precision_take_six_passes():
+    line = "  ROOT %p = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    text = "\n".join(
+        ["HloModule t", "ENTRY %main (x: f32[8,8]) -> f32[8,8] {", "  %x = f32[8,8] parameter(0)"]
+    )
+    fast = program_cost(f"{text}\n{line}\n}}")
+    exact = program_cost(f"{text}\n{line}, operand_precision={{highest,highest}}\n}}")
+    assert fast.mxu_flops == fast.matmul_flops == exact.matmul_flops == 2 * 8**3
+    assert exact.mxu_flops == 6 * exact.matmul_flops
+    narrow = program_cost(
+        f"{text}\n{line}, operand_precision={{highest,highest}}\n}}".replace("f32", "bf16")
+    )
+    assert narrow.mxu_flops == narrow.matmul_flops
+
+
+def test_kernels_count_what_they_state_and_are_named_where_they_state_nothing():
+    def call(config):
+        return program_cost(
+            "HloModule t\n\nENTRY %main (x: f32[8,4]) -> f32[8,8] {\n"
+            "  %x = f32[8,4] parameter(0)\n"
+            '  ROOT %k = f32[8,8] custom-call(%x, %x), custom_call_target="tpu_custom_call"'
+            f", backend_config={config}\n}}"
+        )
+
+    assert call('{"cost_estimate":{"flops":"512"}}').matmul_flops == 512
+    assert call("{}").unknown_calls == {"tpu_custom_call": 1}

@@ -1,0 +1,174 @@
+"""The program in processes of its own, as a user starts it; some run several jobs in one."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TINY = [
+    "--config.total_steps=6",
+    "--config.batch_size=16",
+    "--config.model.hidden_size=16",
+    "--config.model.depth=1",
+    "--config.regularizer.bank_rows=64",
+    "--config.log.every_steps=2",
+    "--config.sampling.num_steps=2",
+    "--config.sampling.num_samples=30",
+    "--config.evaluation.training_samples=100",
+]
+
+
+SECRET = "not-to-be-found-anywhere"
+
+
+def program(*arguments, start=("repulsor_jax.main",)):
+    return subprocess.run(
+        [sys.executable, "-m", *start, "--config=configs/digits.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_encode_train_resume_and_sample(tmp_path):
+    workdir = f"--workdir={tmp_path}"
+    # Sampling needs neither the head nor the bank of the run.
+    modes = ["encode", "train", "train", "sample"]
+    changes = [{}, {}, {"total_steps": 8}, {"regularizer.name": "none"}]
+    jobs = [
+        {"mode": mode, "workdir": str(tmp_path), "config": config}
+        for mode, config in zip(modes, changes, strict=True)
+    ]
+    done = program(workdir, *TINY, start=["tests.program.run_jobs", json.dumps(jobs)])
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stdout
+    assert "frechet_pixels" in done.stdout
+    for name in ("loss_curve.png", "metrics.jsonl", "samples/train_00000006.png"):
+        assert (tmp_path / name).is_file()
+
+    assert SECRET not in done.stdout + done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+
+    assert "step 6 of 8" in done.stdout
+    (path,) = (tmp_path / "samples").glob("step_8-*.npz")
+    archive = np.load(path)
+    assert archive["arr_0"].shape == (30, 8, 8, 1)
+    assert archive["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(archive["arr_1"], np.arange(30) % 10)
+
+    longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
+    wrong = program(workdir, *longer, "--mode=sample", "--config.model.hidden_size=32")
+    assert wrong.returncode == 1
+    assert "does not fit this configuration" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+    # Killed in the middle and started again, against a run that was not: the same bytes, the same
+    # number.
+    whole = tmp_path / "whole"
+    shutil.copytree(tmp_path / "checkpoints", whole / "checkpoints")
+    many = ["--config.sampling.num_samples=4000", "--config.evaluation.num_samples=4000"]
+    many += ["--config.sampling.images_per_shard=200", "--checkpoint_step=8"]
+    many += [f"--config.data.dir={tmp_path / 'data'}"]
+    work = {"sample": "samples/.*.incomplete", "evaluate": "evaluations/.*.incomplete"}
+    for mode, incomplete in work.items():
+        kill_at_work(tmp_path, incomplete, *longer, *many, f"--mode={mode}")
+        assert list(tmp_path.glob(incomplete))
+    modes = [(mode, folder) for folder in (tmp_path, whole) for mode in work]
+    jobs = [{"mode": mode, "workdir": str(folder), "config": {}} for mode, folder in modes]
+    done = program(workdir, *longer, *many, start=["tests.program.run_jobs", json.dumps(jobs)])
+    assert done.returncode == 0, done.stderr
+    assert not [path for incomplete in work.values() for path in tmp_path.glob(incomplete)]
+    (samples,) = (whole / "samples").glob("*.npz")
+    assert (tmp_path / "samples" / samples.name).read_bytes() == samples.read_bytes()
+    (record,) = (whole / "evaluations").glob("*.json")
+    metrics, same = (
+        json.loads((folder / "evaluations" / record.name).read_text())["metrics"]
+        for folder in (whole, tmp_path)
+    )
+    assert metrics == same
+
+
+def kill_at_work(tmp_path, pattern, *arguments):
+    """Starts the program and kills it when a first shard is there."""
+    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
+    job = subprocess.Popen(
+        [*command, f"--workdir={tmp_path}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f"{pattern}/*.npz")):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+
+
+BAD_FLAGS = {
+    "--config.model.depht=3": "error: config.model.depht: unknown key 'depht'",
+    "--config.optimizer.learning_rate=fast": "optimizer.learning_rate",
+    "--config.model.patch_size=3": "error: config.model.patch_size=3 must divide",
+    "--config.regularizer.name=attract": "error: config.regularizer.name='attract'",
+    "--config.data.source_path=https://me:hunter2@host/x": "error: config.data.source_path: f",
+}
+BAD_PLANS = {
+    "--topology=v5e-256": "error: --topology='v5e-256': expected 'local', or a kind of TPU",
+    "--price_per_chip_hour=-1": "error: --price_per_chip_hour=-1 must be at least 0",
+    "--compare=mesh.fsdq=2": "error: --compare='mesh.fsdq=2': config.mesh.fsdq: unknown key",
+}
+
+
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory):
+    """What the program does with each bad argument: a folder with its work and what it said."""
+    folder = tmp_path_factory.mktemp("complaints")
+    lists = [
+        ["--config=configs/digits.py", f"--workdir={folder / str(number)}", *mode, argument]
+        for number, (mode, argument) in enumerate(
+            [([], argument) for argument in BAD_FLAGS]
+            + [(["--mode=plan"], argument) for argument in BAD_PLANS]
+        )
+    ]
+    command = [sys.executable, "-m", "tests.program.run_forks", folder, json.dumps(lists)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, cwd=ROOT, env=env, timeout=300, check=True)
+    return folder
+
+
+def said(complaints, argument):
+    number = [*BAD_FLAGS, *BAD_PLANS].index(argument)
+    parts = ("status", "stdout", "stderr")
+    return number, *((complaints / f"{number}.{part}").read_text() for part in parts)
+
+
+@pytest.mark.parametrize("argument", BAD_FLAGS)
+def test_bad_flags_fail_at_once_naming_the_key(complaints, argument):
+    number, status, stdout, stderr = said(complaints, argument)
+    assert int(status) > 0
+    assert BAD_FLAGS[argument] in stderr
+    assert "Traceback" not in stderr
+    assert "hunter2" not in stdout + stderr
+    assert not (complaints / str(number) / "data").exists()
+
+
+@pytest.mark.parametrize("argument", BAD_PLANS)
+def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
+    _, status, _, stderr = said(complaints, argument)
+    assert status == "1"
+    assert stderr.startswith(BAD_PLANS[argument]), stderr
+    assert "Traceback" not in stderr
