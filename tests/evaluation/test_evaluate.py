@@ -259,7 +259,7 @@ def steps_drawn(monkeypatch, evaluate_some):
     """The steps in `by_step.png`, drawn anew by the call."""
     drawn = []
     monkeypatch.setattr(
-        "repulsor_jax.evaluation.report.images.save_curves",
+        "repulsor_jax.evaluation.report.pictures.save_curves",
         lambda path, curves, xlabel: drawn.append((path.name, curves)),
     )
     evaluate_some()
