@@ -1,10 +1,19 @@
 """Text and JSON that others wrote: names in archives, metadata, errors of libraries."""
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
-from typing import Any
+import typing
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
 
 # A password in a URL, and the tokens of Hugging Face, GitHub, OpenAI and AWS by their shape.
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
@@ -61,3 +70,51 @@ def is_plain_name(name: Any) -> bool:
         and name not in ("", ".", "..")
         and not set(name) & {"/", "\\"}
     )
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+def checked(schema: type[T]) -> type[T]:
+    """Makes a class a frozen dataclass that `parse` fills: no other fields, no value converted."""
+    config = pydantic.ConfigDict(strict=True, extra="forbid")
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(schema)  # type: ignore[return-value]
+
+
+def parse(schema: type[T], values: Any, where: str) -> T:
+    """Turns plain values into an instance of a pydantic dataclass, checked field by field.
+
+    Values are taken as JSON has them: a whole number is a float where one is wanted and nothing
+    else is converted; a list is a tuple.
+
+    Args:
+      schema: decorated with `checked`.
+      values: as `json.loads` or `ConfigDict.to_dict` gives them.
+      where: what the values are called in an error: "config", or the name of a file.
+
+    Raises:
+      ValueError: names the first field that is wrong, what was found and what is expected.
+    """
+    try:
+        found: T = _adapter(schema).validate_json(json.dumps(values))  # type: ignore[arg-type]
+        return found
+    except TypeError as error:
+        raise ValueError(f"{where}: expected plain values ({error})") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    key = ".".join([where, *map(str, problem["loc"])])
+    if problem["type"] == "unexpected_keyword_argument":
+        section: Any = schema
+        for name in problem["loc"][:-1]:
+            section = typing.get_type_hints(section)[str(name)]
+        known = ", ".join(sorted(field.name for field in dataclasses.fields(section)))
+        raise ValueError(f"{key}: unknown key; expected one of {known}")
+    if problem["type"] == "missing":
+        raise ValueError(f"{key}: missing")
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+    raise ValueError(f"{key}: expected {expected}, found {shown}")
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
