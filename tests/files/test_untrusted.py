@@ -1,4 +1,4 @@
-"""Plain values against a schema: one line that names the field, what was found, what is expected."""
+"""Plain values against a schema: one line names the field, what was found, what is expected."""
 
 from typing import Annotated, Literal
 
