@@ -28,6 +28,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints import integrity
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
+from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.method import registry
 from repulsor_jax.train_state import (
     TrainState,
@@ -36,7 +37,7 @@ from repulsor_jax.train_state import (
     build_optimizer,
     create_train_state,
 )
-from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+from repulsor_jax.train_step import compile_train_step, make_train_step
 
 BATCH = 8
 KEPT = 2  # checkpoints

@@ -314,10 +314,10 @@ def build_sweep(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     from repulsor_jax import config as config_lib
     from repulsor_jax import sharding
     from repulsor_jax.autoencoders import get_autoencoder
+    from repulsor_jax.data.latents import LatentFormat
     from repulsor_jax.experiment import Experiment
     from repulsor_jax.inference.generator import Guidance, generate_images, make_generator
     from repulsor_jax.train_state import build_model
-    from repulsor_jax.train_step import LatentFormat
 
     c = default.get_config()
     c.model.update(latent_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2)

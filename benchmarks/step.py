@@ -193,9 +193,10 @@ def compile_jax(
 
     from repulsor_jax import config as config_lib
     from repulsor_jax import sharding
+    from repulsor_jax.data.latents import LatentFormat
     from repulsor_jax.method import registry
     from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
-    from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+    from repulsor_jax.train_step import compile_train_step, make_train_step
 
     c = model_config(args)
     c.batch_size = args.batch_size

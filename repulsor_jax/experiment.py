@@ -14,13 +14,12 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latents
-from repulsor_jax.data.latents import LatentDataset
+from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.encode import data_directory, encode, load_autoencoder
 from repulsor_jax.flows import sampler
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model
-from repulsor_jax.train_step import LatentFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +94,13 @@ def prepare(
                     process_count=jax.process_count(),
                     progress=jax.process_index() == 0,
                 )
-    shift, factor = latents.normalization(dataset, config.data.normalization)
     experiment = Experiment(
         config=config,
         workdir=workdir,
         mesh=mesh,
         model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
-        latent_format=LatentFormat(dataset.stochastic, shift, factor),
+        latent_format=latents.latent_format(dataset, config.data.normalization),
         latents_sha256=dataset.weights_sha256,
         dataset=latents.identity(dataset),
         class_names=dataset.class_names,

@@ -8,11 +8,12 @@ import numpy as np
 
 from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import checked_mesh
 from repulsor_jax.inference import run
 from repulsor_jax.method import registry
 from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
-from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+from repulsor_jax.train_step import compile_train_step, make_train_step
 
 
 def replay(config: Config, workdir: pathlib.Path, event: pathlib.Path) -> dict[str, float]:

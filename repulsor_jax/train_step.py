@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.data.latents import normalize, sample_posterior
+from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 from repulsor_jax.flows import paths
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.method.memory_bank import MemoryBank
@@ -26,20 +25,6 @@ from repulsor_jax.train_state import TrainState, learning_rate
 Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-
-
-class LatentFormat(NamedTuple):
-    """How stored latents become the model's: see `data/latent_dataset.py`.
-
-    Attributes:
-      stochastic: records hold mean and log-variance, sampled on the device at each use.
-      shift: `[C]` subtracted first.
-      factor: `[C]` multiplied then.
-    """
-
-    stochastic: bool
-    shift: np.ndarray
-    factor: np.ndarray
 
 
 class Inputs(NamedTuple):
@@ -154,7 +139,7 @@ def draw_inputs(
     latents, labels = batch["latents"], batch["labels"]
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
-    data = normalize(latents, latent_format.shift, latent_format.factor)
+    data = normalize(latents, latent_format)
     t0, t1 = paths.time_interval(paths.get_path(config.flow.path), config.flow.prediction)
     t = paths.sample_timesteps(
         time_key,

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.train_state import (
     abstract_train_state,
@@ -12,7 +13,7 @@ from repulsor_jax.train_state import (
     create_train_state,
     learning_rate,
 )
-from repulsor_jax.train_step import LatentFormat, make_train_step
+from repulsor_jax.train_step import make_train_step
 from tests.oracles import tiny
 
 

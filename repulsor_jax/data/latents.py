@@ -17,7 +17,7 @@ import os
 import pathlib
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -282,21 +282,35 @@ def decode_records(
     return {"latents": latents, "labels": labels.astype(np.int32)}
 
 
-def normalization(dataset: LatentDataset, mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns shift and factor, float32 `[c]`: model latents = (latents - shift) * factor.
+class LatentFormat(NamedTuple):
+    """How stored latents become the model's: `(latents - shift) * factor`.
+
+    Attributes:
+      stochastic: records hold mean and log-variance; a latent is drawn from them at each use.
+      shift: float32 `[c]`.
+      factor: float32 `[c]`.
+    """
+
+    stochastic: bool
+    shift: np.ndarray
+    factor: np.ndarray
+
+
+def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
+    """Returns the format of a data set's latents.
 
     Args:
       dataset: the data set.
-      mode: "scale" for the autoencoder's fixed shift and factor, "statistics" for the data set's
-        own mean and 1 / std per channel.
+      normalization: "scale" for the autoencoder's fixed shift and factor, "statistics" for the
+        data set's own mean and 1 / std per channel.
 
     Raises:
-      ValueError: unknown mode, or "statistics" with a constant channel.
+      ValueError: unknown normalization, or "statistics" with a constant channel.
     """
-    if mode == "scale":
+    if normalization == "scale":
         shift = np.full(len(dataset.mean), dataset.shift)
         factor = np.full(len(dataset.mean), dataset.scale)
-    elif mode == "statistics":
+    elif normalization == "statistics":
         shift, std = np.array(dataset.mean), np.array(dataset.std)
         constant = std <= 1e-6 * np.maximum(np.abs(shift), 1e-6)
         if constant.any():
@@ -307,18 +321,20 @@ def normalization(dataset: LatentDataset, mode: str) -> tuple[np.ndarray, np.nda
             )
         factor = 1 / std
     else:
-        raise ValueError(f'normalization: found {mode!r}, expected "scale" or "statistics"')
-    return shift.astype(np.float32), factor.astype(np.float32)
+        raise ValueError(
+            f'normalization: found {normalization!r}, expected "scale" or "statistics"'
+        )
+    return LatentFormat(dataset.stochastic, shift.astype(np.float32), factor.astype(np.float32))
 
 
-def normalize(latents: jax.Array, shift: np.ndarray, factor: np.ndarray) -> jax.Array:
-    """Returns (latents - shift) * factor in float32, for latents `[..., c]`."""
-    return (latents.astype(jnp.float32) - shift) * factor
+def normalize(latents: jax.Array, latent_format: LatentFormat) -> jax.Array:
+    """Returns `(latents - shift) * factor` in float32: model latents `[..., c]` of stored ones."""
+    return (latents.astype(jnp.float32) - latent_format.shift) * latent_format.factor
 
 
-def denormalize(latents: jax.Array, shift: np.ndarray, factor: np.ndarray) -> jax.Array:
-    """Inverse of `normalize`: what the autoencoder's decoder takes."""
-    return latents.astype(jnp.float32) / factor + shift
+def denormalize(latents: jax.Array, latent_format: LatentFormat) -> jax.Array:
+    """Inverse of `normalize`: the input of the autoencoder's decoder."""
+    return latents.astype(jnp.float32) / latent_format.factor + latent_format.shift
 
 
 def sample_posterior(key: jax.Array, moments: jax.Array) -> jax.Array:

@@ -160,7 +160,7 @@ def make_generate(
             params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
         )
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
-        latents = denormalize(latents, latent_format.shift, latent_format.factor)
+        latents = denormalize(latents, latent_format)
         images = decode(decoder_params, latents)
         return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
 

@@ -20,7 +20,7 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
-from repulsor_jax.data.latents import Description
+from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.inference.generator import configured_guidance, make_generate
 from repulsor_jax.method import registry
@@ -33,7 +33,7 @@ from repulsor_jax.train_state import (
     build_optimizer,
     init_model_params,
 )
-from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+from repulsor_jax.train_step import compile_train_step, make_train_step
 
 PROGRAMS = ("train", "sample", "encode")
 

@@ -123,30 +123,28 @@ def test_decode_records_checks_the_size():
         ld.decode_records([bytes(12), bytes(10)], (2, 2), "float16")
 
 
-def test_normalization(tmp_path):
+def test_latent_format(tmp_path):
     latents, _, batches = make_batches()
     dataset = write(tmp_path / "d", batches, 23, dtype="float32")
-    shift, factor = ld.normalization(dataset, "scale")
-    assert shift.dtype == factor.dtype == np.float32
-    np.testing.assert_array_equal(shift, np.full(6, 0.25))
-    np.testing.assert_array_equal(factor, np.full(6, 0.5))
+    found = ld.latent_format(dataset, "scale")
+    assert found.shift.dtype == found.factor.dtype == np.float32
+    np.testing.assert_array_equal(found.shift, np.full(6, 0.25))
+    np.testing.assert_array_equal(found.factor, np.full(6, 0.5))
     x = jax.device_put(latents.astype(np.float16))
-    np.testing.assert_array_equal(
-        ld.normalize(x, shift, factor), (np.asarray(x, np.float32) - 0.25) * 0.5
-    )
+    np.testing.assert_array_equal(ld.normalize(x, found), (np.asarray(x, np.float32) - 0.25) * 0.5)
 
-    shift, factor = ld.normalization(dataset, "statistics")
-    normal = jax.jit(ld.normalize)(latents, shift, factor)
+    found = ld.latent_format(dataset, "statistics")
+    normal = ld.normalize(jax.device_put(latents), found)
     assert normal.dtype == jnp.float32
     np.testing.assert_allclose(np.mean(normal, (0, 1, 2)), np.zeros(6), atol=1e-5)
     np.testing.assert_allclose(np.std(normal, (0, 1, 2)), np.ones(6), atol=1e-5)
-    np.testing.assert_allclose(ld.denormalize(normal, shift, factor), latents, atol=1e-5)
+    np.testing.assert_allclose(ld.denormalize(normal, found), latents, atol=1e-5)
 
     with pytest.raises(ValueError, match="'none'"):
-        ld.normalization(dataset, "none")
+        ld.latent_format(dataset, "none")
     constant = dataclasses.replace(dataset, std=(*dataset.std[:5], 0.0))
     with pytest.raises(ValueError, match=r"channels \[5\] are constant"):
-        ld.normalization(constant, "statistics")
+        ld.latent_format(constant, "statistics")
 
 
 def test_sample_posterior():

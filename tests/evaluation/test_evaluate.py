@@ -20,6 +20,7 @@ from repulsor_jax import evaluate as evaluate_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
+from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.data.writer import write_latent_dataset
 from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
 from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
@@ -31,7 +32,6 @@ from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_samples
 from repulsor_jax.flows import paths
 from repulsor_jax.inference import generator as generator_lib
-from repulsor_jax.train_step import LatentFormat
 from tests.data.test_sources import TinyImages
 from tests.oracles import tiny
 from tests.oracles.closed_form import Mixture, exact

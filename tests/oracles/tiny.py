@@ -13,7 +13,7 @@ from configs import default, digits
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
-from repulsor_jax.data.latents import Description
+from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import (
@@ -24,7 +24,7 @@ from repulsor_jax.train_state import (
     create_train_state,
     init_model_params,
 )
-from repulsor_jax.train_step import LatentFormat, compile_train_step, make_train_step
+from repulsor_jax.train_step import compile_train_step, make_train_step
 
 BATCH, DIM, SLOTS = 16, 8, 3
 FORMAT = LatentFormat(False, np.zeros(2, np.float32), np.ones(2, np.float32))
