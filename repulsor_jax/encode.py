@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from repulsor_jax.autoencoders import Autoencoder, get_autoencoder, latent_scale
+from repulsor_jax.autoencoders import Autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import preprocess
 from repulsor_jax.data.converted import KINDS as LATENT_KINDS
@@ -29,35 +29,10 @@ from repulsor_jax.data.latents import (
 )
 from repulsor_jax.data.sources import ImageSource, open_source
 from repulsor_jax.data.writer import open_writer
+from repulsor_jax.experiment import data_directory, load_autoencoder
 from repulsor_jax.files import pictures
 
 _PREVIEW_COLUMNS = 8
-
-
-def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    """Folder of the latent data sets `train` and `test`."""
-    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
-
-
-def load_autoencoder(config: Config) -> Autoencoder:
-    """Returns the configured autoencoder with its weights.
-
-    Raises:
-      ConfigError: it is unknown, or its weights are not to be had.
-    """
-    data = config.data
-    if data.autoencoder == "none":
-        raise ConfigError(
-            "config.data.autoencoder='none' can neither encode nor decode: name one, or train "
-            "without pictures by config.sampling.grid_every_steps=0 and "
-            "config.evaluation.every_steps=0"
-        )
-    try:
-        return get_autoencoder(
-            data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype
-        )
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
 
 
 def encode(config: Config, workdir: pathlib.Path) -> None:

@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latents
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
-from repulsor_jax.encode import data_directory, encode, load_autoencoder
 from repulsor_jax.flows import sampler
 from repulsor_jax.method import registry
 from repulsor_jax.models.dit import DiT
@@ -67,8 +66,6 @@ def prepare(
     """
     mesh = checked_mesh(config)
     data_dir = data_directory(config, workdir)
-    if config.data.encode_if_missing:
-        encode(config, workdir)
     dataset = latents.open_latent_dataset(data_dir / "train")
     check_dataset(config, dataset)
     has_held_out = (data_dir / "test").exists()
@@ -178,6 +175,32 @@ def checked_mesh(
         raise ConfigError(f"config.{error}") from error
     config_lib.check_devices(config, sharding.batch_shards(mesh), trains=trains)
     return mesh
+
+
+def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    """Folder of the latent data sets `train` and `test`."""
+    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
+
+
+def load_autoencoder(config: Config) -> Autoencoder:
+    """Returns the configured autoencoder with its weights.
+
+    Raises:
+      ConfigError: the name is unknown, or the weights are absent or damaged.
+    """
+    data = config.data
+    if data.autoencoder == "none":
+        raise ConfigError(
+            "config.data.autoencoder='none' can neither encode nor decode: name one, or train "
+            "without pictures by config.sampling.grid_every_steps=0 and "
+            "config.evaluation.every_steps=0"
+        )
+    try:
+        return get_autoencoder(
+            data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
 
 
 def draws_pictures(config: Config) -> bool:

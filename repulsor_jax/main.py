@@ -19,7 +19,7 @@ from repulsor_jax.checkpoints import places
 from repulsor_jax.checkpoints.checkpointer import CheckpointError, checkpoint_directory
 from repulsor_jax.checkpoints.verify import verify
 from repulsor_jax.data.pipeline import DamagedDataError
-from repulsor_jax.encode import data_directory, encode
+from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
 from repulsor_jax.files.untrusted import printable
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
         if _MODE.value == "encode":
             encode(config, workdir)
             if jax.process_index() == 0:
-                print(f"latents: {data_directory(config, workdir)}")
+                print(f"latents: {experiment_lib.data_directory(config, workdir)}")
             return
         if _MODE.value == "sample":
             sample(config, workdir, _sample_step())
@@ -167,6 +167,9 @@ def main(argv: list[str]) -> None:
             if not verify(checkpoint_directory(config.checkpoint, workdir)):
                 _stop("error: some checkpoints are damaged, see above", 1)
             return
+        if config.data.encode_if_missing:
+            experiment_lib.checked_mesh(config)  # refuses what training would refuse, hours earlier
+            encode(config, workdir)
         pictures = experiment_lib.draws_pictures(config)
         experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
         monitor = make_monitor(experiment) if pictures else None

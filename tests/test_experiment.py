@@ -5,7 +5,6 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
-from repulsor_jax.data.latents import open_latent_dataset
 from tests.oracles import tiny
 
 
@@ -21,29 +20,10 @@ def prepare(workdir, **overrides):
     return experiment_lib.prepare(c, workdir, draws_pictures=True)
 
 
-def test_encodes_when_absent_and_leaves_alone_what_is_there(tmp_path):
-    fresh, dataset = prepare(tmp_path)
-    assert dataset.num_images == 1300
-    assert open_latent_dataset(tmp_path / "data" / "test").num_images == 497
-    before = (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns
-    encode_lib.encode(fresh.config, tmp_path)
-    assert (tmp_path / "data" / "train" / "dataset.json").stat().st_mtime_ns == before
-
-
-def test_encodes_the_rest_of_what_was_interrupted(tmp_path):
-    prepare(tmp_path)
-    shutil.rmtree(tmp_path / "data" / "test")
-    prepare(tmp_path, **{"evaluation.every_steps": 5})
-    assert open_latent_dataset(tmp_path / "data" / "test").num_images == 497
-
-
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (
-            {"data.encode_if_missing": False, "data.dir": "/nowhere"},
-            "/nowhere/train.*--mode=encode",
-        ),
+        ({"data.dir": "/nowhere"}, "/nowhere/train.*--mode=encode"),
         ({"model.in_channels": 3}, r"shape \(8, 8, 1\).*config.model.in_channels"),
         ({"model.num_classes": 9}, "has 10 classes.*config.model.num_classes=9"),
         ({"data.autoencoder": "taesd"}, "taesd"),
@@ -61,15 +41,10 @@ def test_bad_input_is_refused_by_name_before_device_work(workdir, overrides, exp
         prepare(workdir, **overrides)
 
 
-def test_evaluation_without_held_out_data_is_refused(tmp_path):
+def test_evaluation_without_held_out_data_is_refused(workdir, tmp_path):
+    shutil.copytree(workdir / "data" / "train", tmp_path / "data" / "train")
     with pytest.raises(config_lib.ConfigError, match="config.evaluation.*evaluation.every_steps=0"):
-        prepare(tmp_path, **{"data.test_split": "", "evaluation.every_steps": 5})
-
-
-def test_encode_needs_a_source(tmp_path):
-    c = config_lib.parse(tiny.digits_dict(**{"data.source": ""}))
-    with pytest.raises(config_lib.ConfigError, match="config.data.source"):
-        encode_lib.encode(c, tmp_path)
+        prepare(tmp_path, **{"evaluation.every_steps": 5})
 
 
 def test_data_sets_of_different_origin_are_refused(workdir, tmp_path):
@@ -84,7 +59,7 @@ def test_data_sets_of_different_origin_are_refused(workdir, tmp_path):
         assert before in text
         path.write_text(text.replace(before, after))
         with pytest.raises(config_lib.ConfigError, match=f"train and .*test .*{message}"):
-            prepare(tmp_path, **{"data.encode_if_missing": False})
+            prepare(tmp_path)
     path.write_text(text)
     prepare(tmp_path)
 

@@ -12,7 +12,6 @@ from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import open_latent_dataset
 from repulsor_jax.data.sources import open_source
-from repulsor_jax.encode import data_directory, load_autoencoder
 from repulsor_jax.evaluation import reference as reference_lib
 from repulsor_jax.evaluation.features import (
     FeatureSpace,
@@ -28,7 +27,12 @@ from repulsor_jax.evaluation.image_sets import (
     source_images,
 )
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
-from repulsor_jax.experiment import Experiment, check_weights
+from repulsor_jax.experiment import (
+    Experiment,
+    check_weights,
+    data_directory,
+    load_autoencoder,
+)
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"

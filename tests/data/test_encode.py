@@ -405,7 +405,6 @@ def test_latents_of_others_are_converted(tmp_path, source, scale, autoencoder):
             "data.test_split": "",
             "data.autoencoder": autoencoder,  # its weights are not needed
             "data.images_per_shard": 4,
-            "data.encode_if_missing": False,
             "data.dtype": "float32",
             "model.in_channels": 4,
             "sampling.grid_every_steps": 0,
@@ -443,7 +442,7 @@ import jax
 rank, address, workdir, kind, source, delay = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(address, 2, rank)
 from repulsor_jax import encode
-from repulsor_jax.data import files
+from repulsor_jax.data import archives as files
 from tests.data.test_encode import config
 
 prompt, decompress = encode.encode_images, files._read_chunk

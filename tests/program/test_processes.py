@@ -15,6 +15,7 @@ import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
+from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
 from repulsor_jax.runtime.metrics import read_jsonl
@@ -83,6 +84,7 @@ def train_here(workdir, data_dir, num_devices, **overrides):
     workdir.mkdir(exist_ok=True)
     with devices(num_devices):
         config = config_lib.parse(values)
+        encode(config, workdir)
         pictures = experiment_lib.draws_pictures(config)
         experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
         train(experiment, dataset, make_monitor(experiment) if pictures else None, values.to_dict())
