@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from repulsor_jax import __version__
 from repulsor_jax.checkpoints import integrity
+from repulsor_jax.files.checksums import values_sha256
 
 FORMAT = 1
 
@@ -39,13 +40,13 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
         "jax": jax.__version__,
         "mesh": dict(mesh.shape) if mesh else {},
         "processes": jax.process_count(),
-        "records": {name: integrity.digest(value) for name, value in records.items()},
+        "records": {name: values_sha256(value) for name, value in records.items()},
         "arrays": {
             name: {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprints[name]}
             for name, (shape, dtype) in shapes_and_dtypes(state).items()
         },
     }
-    return found | {"digest": integrity.digest(found)}
+    return found | {"digest": values_sha256(found)}
 
 
 def shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -65,7 +66,7 @@ def record_problem(manifest: Mapping[str, Any], step: int, records: Mapping[str,
       records: those of the others that were read.
     """
     about = {name: value for name, value in manifest.items() if name != "digest"}
-    if manifest.get("digest") != integrity.digest(about):
+    if manifest.get("digest") != values_sha256(about):
         return "its manifest was changed"
     if not _is_well_formed(manifest):
         return "its manifest is none"
@@ -74,7 +75,7 @@ def record_problem(manifest: Mapping[str, Any], step: int, records: Mapping[str,
     if manifest["step"] != step:
         return f"it was saved as step {manifest['step']}"
     for name, value in records.items():
-        if manifest["records"].get(name) != integrity.digest(value):
+        if manifest["records"].get(name) != values_sha256(value):
             return f"its record {name!r} was changed"
     return ""
 

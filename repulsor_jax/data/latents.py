@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from tqdm import tqdm
 
-from repulsor_jax.checkpoints.integrity import file_sha256
+from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.untrusted import has_controls, is_plain_name, read_json
 
 FORMAT_VERSION = 2

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.data.latents import (
     DTYPES,
     FORMAT_VERSION,
@@ -36,6 +35,7 @@ from repulsor_jax.data.latents import (
     record_dtype,
 )
 from repulsor_jax.files import atomic
+from repulsor_jax.files.checksums import file_sha256
 
 _JOB = "job.json"
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pooch
 
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.evaluation import inception
+from repulsor_jax.files.checksums import file_sha256
 
 Array = jax.Array
 

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.data.latents import LatentDataset, decode_records
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order
 from repulsor_jax.evaluation import reference
+from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.pictures import to_uint8
 from repulsor_jax.files.shards import in_batches
 

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.checkpoints.integrity import file_sha256
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import open_latent_dataset
 from repulsor_jax.data.sources import open_source
@@ -33,6 +32,7 @@ from repulsor_jax.experiment import (
     data_directory,
     load_autoencoder,
 )
+from repulsor_jax.files.checksums import file_sha256
 
 _SPLITS = ("train", "test")
 _ARCHIVE = ".archive"

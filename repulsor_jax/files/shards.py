@@ -22,8 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import integrity
-from repulsor_jax.files import atomic
+from repulsor_jax.files import atomic, checksums
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
@@ -119,7 +118,7 @@ def whole_batches(per_shard: int, batch_size: int) -> int:
 
 def digest(description: Any) -> str:
     """A name for what plain values describe: 12 hexadecimal digits of their SHA-256."""
-    return integrity.digest(description)[:12]
+    return checksums.values_sha256(description)[:12]
 
 
 def fill(

@@ -31,7 +31,6 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import main
 from repulsor_jax.autoencoders import kl
 from repulsor_jax.autoencoders import weights as weight_files
-from repulsor_jax.checkpoints import integrity
 from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
 from repulsor_jax.data import latents
 from repulsor_jax.data.converted import open_latent_source
@@ -39,6 +38,7 @@ from repulsor_jax.data.preprocess import BadImageError, read_images
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.evaluation import reference
 from repulsor_jax.files import pictures, tensors, untrusted
+from repulsor_jax.files.checksums import values_sha256
 from repulsor_jax.inference import run as run_lib
 from tests.data.test_latents import edit, make_batches, write
 from tests.files.test_tensors import Call, Global, TorchPickler, tensor, write_torch
@@ -619,8 +619,8 @@ def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
     whole_manifest = manifest.read_text()
     about = json.loads(whole_manifest)
     del about["digest"]
-    about["records"][item] = integrity.digest(values)
-    manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
+    about["records"][item] = values_sha256(values)
+    manifest.write_text(json.dumps(about | {"digest": values_sha256(about)}))
     try:
         with (
             Checkpointer(run[0] / "checkpoints", read_only=True) as checkpointer,
@@ -655,7 +655,7 @@ def test_manifests_that_are_hostile(run, changes):
     whole = manifest.read_text()
     about = json.loads(whole) | changes
     del about["digest"]
-    manifest.write_text(json.dumps(about | {"digest": integrity.digest(about)}))
+    manifest.write_text(json.dumps(about | {"digest": values_sha256(about)}))
     try:
         with (
             Checkpointer(folder / "checkpoints", read_only=True) as checkpointer,
