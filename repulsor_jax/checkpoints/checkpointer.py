@@ -10,7 +10,6 @@ Storage that fails does not stop training: saving is tried again, with a warning
 more steps would be lost than allowed.
 """
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -19,17 +18,15 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints import integrity, manifest
 from repulsor_jax.checkpoints.places import DAMAGED, is_bucket
 from repulsor_jax.checkpoints.storage import CheckpointError, DamagedCheckpointError, Storage
 from repulsor_jax.config import CheckpointConfig
 from repulsor_jax.data.pipeline import rescale_position
 from repulsor_jax.method import memory_bank
-from repulsor_jax.method.memory_bank import MemoryBank
 from repulsor_jax.train_state import TrainState
 
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
@@ -378,10 +375,11 @@ class Checkpointer:
             if type(number) is not int or number < least:
                 raise DamagedCheckpointError(f"{self.directory / str(step)}: {what} is {number!r}")
         state = self._arrays(step, about, wanted)
-        if wanted is not abstract_state:
-            bank, note = _reslotted(state.bank, abstract_state.bank)
+        if abstract_state.bank is not None and wanted.bank is not abstract_state.bank:
+            bank = memory_bank.lay_out(state.bank, abstract_state.bank)
+            old, new = map(memory_bank.describe, (state.bank, bank))
+            notes.append(f"bank: {old} re-slotted to {new}")
             state = state.replace(bank=bank)
-            notes.append(note)
         if saved_size != batch_size:
             data_state, repeated = rescale_position(data_state, saved_size, batch_size)
             position = data_state["next_index"] * batch_size
@@ -458,38 +456,13 @@ def _warn(message: str) -> None:
 
 
 def _with_saved_bank(about: Records, wanted: TrainState) -> TrainState:
-    """Asks for the bank in the shape and dtype that it was saved in, where it is the same queue.
-
-    It is then split over the features' last axis, which any change of slots leaves alone.
-    """
-    saved = about["arrays"].get("bank/features")
-    if wanted.bank is None or saved is None:
+    """Asks for the bank in the layout in which it was saved."""
+    names = integrity.named_leaves({"bank": wanted.bank})
+    if wanted.bank is None or not names.keys() <= about["arrays"].keys():
         return wanted
-    features: Any = wanted.bank.features
-    shape, dtype = tuple(saved["shape"]), jnp.dtype(saved["dtype"])
-    if (shape, dtype) == (features.shape, features.dtype) or shape[2:] != features.shape[2:]:
-        return wanted
-    mesh = features.sharding.mesh
-    by_feature = NamedSharding(mesh, PartitionSpec(None, None, sharding.BATCH_AXES))
-    if shape[2] % sharding.batch_shards(mesh):
-        by_feature = sharding.replicated(mesh)
-    features = jax.ShapeDtypeStruct(shape, dtype, sharding=by_feature)
-    return wanted.replace(bank=dataclasses.replace(wanted.bank, features=features))
-
-
-def _reslotted(bank: MemoryBank, wanted: Any) -> tuple[MemoryBank, str]:
-    """The bank in the shape, dtype and shards of `wanted`, and a line that says so."""
-    old_slots, old_batch, _ = bank.features.shape
-    num_slots, batch_size, _ = wanted.features.shape
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-
-    def reslot(bank: MemoryBank) -> MemoryBank:
-        found = memory_bank.reslot(bank, num_slots, batch_size)
-        return dataclasses.replace(found, features=found.features.astype(wanted.features.dtype))
-
-    note = (
-        f"bank: {old_slots:,} slots of {old_batch:,} re-slotted to {num_slots:,} of {batch_size:,}"
-    )
-    if bank.features.dtype != wanted.features.dtype:
-        note += f", as {wanted.features.dtype}"
-    return jax.jit(reslot, out_shardings=shardings)(bank), note
+    saved = [
+        jax.ShapeDtypeStruct(tuple(each["shape"]), jnp.dtype(each["dtype"]))
+        for each in map(about["arrays"].get, names)
+    ]
+    bank = jax.tree.unflatten(jax.tree.structure(wanted.bank), saved)
+    return wanted.replace(bank=memory_bank.saved_layout(bank, wanted.bank))

@@ -130,3 +130,45 @@ def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
         rows, num_rows - filled * batch_size, num_slots * batch_size
     )
     return MemoryBank(kept.reshape(empty.features.shape), filled % num_slots, filled)
+
+
+def saved_layout(saved: MemoryBank, wanted: MemoryBank) -> MemoryBank:
+    """Returns what to ask a checkpoint for, so that `lay_out` can make `wanted` of it.
+
+    Where slots, batch size or dtype differ, the saved ones are asked for, with the features split
+    over their last axis: `reslot` leaves that axis alone, so no device ever holds the whole bank.
+
+    Args:
+      saved: shapes and dtypes that the checkpoint holds.
+      wanted: shapes with shardings.
+
+    Returns:
+      Shapes with shardings: `wanted` itself where nothing differs, or where the rows have another
+      length, which nothing can translate.
+    """
+    old: Any = saved.features
+    new: Any = wanted.features
+    if (old.shape, old.dtype) == (new.shape, new.dtype) or old.shape[2:] != new.shape[2:]:
+        return wanted
+    num_shards = new.shape[1] // new.sharding.shard_shape(new.shape)[1]
+    axes = new.sharding.spec[1] if old.shape[2] % num_shards == 0 else None
+    by_feature = NamedSharding(new.sharding.mesh, PartitionSpec(None, None, axes))
+    features: Any = jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=by_feature)
+    return dataclasses.replace(wanted, features=features)
+
+
+def lay_out(bank: MemoryBank, wanted: MemoryBank) -> MemoryBank:
+    """Returns the bank with the shape, dtype and shardings of `wanted`; see `reslot`."""
+    num_slots, batch_size, _ = wanted.features.shape
+
+    def convert(bank: MemoryBank) -> MemoryBank:
+        found = reslot(bank, num_slots, batch_size)
+        return dataclasses.replace(found, features=found.features.astype(wanted.features.dtype))
+
+    return jax.jit(convert, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(bank)
+
+
+def describe(bank: MemoryBank) -> str:
+    """Returns the layout in words, as "3 slots of 16 in float32"."""
+    num_slots, batch_size, _ = bank.features.shape
+    return f"{num_slots:,} slots of {batch_size:,} in {bank.features.dtype}"

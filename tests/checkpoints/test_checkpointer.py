@@ -69,10 +69,16 @@ def test_comes_back_exactly_on_any_mesh(saved, shape):
     ("batch_size", "slots", "filled", "mesh", "notes"),
     [
         # 32 rows are in the bank.
-        (8, 5, 4, (2, 4, 1), ["3 slots of 16 re-slotted to 5 of 8", "of 8, from sample 32 on"]),
-        (24, 4, 1, (2, 1, 1), ["3 slots of 16 re-slotted to 4 of 24", "sample 24 on; 8 are read"]),
-        (24, 1, 1, (3, 1, 1), ["re-slotted to 1 of 24", "sample 24 on"]),  # 3 divides not d = 8
-        (16, 1, 1, (1, 1, 1), ["3 slots of 16 re-slotted to 1 of 16"]),
+        (8, 5, 4, (2, 4, 1), ["to 5 slots of 8 in", "of 8, from sample 32 on"]),
+        (24, 4, 1, (2, 1, 1), ["to 4 slots of 24 in", "sample 24 on; 8 are read"]),
+        (24, 1, 1, (3, 1, 1), ["to 1 slots of 24 in", "sample 24 on"]),  # 3 divides not d = 8
+        (
+            16,
+            1,
+            1,
+            (1, 1, 1),
+            ["3 slots of 16 in bfloat16 re-slotted to 1 slots of 16"],
+        ),
     ],
 )
 def test_another_batch_size_or_bank_keeps_the_newest_rows(
@@ -175,7 +181,7 @@ def test_another_dtype_of_the_bank_is_cast_and_any_other_refused(saved):
     abstract, _ = abstract_train_state(*parts(tiny.config()), tiny.mesh(2, 4))
     with Checkpointer(folder) as checkpointer:
         state, _, notes = checkpointer.restore(abstract, tiny.BATCH)
-        assert notes == ["bank: 3 slots of 16 re-slotted to 3 of 16, as float32"]
+        assert notes == ["bank: 3 slots of 16 in bfloat16 re-slotted to 3 slots of 16 in float32"]
         assert state.bank.features.dtype == jnp.float32
         np.testing.assert_array_equal(
             state.bank.features, expected.bank.features.astype(np.float32)

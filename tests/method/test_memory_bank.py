@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from repulsor_jax import sharding
 from repulsor_jax.method import memory_bank
 from repulsor_jax.planning import hlo
 from tests.oracles import tiny
@@ -104,19 +105,15 @@ def test_reslotted_it_keeps_the_newest_rows_and_goes_on_as_a_queue(old, new, bef
 def test_reslotting_split_by_feature_moves_each_row_once():
     """On 8 devices: no device ever holds the whole bank, old or new."""
     mesh, axes = tiny.mesh(data=4, fsdp=2), ("data", "fsdp")
-    old = jax.eval_shape(lambda: memory_bank.create(64, 24, 16))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_feature = NamedSharding(mesh, PartitionSpec(None, None, axes))
-    compiled = (
-        jax.jit(
-            memory_bank.reslot,
-            static_argnums=(1, 2),
-            in_shardings=(memory_bank.MemoryBank(by_feature, everywhere, everywhere),),
-            out_shardings=memory_bank.shardings(mesh, axes),
-        )
-        .lower(old, 32, 48)
-        .compile()
+    saved, wanted = (
+        jax.eval_shape(lambda sizes=sizes: memory_bank.create(*sizes, 16))
+        for sizes in ((64, 24), (32, 48))
     )
+    wanted = sharding.abstract_arrays(wanted, memory_bank.shardings(mesh, axes))
+    read = memory_bank.saved_layout(saved, wanted)
+    assert read.features.shape == (64, 24, 16)
+    lay_out = jax.jit(lambda bank: memory_bank.lay_out(bank, wanted))
+    compiled = lay_out.lower(read).compile()
     [move] = hlo.collectives(compiled.as_text())
     assert move.kind == "all-to-all"
     assert move.num_bytes == 4 * 32 * 48 * 16 // 8  # a device's share of the new bank

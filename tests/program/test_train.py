@@ -143,7 +143,7 @@ def test_another_batch_size_goes_on_with_the_bank_and_the_data(tmp_path, data_di
     (line,) = read_jsonl(tmp_path / "resumes.jsonl")
     assert line["step"] == 10
     assert "config.batch_size: 16 -> 24" in line["notes"]
-    assert "bank: 4 slots of 16 re-slotted to 2 of 24" in said
+    assert "re-slotted to 2 slots of 24 in float32" in said
     assert "batches of 16 are now of 24, from sample 144 on; 16 are read again" in said
     assert (int(state.step), state.bank.features.shape[:2]) == (11, (2, 24))
     saved = json.loads((tmp_path / "checkpoints" / "11" / "data" / "metadata").read_text())
