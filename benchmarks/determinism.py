@@ -53,7 +53,7 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     """Latents `[COUNT, 16, 16, 4]` drawn on a mesh."""
     from repulsor_jax import sharding
     from repulsor_jax.config import parse
-    from repulsor_jax.flows import sampler, sde
+    from repulsor_jax.flows import sampler, solvers
     from repulsor_jax.inference.generator import make_solver
     from repulsor_jax.train_state import build_model, init_model_params
 
@@ -70,7 +70,8 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     def draw(params: dict, indices: jax.Array) -> jax.Array:
         labels = sampler.sample_labels(0, indices, config.model.num_classes)
         noise = sampler.initial_noise(0, indices, (16, 16, 4))
-        keys = sampler.brownian_keys(0, indices) if config.sampling.solver in sde.STEPS else None
+        stochastic = config.sampling.solver in solvers.SDE_STEPS
+        keys = sampler.brownian_keys(0, indices) if stochastic else None
         scale = None if config.sampling.cfg_scale == 1 else config.sampling.cfg_scale
         return solve(params, noise, labels, scale, keys=keys)
 

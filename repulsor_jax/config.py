@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ml_collections
 
 from repulsor_jax.files.untrusted import has_secret
-from repulsor_jax.flows import paths, sde, solvers
+from repulsor_jax.flows import paths, solvers
 
 # docs.cloud.google.com/storage/docs/buckets#naming; 222 characters where it has dots.
 _LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -190,7 +190,7 @@ class SamplingConfig:
     max_steps: int = _at_least(1)
     diffusion_form: str = _one_of(*paths.DIFFUSION_FORMS)
     diffusion_norm: float = _at_least(0)
-    last_step: str = _one_of(*sde.LAST_STEPS)
+    last_step: str = _one_of(*solvers.LAST_STEPS)
     last_step_size: float = dataclasses.field(metadata={"above": 0.0, "max": 0.5})
     cfg_scale: float = _at_least(0)
     cfg_interval_low: float = _fraction()
@@ -380,7 +380,7 @@ def _check_consistency(c: Config) -> None:
             f"config.sampling.time_shift={s.time_shift} has no meaning for {s.solver!r}, which "
             "chooses its steps; set it to 1"
         )
-    if s.solver in sde.STEPS and s.last_step != "none" and s.num_steps < 2:
+    if s.solver in solvers.SDE_STEPS and s.last_step != "none" and s.num_steps < 2:
         raise ConfigError(
             f"config.sampling.num_steps={s.num_steps} must be at least 2 for {s.solver!r}: one of "
             "them is config.sampling.last_step"

@@ -2,23 +2,27 @@
 
 A sample depends on the seed and its own index, never on the batch, position or device that
 computed it. Nothing here knows of training: a sampler takes parameters and a model function.
-`solvers` and `sde` step through time.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from repulsor_jax.flows import paths, sde, solvers
+from repulsor_jax.flows import paths, solvers
 
 Array = jax.Array
 ModelFn = Callable[[Array, Array, Array], Array]
+ModelWithParams = Callable[[Any, Array, Array, Array], Array]
+PredictFn = Callable[..., list[Array]]  # (x, t, *quantities) -> each of them, [B, H, W, C]
 Interval = tuple[float | Array, float | Array]
 
 LABEL_MODES = ("balanced", "random")
-SOLVERS = (*solvers.FIXED_STEP, *solvers.ADAPTIVE, *sde.STEPS)
+SOLVERS = (*solvers.ODE_STEPS, *solvers.ADAPTIVE, *solvers.SDE_STEPS)
 
 # Folded into the key of the noise; no index of a sample is as large.
 _LABELS, _BROWNIAN = 0x7FFFFFFF, 0x7FFFFFFE
@@ -50,7 +54,7 @@ def sample_labels(
     """Class labels in which row b depends on `seed` and `indices[b]` only.
 
     Args:
-      seed: an integer or a PRNG key; the one of `initial_noise` may be used again.
+      seed: as of `initial_noise`; the same may be used again.
       indices: [B] integers, the numbers of the samples.
       num_classes: labels are 0 to num_classes - 1.
       mode: "balanced" goes round the classes, index % num_classes; "random" draws uniformly.
@@ -71,20 +75,17 @@ def sample_labels(
 
 
 def brownian_keys(seed: int | Array, indices: Array) -> Array:
-    """The keys of an SDE sampler, in which row b depends on `seed` and `indices[b]` only.
+    """The keys [B] of an SDE sampler; key b depends on `seed` and `indices[b]` only.
 
     Args:
-      seed: an integer or a PRNG key; the one of `initial_noise` may be used again.
+      seed: as of `initial_noise`; the same may be used again.
       indices: [B] integers, the numbers of the samples.
-
-    Returns:
-      [B] PRNG keys.
     """
     key = jax.random.fold_in(_as_key(seed), _BROWNIAN)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
 
 
-def guided_velocity(
+def guided_prediction(
     model_fn: ModelFn,
     x: Array,
     t: Array,
@@ -99,10 +100,10 @@ def guided_velocity(
     """Guidance away from a weaker model: weak + scale * (strong - weak).
 
     Strong is the model with its labels. Weak is the same model without a class, which is
-    classifier-free guidance (arXiv 2207.12598, eq. 6), or `guiding_fn` with the same labels, which
-    is autoguidance (arXiv 2406.02507). 1 is the strong model, more is guidance; in the
-    first paper's notation scale = 1 + w. The output may be a velocity, score or noise alike: at a
-    given (x, t) each is an affine function of the others, and guidance takes a weighted mean.
+    classifier-free guidance (arXiv 2207.12598, eq. 6; scale = 1 + w), or `guiding_fn` with the
+    same labels, which is autoguidance (arXiv 2406.02507). At scale 1 the result is the strong
+    model's. The output may be a velocity, a score or noise: at a given (x, t) each is an affine
+    function of the others, and guidance takes a weighted mean.
 
     Args:
       model_fn: (x [B, H, W, C], t [B], labels [B]) -> [B, H, W, C]. For classifier-free guidance
@@ -115,9 +116,9 @@ def guided_velocity(
       channels: guide this many leading channels and leave the rest conditional; None guides all.
         SiT's and DiT's published samples have 3 (of 4).
       interval: (low, high), traced or not: guide only at low <= t <= high, with t = 0 for noise
-        and t = 1 for data (arXiv 2404.07724, which counts in noise levels sigma / alpha: on the
-        linear path one of s is t = 1 / (1 + s)). Where t is a scalar the weak model is not
-        evaluated outside the interval, nor at scale 1. None guides everywhere.
+        and t = 1 for data (arXiv 2404.07724 counts in noise levels sigma / alpha: on the linear
+        path, level s is t = 1 / (1 + s)). Where t is a scalar the weak model is not evaluated
+        outside the interval, nor at scale 1. None guides everywhere.
       guiding_fn: the weak model of autoguidance, called as `model_fn` on B rows.
 
     Returns:
@@ -163,67 +164,91 @@ def guided_velocity(
     return jnp.where(active, guide(strong, weak), strong)
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplerSpec:
+    """What a sampler does, beside the model.
+
+    Attributes:
+      path: from `paths.get_path`.
+      null_label: the label that stands for no class.
+      prediction: what the model outputs: "velocity", "score" or "noise".
+      solver: one of `SOLVERS`.
+      num_steps: how many steps, with that of `diffusion.last_step`; "dopri5" chooses its own.
+      channels: how many leading channels to guide, see `guided_prediction`.
+      time_shift: of the fixed steps, see `solvers.time_grid`.
+      tolerance: of "dopri5".
+      diffusion: of the SDE solvers.
+
+    Raises:
+      ValueError: unknown prediction or solver, too few steps, or a time shift with "dopri5".
+    """
+
+    path: paths.Path
+    null_label: int
+    prediction: str = "velocity"
+    solver: str = "euler"
+    num_steps: int = 250
+    channels: int | None = None
+    time_shift: float = 1.0
+    tolerance: solvers.Tolerance = dataclasses.field(default_factory=solvers.Tolerance)
+    diffusion: solvers.Diffusion = dataclasses.field(default_factory=solvers.Diffusion)
+
+    def __post_init__(self) -> None:
+        paths.check_choice("solver", self.solver, SOLVERS)
+        shift, num_steps = self.time_shift, self.num_steps
+        if self.solver in solvers.ADAPTIVE and shift != 1.0:
+            raise ValueError(
+                f"time_shift is {shift}, but {self.solver!r} chooses its steps; expected 1"
+            )
+        if self.last_step_size and num_steps < 2:
+            raise ValueError(
+                f"num_steps is {num_steps}; expected at least 2, one being the last step"
+            )
+        self.times()
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the solver is one of an SDE, and needs keys."""
+        return self.solver in solvers.SDE_STEPS
+
+    @property
+    def last_step_size(self) -> float:
+        """Length of the noiseless step after the grid of an SDE; 0 without one."""
+        has_one = self.is_stochastic and self.diffusion.last_step != "none"
+        return self.diffusion.last_step_size if has_one else 0.0
+
+    def times(self) -> np.ndarray:
+        """The grid of the fixed steps; "dopri5" goes from its first to its last time."""
+        size = self.last_step_size
+        if self.is_stochastic:
+            ends = paths.sde_time_interval(self.path, self.prediction, self.diffusion.form, size)
+        else:
+            ends = paths.time_interval(self.path, self.prediction, sampling=True)
+        return solvers.time_grid(self.num_steps - bool(size), *ends, self.time_shift)
+
+
 def make_sampler(
-    model_fn: Callable[[Any, Array, Array, Array], Array],
-    path: paths.Path,
-    *,
-    prediction: str = "velocity",
-    solver: str = "euler",
-    num_steps: int = 250,
-    null_label: int,
-    channels: int | None = None,
-    time_shift: float = 1.0,
-    tolerance: solvers.Tolerance | None = None,
-    diffusion: sde.Diffusion | None = None,
-    guiding_fn: Callable[[Any, Array, Array, Array], Array] | None = None,
+    model_fn: ModelWithParams, spec: SamplerSpec, guiding_fn: ModelWithParams | None = None
 ) -> Callable[..., Array]:
     """A pure function sample(params, noise, labels, scale, ...) -> samples, to be jitted.
 
-    The solvers of `solvers` follow the probability-flow ODE over `flow.time_interval`. Where that
-    stops short of t = 1 ("vp", and any score or noise prediction) a last evaluation replaces the
-    point reached by the data predicted from it, so no noise is left in the samples. Those of `sde`
-    go over `flow.sde_time_interval` and end as `diffusion.last_step` says.
+    ODE solvers follow the probability-flow ODE over `paths.time_interval`. Where that stops short
+    of t = 1 ("vp", and any score or noise prediction) a last evaluation replaces the point reached
+    by the data predicted from it, so no noise is left in the samples. SDE solvers go over
+    `paths.sde_time_interval` and end as `spec.diffusion.last_step` says.
 
     Args:
       model_fn: (params, x [B, H, W, C], t [B], labels [B]) -> [B, H, W, C].
-      path: from `flow.get_path`.
-      prediction: what the model outputs: "velocity", "score" or "noise".
-      solver: one of `SOLVERS`.
-      num_steps: how many steps, that of `diffusion.last_step` included; "dopri5" finds its own.
-      null_label: the label that stands for no class.
-      channels: how many leading channels to guide, see `guided_velocity`.
-      time_shift: of the fixed steps, see `solvers.time_grid`.
-      tolerance: of "dopri5"; None is `solvers.Tolerance()`, SiT's.
-      diffusion: of the SDE solvers; None is `sde.Diffusion()`, SiT's.
-      guiding_fn: the weak model of autoguidance, if it is not `model_fn` with other parameters.
+      spec: everything but the models.
+      guiding_fn: the weak model of autoguidance, where it is not `model_fn` with other parameters.
 
     Returns:
       sample: (params, noise [B, H, W, C], labels [B], scale=None, interval=None, *, keys=None,
       guiding_params=None) -> samples [B, H, W, C], float32. For scale and interval see
-      `guided_velocity`: under jit they are traced, so all their values share one program; None
-      is another program, without guidance or without a choice. `keys` [B] from `brownian_keys`
-      are for the SDE solvers. With `guiding_params` guidance is autoguidance by that model.
-
-    Raises:
-      ValueError: unknown prediction or solver, too few steps, or a time shift with "dopri5"; from
-        `sample`, an SDE solver without keys.
+      `guided_prediction`: under jit they are traced, so all their values share one program; None
+      is another program, without guidance or without an interval. SDE solvers need `keys` [B] of
+      `brownian_keys`, or raise ValueError. With `guiding_params` guidance is autoguidance.
     """
-    paths.check_choice("solver", solver, SOLVERS)
-    stochastic = solver in sde.STEPS
-    tolerance, diffusion = tolerance or solvers.Tolerance(), diffusion or sde.Diffusion()
-    has_last_step = stochastic and diffusion.last_step != "none"
-    last_step_size = diffusion.last_step_size if has_last_step else 0.0
-    if stochastic:
-        t_start, t_end = paths.sde_time_interval(path, prediction, diffusion.form, last_step_size)
-    else:
-        t_start, t_end = paths.time_interval(path, prediction, sampling=True)
-    if solver in solvers.ADAPTIVE and time_shift != 1.0:
-        raise ValueError(
-            f"time_shift is {time_shift}, but {solver!r} chooses its steps; expected 1"
-        )
-    if has_last_step and num_steps < 2:
-        raise ValueError(f"num_steps is {num_steps}; expected at least 2, one being the last step")
-    times = solvers.time_grid(num_steps - has_last_step, t_start, t_end, time_shift)
 
     def sample(
         params: Any,
@@ -237,48 +262,58 @@ def make_sampler(
     ) -> Array:
         weak_fn = None
         if guiding_params is not None:
-            weak_fn = lambda *inputs: (guiding_fn or model_fn)(guiding_params, *inputs)
+            weak_fn = functools.partial(guiding_fn or model_fn, guiding_params)
 
         def predict(x: Array, t: Array, *quantities: str) -> list[Array]:
-            output = guided_velocity(
-                lambda *inputs: model_fn(params, *inputs),
+            found = guided_prediction(
+                functools.partial(model_fn, params),
                 x,
                 t,
                 labels,
-                null_label=null_label,
+                null_label=spec.null_label,
                 scale=scale,
-                channels=channels,
+                channels=spec.channels,
                 interval=interval,
                 guiding_fn=weak_fn,
             )
-            return [paths.convert(path, output, x, t, source=prediction, to=q) for q in quantities]
+            convert = functools.partial(paths.convert, spec.path, found, x, t)
+            return [convert(source=spec.prediction, to=quantity) for quantity in quantities]
 
-        def velocity_fn(x: Array, t: Array) -> Array:
-            return predict(x, t, "velocity")[0]
-
-        def diffusion_fn(t: Array) -> Array:
-            return paths.diffusion(path, diffusion.form, t, diffusion.norm)
-
-        def drift_fn(x: Array, t: Array) -> Array:
-            velocity, score = predict(x, t, "velocity", "score")
-            return velocity + diffusion_fn(t) * score
-
-        end = jnp.float32(t_end)
-        if not stochastic:
-            if solver in solvers.ADAPTIVE:
-                x, _ = solvers.dopri5(velocity_fn, noise, t_start, t_end, tolerance)
-            else:
-                x = solvers.integrate(velocity_fn, noise, times, solver)
-            return x if t_end == 1.0 else predict(x, end, "data")[0]
-
-        if keys is None:
-            raise ValueError(f"solver {solver!r} needs keys=brownian_keys(seed, indices)")
-        x = sde.integrate(drift_fn, diffusion_fn, noise, keys, times, solver)
-        if diffusion.last_step == "none":
-            return x
-        if diffusion.last_step == "tweedie":
-            return predict(x, end, "data")[0]
-        last_fn = drift_fn if diffusion.last_step == "mean" else velocity_fn
-        return x + last_step_size * last_fn(x, end)
+        if spec.is_stochastic:
+            return _solve_sde(spec, predict, noise, keys)
+        return _solve_ode(spec, predict, noise)
 
     return sample
+
+
+def _solve_ode(spec: SamplerSpec, predict: PredictFn, noise: Array) -> Array:
+    velocity_fn = lambda x, t: predict(x, t, "velocity")[0]
+    times = spec.times()
+    t_start, t_end = times[[0, -1]].tolist()
+    if spec.solver in solvers.ADAPTIVE:
+        x, _ = solvers.dopri5(velocity_fn, noise, t_start, t_end, spec.tolerance)
+    else:
+        x = solvers.solve_ode(velocity_fn, noise, times, spec.solver)
+    return x if t_end == 1.0 else predict(x, jnp.float32(t_end), "data")[0]
+
+
+def _solve_sde(spec: SamplerSpec, predict: PredictFn, noise: Array, keys: Array | None) -> Array:
+    if keys is None:
+        raise ValueError(f"solver {spec.solver!r} needs keys=brownian_keys(seed, indices)")
+    diffusion, times = spec.diffusion, spec.times()
+
+    def diffusion_fn(t: Array) -> Array:
+        return paths.diffusion(spec.path, diffusion.form, t, diffusion.norm)
+
+    def drift_fn(x: Array, t: Array) -> Array:
+        velocity, score = predict(x, t, "velocity", "score")
+        return velocity + diffusion_fn(t) * score
+
+    x = solvers.solve_sde(drift_fn, diffusion_fn, noise, keys, times, spec.solver)
+    end = jnp.float32(times[-1])
+    if diffusion.last_step == "none":
+        return x
+    if diffusion.last_step == "tweedie":
+        return predict(x, end, "data")[0]
+    velocity = drift_fn(x, end) if diffusion.last_step == "mean" else predict(x, end, "velocity")[0]
+    return x + spec.last_step_size * velocity

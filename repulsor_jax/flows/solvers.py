@@ -1,20 +1,77 @@
-"""Ordinary differential equations from t = 0 (noise) to t = 1 (data): fixed steps and dopri5.
+"""Solvers from t = 0 (noise) to t = 1 (data): ODEs by fixed steps or by dopri5, and SDEs.
 
 Every row of a batch is solved as if it were alone, so a sample never depends on its neighbours.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repulsor_jax.flows import paths
 from repulsor_jax.flows.paths import check_choice
 
 Array = jax.Array
 VelocityFn = Callable[[Array, Array], Array]
+DiffusionFn = Callable[[Array], Array]
+
+LAST_STEPS = ("mean", "tweedie", "euler", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """When `dopri5` accepts a step: local error below atol + rtol |x|, in root mean square.
+
+    Attributes:
+      rtol: relative tolerance; SiT's default. Float32 gives little below 1e-5.
+      atol: absolute tolerance; SiT's default.
+      max_steps: accepted and rejected steps together; a sample that needs more becomes NaN.
+
+    Raises:
+      ValueError: a value is not above 0.
+    """
+
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "max_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """How much noise an SDE sampler adds and how it ends; the defaults are those of SiT's scripts.
+
+    Attributes:
+      form: one of `paths.DIFFUSION_FORMS`.
+      norm: the factor of the form.
+      last_step: how to go from t = 1 - last_step_size to the sample, without noise: "mean" takes
+        an Euler step of the SDE's drift, "euler" one of the ODE's velocity, "tweedie" predicts
+        the data, E[data | x_t]; "none" stays at t = 1 - 0.001.
+      last_step_size: SiT has 0.04, ten steps of 250; no meaning for "none".
+
+    Raises:
+      ValueError: unknown form or last step, or a size not between 0 and 1.
+    """
+
+    form: str = "sigma"
+    norm: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        check_choice("diffusion form", self.form, paths.DIFFUSION_FORMS)
+        check_choice("last step", self.last_step, LAST_STEPS)
+        if not 0 < self.last_step_size < 1:
+            raise ValueError(f"last_step_size is {self.last_step_size}; expected between 0 and 1")
+        if self.norm < 0:
+            raise ValueError(f"diffusion norm is {self.norm}; expected 0 or more")
 
 
 def _euler(velocity_fn: VelocityFn, x: Array, t: Array, dt: Array) -> Array:
@@ -41,7 +98,7 @@ def _rk4(velocity_fn: VelocityFn, x: Array, t: Array, dt: Array) -> Array:
 
 
 # One step of each: (velocity_fn, x [B, ...], t [], dt []) -> x at t + dt.
-FIXED_STEP: dict[str, Callable[[VelocityFn, Array, Array, Array], Array]] = {
+ODE_STEPS: dict[str, Callable[[VelocityFn, Array, Array, Array], Array]] = {
     "euler": _euler,  # order 1, one evaluation
     "midpoint": _midpoint,  # order 2, two evaluations
     "heun": _heun,  # order 2, two evaluations
@@ -50,24 +107,23 @@ FIXED_STEP: dict[str, Callable[[VelocityFn, Array, Array, Array], Array]] = {
 ADAPTIVE = ("dopri5",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tolerance:
-    """When `dopri5` accepts a step: local error below atol + rtol |x|, in root mean square.
+def _euler_maruyama(
+    drift_fn: VelocityFn, diffusion_fn: DiffusionFn, x: Array, t: Array, dt: Array, normal: Array
+) -> Array:
+    return x + dt * drift_fn(x, t) + jnp.sqrt(2.0 * diffusion_fn(t) * dt) * normal
 
-    Attributes:
-      rtol: relative tolerance; SiT's default. Float32 gives little below 1e-5.
-      atol: absolute tolerance; SiT's default.
-      max_steps: accepted and rejected steps together; a sample that needs more becomes NaN.
-    """
 
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    max_steps: int = 1000
+def _stochastic_heun(
+    drift_fn: VelocityFn, diffusion_fn: DiffusionFn, x: Array, t: Array, dt: Array, normal: Array
+) -> Array:
+    return _heun(drift_fn, x + jnp.sqrt(2.0 * diffusion_fn(t) * dt) * normal, t, dt)
 
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "max_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+
+# One step of each: (drift_fn, diffusion_fn, x [B, ...], t [], dt [], normal [B, ...]) -> x.
+SDE_STEPS: dict[str, Callable[..., Array]] = {
+    "euler_maruyama": _euler_maruyama,  # weak order 1, one evaluation
+    "stochastic_heun": _stochastic_heun,  # weak order 1, two; SiT's: noise first, then Heun
+}
 
 
 def time_grid(
@@ -75,10 +131,10 @@ def time_grid(
 ) -> np.ndarray:
     """The `num_steps` + 1 times of a fixed-step solver, from `t_start` to `t_end`.
 
-    Shifting gathers the steps at the noise end, for latents of more pixels: it is equation 23 of
-    Esser et al. (arXiv 2403.03206), s' = shift s / (1 + (shift - 1) s) of the noise level
-    s = 1 - t, which in t reads t' = t / (t + shift (1 - t)). It acts on the unit interval before
-    that is mapped to [t_start, t_end], so the ends stay.
+    Shifting gathers the steps at the noise end, for latents of more pixels: equation 23 of Esser
+    et al. (arXiv 2403.03206), s' = shift s / (1 + (shift - 1) s) of the noise level s = 1 - t,
+    reads t' = t / (t + shift (1 - t)) in t. The shift acts on the unit interval before that is
+    mapped to [t_start, t_end], so the ends stay.
 
     Args:
       num_steps: at least 1.
@@ -100,30 +156,27 @@ def time_grid(
     return t_start + (t_end - t_start) * t / (t + shift * (1.0 - t))
 
 
-def starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
-    """The start and the length of every step of a grid, in the type of `x`, ready for a scan.
-
-    The differences are taken in float64 and then rounded, so that no error adds up.
-    """
-    return jnp.asarray(times[:-1], x.dtype), jnp.asarray(np.diff(times), x.dtype)
-
-
 def as_float(x: Array) -> Array:
     """x in float32, or in float64 if it is that already."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
-def integrate(
+def _starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
+    """Of every step of a grid; differences are rounded after float64, so that no error adds up."""
+    return jnp.asarray(times[:-1], x.dtype), jnp.asarray(np.diff(times), x.dtype)
+
+
+def solve_ode(
     velocity_fn: VelocityFn, noise: Array, times: np.ndarray, solver: str = "euler"
 ) -> Array:
     """Solves dx/dt = velocity_fn(x, t) from x(times[0]) = noise, one step from time to time.
 
     Args:
       velocity_fn: (x [B, ...], t []) -> [B, ...]; "heun" and "rk4" also evaluate it at the last
-        time. A step evaluates it once ("euler"), twice ("midpoint", "heun") or four times ("rk4").
+        time.
       noise: [B, ...].
       times: [steps + 1], of `time_grid`.
-      solver: a key of `FIXED_STEP`.
+      solver: a key of `ODE_STEPS`.
 
     Returns:
       x(times[-1]) [B, ...], float32.
@@ -131,13 +184,74 @@ def integrate(
     Raises:
       ValueError: unknown solver.
     """
-    check_choice("solver", solver, tuple(FIXED_STEP))
+    check_choice("solver", solver, tuple(ODE_STEPS))
     x = as_float(noise)
 
     def step(x: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
-        return FIXED_STEP[solver](velocity_fn, x, *now), None
+        return ODE_STEPS[solver](velocity_fn, x, *now), None
 
-    return jax.lax.scan(step, x, starts_and_lengths(times, x))[0]
+    return jax.lax.scan(step, x, _starts_and_lengths(times, x))[0]
+
+
+def solve_sde(
+    drift_fn: VelocityFn,
+    diffusion_fn: DiffusionFn,
+    noise: Array,
+    keys: Array,
+    times: np.ndarray,
+    solver: str = "euler_maruyama",
+) -> Array:
+    """Solves dx = drift_fn(x, t) dt + sqrt(2 diffusion_fn(t)) dW from x(times[0]) = noise.
+
+    Args:
+      drift_fn: (x [B, ...], t []) -> [B, ...].
+      diffusion_fn: t [] -> [], not negative.
+      noise: [B, ...].
+      keys: [B] PRNG keys; in row b, step k draws from `fold_in(keys[b], k)`.
+      times: [steps + 1], of `time_grid`.
+      solver: a key of `SDE_STEPS`.
+
+    Returns:
+      x(times[-1]) [B, ...], float32.
+
+    Raises:
+      ValueError: unknown solver.
+    """
+    check_choice("solver", solver, tuple(SDE_STEPS))
+    x = as_float(noise)
+
+    def step(x: Array, now: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
+        k, (t, dt) = now
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, k), x.shape[1:], x.dtype)
+        return SDE_STEPS[solver](drift_fn, diffusion_fn, x, t, dt, jax.vmap(draw)(keys)), None
+
+    numbers = jnp.arange(len(times) - 1, dtype=jnp.int32)
+    return jax.lax.scan(step, x, (numbers, _starts_and_lengths(times, x)))[0]
+
+
+# Dormand and Prince (1980), RK5(4)7M: the time of each stage after the first, as a share of the
+# step, and the weights of the velocities before it. The last stage is the solution of order 5.
+_STAGES = (
+    (1 / 5, (1 / 5,)),
+    (3 / 10, (3 / 40, 9 / 40)),
+    (4 / 5, (44 / 45, -56 / 15, 32 / 9)),
+    (8 / 9, (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729)),
+    (1.0, (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656)),
+    (1.0, (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)),
+)
+# The solution of order 4 that the error is measured against: torchdiffeq's, as SiT samples with.
+_ORDER_4 = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60)
+_ERROR = tuple(np.subtract((*_STAGES[-1][1], 0.0), _ORDER_4).tolist())
+
+
+class _Rows(NamedTuple):
+    """Where each row stands in `dopri5`."""
+
+    x: Array  # [B, ...]
+    velocity: Array  # [B, ...], at (x, t)
+    t: Array  # [B]
+    dt: Array  # [B], of the next step
+    steps: Array  # [B] int32, tried so far
 
 
 def dopri5(
@@ -147,17 +261,17 @@ def dopri5(
     t_end: float = 1.0,
     tolerance: Tolerance = Tolerance(),
 ) -> tuple[Array, Array]:
-    """Solves dx/dt = velocity_fn(x, t) with the Dormand-Prince pair of orders 5 and 4 (diffrax).
+    """Solves dx/dt = velocity_fn(x, t) with the Dormand-Prince pair of orders 5 and 4.
 
-    The step size is controlled for each sample by its own error. One step size for the batch, as
-    torchdiffeq has it, would let a sample depend on its neighbours. The batch runs until its
-    slowest sample is done, and a row that is done costs as much as any other. Step sizes amplify
-    rounding: where another batch size or mesh rounds differently, samples agree to the tolerance,
-    not, as with fixed steps, to rounding.
+    Each sample's own error controls its step size. One step size for the batch, as torchdiffeq
+    has it, would let a sample depend on its neighbours. The batch runs until its slowest sample
+    arrives, and a row that has arrived costs as much as any other. Step sizes amplify rounding:
+    where another batch size or mesh rounds differently, samples agree to the tolerance, and not
+    to rounding as with fixed steps.
 
     Args:
-      velocity_fn: (x [B, ...], t [B]) -> [B, ...]; the rows are at different times. It is called
-        on the whole batch, six times a step.
+      velocity_fn: (x [B, ...], t [B]) -> [B, ...]; the rows are at different times. A step
+        evaluates it six times.
       noise: [B, ...].
       t_start: where to start.
       t_end: where to stop.
@@ -167,46 +281,46 @@ def dopri5(
       x(t_end) [B, ...], float32, NaN in a row that did not arrive within `tolerance.max_steps`;
       and how many steps each row took, rejected ones included, [B] int32.
     """
-    import diffrax  # a second of imports that no other solver needs
-    import equinox
-
     x = as_float(noise)
-    batch = x.shape[0]
-    # A loop body that is batched may not close over traced values: they travel as arguments.
-    hoisted = equinox.filter_closure_convert(velocity_fn, x, jnp.full(batch, t_start, x.dtype))
-    values, rest = equinox.partition(hoisted, equinox.is_array)
+    count = len(x)
 
-    # diffrax solves one system, and vmap makes one system per row of it; this calls the network
-    # on the batch itself instead of on a vmapped batch of one.
-    @jax.custom_batching.custom_vmap
-    def row_velocity(values: Any, x: Array, t: Array) -> Array:
-        return x  # stands for the shape and type: only the rule below is ever run
+    def by_row(values: Array) -> Array:  # [B] against [B, ...]
+        return values.reshape(count, *(1,) * (x.ndim - 1))
 
-    @row_velocity.def_vmap
-    def _batch_velocity(
-        axis_size: int, in_batched: list, values: Any, x: Array, t: Array
-    ) -> tuple[Array, bool]:
-        t = jnp.broadcast_to(t, (axis_size,)).astype(x.dtype)
-        return equinox.combine(values, rest)(x, t), True
+    def weighted(weights: Sequence[float], velocities: list[Array]) -> Any:
+        pairs = zip(weights, velocities, strict=True)
+        return sum(weight * velocity for weight, velocity in pairs if weight)
 
-    controller = diffrax.PIDController(rtol=tolerance.rtol, atol=tolerance.atol)
+    def runs(rows: _Rows) -> Array:
+        return (rows.t < t_end) & (rows.steps < tolerance.max_steps)
 
-    def solve_row(x: Array) -> tuple[Array, Array]:
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, x, values: row_velocity(values, x, t)),
-            diffrax.Dopri5(),
-            t0=t_start,
-            t1=t_end,
-            dt0=0.05 * (t_end - t_start),  # measuring a first step would amplify rounding most
-            y0=x,
-            args=values,
-            stepsize_controller=controller,
-            max_steps=tolerance.max_steps,
-            adjoint=diffrax.ForwardMode(),  # a plain loop, which stores nothing
-            throw=False,  # raising inside a compiled program takes a host callback
+    def step(rows: _Rows) -> _Rows:
+        remaining = t_end - rows.t
+        dt = jnp.minimum(rows.dt, remaining)
+        velocities, end = [rows.velocity], rows.x
+        for share, weights in _STAGES:
+            end = rows.x + by_row(dt) * weighted(weights, velocities)
+            velocities.append(velocity_fn(end, rows.t + share * dt))
+        allowed = tolerance.atol + tolerance.rtol * jnp.maximum(jnp.abs(rows.x), jnp.abs(end))
+        error = by_row(dt) * weighted(_ERROR, velocities) / allowed
+        error = jnp.sqrt(jnp.mean(jnp.square(error).reshape(count, -1), axis=1))
+        error = jnp.where(jnp.isnan(error), jnp.inf, error)  # such a step is tried again, shorter
+        accepted = error < 1.0
+        factor = 0.9 * error**-0.2
+        factor = jnp.where(accepted, jnp.clip(factor, 1.0, 10.0), jnp.clip(factor, 0.2, 0.9))
+        moves = runs(rows) & accepted
+        after = jnp.where(dt < remaining, rows.t + dt, t_end)
+        return _Rows(
+            x=jnp.where(by_row(moves), end, rows.x),
+            velocity=jnp.where(by_row(moves), velocities[-1], rows.velocity),
+            t=jnp.where(moves, after, rows.t),
+            dt=dt * factor,
+            steps=rows.steps + runs(rows),
         )
-        assert solution.ys is not None  # saved at t1, by default
-        arrived = solution.result == diffrax.RESULTS.successful
-        return jnp.where(arrived, solution.ys[0], jnp.nan), solution.stats["num_steps"]
 
-    return jax.vmap(solve_row)(x)
+    t = jnp.full(count, t_start, x.dtype)
+    # A fixed first step: a measured one would amplify rounding most.
+    dt = jnp.full(count, 0.05 * (t_end - t_start), x.dtype)
+    start = _Rows(x, velocity_fn(x, t), t, dt, jnp.zeros(count, jnp.int32))
+    rows = jax.lax.while_loop(lambda rows: runs(rows).any(), step, start)
+    return jnp.where(by_row(rows.t < t_end), jnp.nan, rows.x), rows.steps

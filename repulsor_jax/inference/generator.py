@@ -20,7 +20,7 @@ from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
 from repulsor_jax.files.shards import in_batches, one_late
-from repulsor_jax.flows import paths, sampler, sde, solvers
+from repulsor_jax.flows import paths, sampler, solvers
 from repulsor_jax.models.dit import DiT
 
 _MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
@@ -154,7 +154,7 @@ def make_generate(
         indices = jax.lax.with_sharding_constraint(indices, rows)
         labels = sampler.sample_labels(c.seed, indices, num_classes, c.labels)
         noise = sampler.initial_noise(c.seed, indices, shape)
-        keys = sampler.brownian_keys(c.seed, indices) if c.solver in sde.STEPS else None
+        keys = sampler.brownian_keys(c.seed, indices) if c.solver in solvers.SDE_STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
         latents = solve(
             params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
@@ -170,25 +170,26 @@ def make_generate(
 def make_solver(
     config: Config, model: DiT, guiding_model: DiT | None = None
 ) -> Callable[..., jax.Array]:
-    """Returns the configured sampler of latents; see `sampling.make_sampler` for its call."""
+    """Returns the configured sampler of latents; see `sampler.make_sampler` for its call."""
     c = config.sampling
 
     def predict_with(model: DiT) -> Callable[..., Any]:
         return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
 
-    return sampler.make_sampler(
-        predict_with(model),
+    diffusion = solvers.Diffusion(c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size)
+    spec = sampler.SamplerSpec(
         paths.get_path(config.flow.path),
+        null_label=config.model.num_classes,
         prediction=config.flow.prediction,
         solver=c.solver,
         num_steps=c.num_steps,
-        null_label=config.model.num_classes,
         channels=c.cfg_channels or None,
         time_shift=c.time_shift,
         tolerance=solvers.Tolerance(c.rtol, c.atol, c.max_steps),
-        diffusion=sde.Diffusion(c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size),
-        guiding_fn=predict_with(guiding_model) if guiding_model else None,
+        diffusion=diffusion,
     )
+    guiding_fn = predict_with(guiding_model) if guiding_model else None
+    return sampler.make_sampler(predict_with(model), spec, guiding_fn)
 
 
 def batches(

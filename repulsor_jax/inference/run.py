@@ -24,7 +24,7 @@ from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import has_controls
-from repulsor_jax.flows import sde, solvers
+from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
@@ -222,7 +222,7 @@ def protocol(
         found |= {"rtol": c.rtol, "atol": c.atol, "max_steps": c.max_steps}
     else:
         found |= {"num_steps": c.num_steps, "time_shift": c.time_shift}
-    if c.solver in sde.STEPS:
+    if c.solver in solvers.SDE_STEPS:
         found |= {
             key: getattr(c, key)
             for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")

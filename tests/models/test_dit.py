@@ -69,7 +69,7 @@ def check_against_reference(reference: Reference, scan: bool, remat: str) -> Non
     def run(variables: Any, x: Any, t: Any, labels: Any) -> Any:
         pairs = [model.apply(variables, x, t, labels, tap=i) for i in range(depth)]
         predict = functools.partial(model.apply, variables)
-        guided = sampler.guided_velocity(
+        guided = sampler.guided_prediction(
             predict, x, t, labels, null_label=model.num_classes, scale=3.0, channels=3
         )
         return pairs, predict(x, t, labels), guided
