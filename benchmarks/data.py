@@ -16,12 +16,13 @@ out start and compilation, as an ImageNet-sized job would.
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ from repulsor_jax.data.latents import Description, LatentDataset
 from repulsor_jax.data.pipeline import training_iterator
 from repulsor_jax.data.sources import ImageSource, Item, open_source
 from repulsor_jax.data.workers import read_in_order
-from repulsor_jax.data.writer import open_writer, write_latent_dataset
+from repulsor_jax.data.writer import Batch, open_writer
+from repulsor_jax.files.shards import fill, in_batches
 
 _PART = flags.DEFINE_enum("part", "read", ["read", "encode"], "Which table.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds; the table has the medians.", lower_bound=1)
@@ -84,21 +86,16 @@ def read_rates(folder: pathlib.Path) -> tuple[str, str, dict[str, Callable[[], f
     )
     (folder / "npy").mkdir()
 
-    def batches() -> object:
-        for start in range(0, count, 1000):
-            latents = rng.standard_normal((min(1000, count - start), 1, *_SHAPE), np.float32)
-            latents = latents.astype(np.float16)
-            for i, latent in enumerate(latents[:, 0], start):
+    def random_latents(todo: Sequence[range]) -> Iterator[Batch]:
+        for rows in in_batches(todo, 1000):
+            latents = rng.standard_normal((len(rows), 1, *_SHAPE), np.float32).astype(np.float16)
+            for i, latent in zip(rows, latents[:, 0], strict=True):
                 np.save(folder / "npy" / f"{i}.npy", latent)
-            yield latents, rng.integers(1000, size=len(latents))
+            yield Batch(latents, rng.integers(1000, size=len(latents)))
 
-    dataset = write_latent_dataset(
-        folder / "records",
-        batches(),  # type: ignore[arg-type]
-        about,
-        num_images=count,
-        images_per_shard=8192,
-    )
+    writer = open_writer(folder / "records", about, num_images=count, images_per_shard=8192)
+    fill(writer, random_latents, title="write")
+    dataset = writer.finish()
     order = rng.permutation(count)
     steps = count // _READ_BATCH
     parts = [order[i * _READ_BATCH : (i + 1) * _READ_BATCH].tolist() for i in range(steps)]
@@ -191,8 +188,18 @@ def encode_rates(folder: pathlib.Path) -> tuple[str, str, dict[str, Callable[[],
             num_images=len(source),
             images_per_shard=2 * _BATCH.value,
         )
-        encode_images(
-            writer, source, autoencoder, batch_per_device=_BATCH.value, num_workers=workers
+        fill(
+            writer,
+            functools.partial(
+                encode_images,
+                source=source,
+                autoencoder=autoencoder,
+                description=about,
+                batch_per_device=_BATCH.value,
+                num_workers=workers,
+            ),
+            title="encode",
+            progress=False,
         )
         times = sorted(p.stat().st_mtime for p in writer.folder.glob("*.array_record"))
         return (len(times) - 1) * 2 * _BATCH.value / (times[-1] - times[0])

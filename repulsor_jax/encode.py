@@ -1,11 +1,12 @@
 """The encode mode: images, or latents that others made, into the project's latent data sets."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +29,10 @@ from repulsor_jax.data.latents import (
     open_latent_dataset,
 )
 from repulsor_jax.data.sources import ImageSource, open_source
-from repulsor_jax.data.writer import open_writer
+from repulsor_jax.data.writer import Batch, open_writer
 from repulsor_jax.experiment import data_directory, load_autoencoder
 from repulsor_jax.files import pictures
+from repulsor_jax.files.shards import fill
 
 _PREVIEW_COLUMNS = 8
 
@@ -43,7 +45,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
 
     Raises:
       ConfigError: no source is configured, autoencoder and source do not go together, or a data
-        set that is complete is another than the configured one.
+        set that is complete differs from the configured one.
       ValueError, OSError: the source or an item of it cannot be used; names it.
     """
     data = config.data
@@ -52,8 +54,8 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
             "config.data.source is empty: name what to encode, as 'folder', 'archive' or "
             "'tfds:imagenet2012' (docs/data.md)"
         )
-    # Processes connect at the first wait for each other, which all must reach within seconds; any
-    # later one may take hours, as where one process has more to encode.
+    # Processes connect at their first barrier, with a timeout of seconds. At later barriers they
+    # may wait for hours: one process may have more to encode than another.
     multihost_utils.sync_global_devices("connected")
     directory = data_directory(config, workdir)
     todo = {}
@@ -65,17 +67,14 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     cache = directory / ".archive"
     # All that can be refused is refused before the first image is encoded.
     sources = _open_sources(config, todo, cache)
-    if "train" in sources and "test" in sources:
-        _check_same_classes(sources["train"].class_names, sources["test"].class_names)
+    _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
+    autoencoder = load_autoencoder(config) if todo and data.source not in LATENT_KINDS else None
     for folder, source in sources.items():
-        _check_classes(source.class_names, directory, folder)
-    if data.source in LATENT_KINDS:
-        for folder, source in sources.items():
+        if autoencoder is None:
             _convert(config, directory / folder, source, todo[folder])
-    elif todo:
-        autoencoder = load_autoencoder(config)
-        for folder, source in sources.items():
+        else:
             _encode(config, directory / folder, source, todo[folder], autoencoder)
+        multihost_utils.sync_global_devices("finished")
     if jax.process_index() == 0:
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -98,7 +97,7 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
 
 
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:
-    """Raises ConfigError where a complete data set, train or test, is not what is asked for."""
+    """Raises ConfigError where a complete data set, train or test, is not the configured one."""
     found = open_latent_dataset(directory)
     made: dict[str, Any] = {
         "source": found.source,
@@ -106,7 +105,7 @@ def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: st
         "autoencoder": found.autoencoder,
         "dtype": found.dtype,
     }
-    if config.data.source not in LATENT_KINDS:  # those are as large and as mirrored as they are
+    if config.data.source not in LATENT_KINDS:  # whose files fix size and mirroring
         made |= {"image_size": found.image_size, "flips": found.flipped}
     differences = [
         f"config.data.{key}={getattr(config.data, key)!r}, and there it is {value!r}"
@@ -128,95 +127,90 @@ def _encode(
     autoencoder: Autoencoder,
 ) -> None:
     data = config.data
-    writer = open_writer(
-        directory,
-        Description(
-            dtype=data.dtype,
-            stochastic=autoencoder.stochastic,
-            flipped=data.flips,
-            autoencoder=autoencoder.name,
-            weights_sha256=autoencoder.weights_sha256,
-            scale=autoencoder.scale,
-            shift=autoencoder.shift,
-            source=data.source,
-            split=split,
-            image_size=data.image_size,
-            class_names=tuple(source.class_names),
-        ),
-        num_images=len(source),
-        images_per_shard=data.images_per_shard,
-        settings={
-            "source_signature": source.signature(),
-            "autoencoder_dtype": data.autoencoder_dtype,
-            "encode_batch_per_device": data.encode_batch_per_device,
-        },
+    description = Description(
+        dtype=data.dtype,
+        stochastic=autoencoder.stochastic,
+        flipped=data.flips,
+        autoencoder=autoencoder.name,
+        weights_sha256=autoencoder.weights_sha256,
+        scale=autoencoder.scale,
+        shift=autoencoder.shift,
+        source=data.source,
+        split=split,
+        image_size=data.image_size,
+        class_names=tuple(source.class_names),
     )
-    started, missing = time.perf_counter(), writer.missing()
-    # Cores that this process may use, which on a shared machine are not all that there are.
-    num_workers = loky.cpu_count() if data.encode_workers == -1 else data.encode_workers
-    encode_images(
-        writer,
-        source,
-        autoencoder,
+    produce = functools.partial(
+        encode_images,
+        source=source,
+        autoencoder=autoencoder,
+        description=description,
         batch_per_device=data.encode_batch_per_device,
-        num_workers=num_workers,
+        # The cores of this process, which on a shared machine are not all of the machine.
+        num_workers=loky.cpu_count() if data.encode_workers == -1 else data.encode_workers,
         skip_bad_images=data.on_bad_image == "skip",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        progress=jax.process_index() == 0,
     )
-    multihost_utils.sync_global_devices("encoded")
-    if jax.process_index() == 0:
-        _say(
-            writer.finish(),
-            sum(len(writer.rows(k)) for k in missing),
-            time.perf_counter() - started,
-        )
-        dataset = open_latent_dataset(directory)
-        if data.preview_images:
-            _write_preview(dataset, source, autoencoder, data.preview_images)
-    multihost_utils.sync_global_devices("finished")
+    settings = {
+        "autoencoder_dtype": data.autoencoder_dtype,
+        "encode_batch_per_device": data.encode_batch_per_device,
+    }
+    dataset = _make(config, directory, source, description, settings, produce)
+    if dataset is not None and data.preview_images:
+        _write_preview(dataset, source, autoencoder, data.preview_images)
 
 
 def _convert(config: Config, directory: pathlib.Path, source: LatentSource, split: str) -> None:
     data = config.data
     scale, shift = latent_scale(data.autoencoder, weights=data.autoencoder_weights)
+    description = Description(
+        dtype=data.dtype,
+        stochastic=source.stochastic,
+        flipped=source.views == 2,
+        autoencoder=data.autoencoder,
+        scale=scale,
+        shift=shift,
+        source=data.source,
+        split=split,
+        class_names=tuple(source.class_names),
+    )
+    produce = functools.partial(convert_latents, source=source, description=description)
+    _make(config, directory, source, description, {}, produce)
+
+
+def _make(
+    config: Config,
+    directory: pathlib.Path,
+    source: ImageSource | LatentSource,
+    description: Description,
+    settings: Mapping[str, Any],
+    produce: Callable[[Sequence[range]], Iterator[Batch]],
+) -> LatentDataset | None:
+    """Writes what is missing of a data set, and returns it on the first process."""
     writer = open_writer(
         directory,
-        Description(
-            dtype=data.dtype,
-            stochastic=source.stochastic,
-            flipped=source.views == 2,
-            autoencoder=data.autoencoder,
-            scale=scale,
-            shift=shift,
-            source=data.source,
-            split=split,
-            class_names=tuple(source.class_names),
-        ),
+        description,
         num_images=len(source),
-        images_per_shard=data.images_per_shard,
-        settings={"source_signature": source.signature()},
+        images_per_shard=config.data.images_per_shard,
+        settings={"source_signature": source.signature(), **settings},
     )
-    started, missing = time.perf_counter(), writer.missing()
-    convert_latents(
+    started = time.perf_counter()
+    images_done = sum(len(writer.rows(k)) for k in writer.missing())
+    verb = "convert" if config.data.source in LATENT_KINDS else "encode"
+    fill(
         writer,
-        source,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        progress=jax.process_index() == 0,
+        produce,
+        title=f"{verb} {description.source} {description.split}",
+        share=slice(jax.process_index(), None, jax.process_count()),
     )
     multihost_utils.sync_global_devices("encoded")
-    if jax.process_index() == 0:
-        _say(
-            writer.finish(),
-            sum(len(writer.rows(k)) for k in missing),
-            time.perf_counter() - started,
-        )
-    multihost_utils.sync_global_devices("finished")
+    if jax.process_index() > 0:
+        return None
+    dataset = writer.finish()
+    _report(dataset, images_done, time.perf_counter() - started)
+    return dataset
 
 
-def _say(dataset: LatentDataset, images_done: int, seconds: float) -> None:
+def _report(dataset: LatentDataset, images_done: int, seconds: float) -> None:
     size = sum((dataset.directory / shard.name).stat().st_size for shard in dataset.shards)
     tqdm.write(
         f"{dataset.directory}: {dataset.num_images:,} images"
@@ -231,16 +225,14 @@ def _say(dataset: LatentDataset, images_done: int, seconds: float) -> None:
         )
 
 
-def _check_classes(found: Sequence[str], directory: pathlib.Path, folder: str) -> None:
-    """Checks a split's classes against those of the other split, where it is there already."""
-    other = directory / {"train": "test", "test": "train"}[folder]
-    if (other / METADATA).exists():
-        _check_same_classes(open_latent_dataset(other).class_names, found)
-
-
-def _check_same_classes(one: Sequence[str], other: Sequence[str]) -> None:
-    a, b = tuple(one), tuple(other)
-    if a != b and len(a) > 1 and len(b) > 1:
+def _check_classes(directory: pathlib.Path, found: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError unless labels mean the same in both splits, made now or before."""
+    classes = {folder: tuple(names) for folder, names in found.items()}
+    for folder in {"train", "test"} - found.keys() if found else ():
+        if (directory / folder / METADATA).exists():
+            classes[folder] = open_latent_dataset(directory / folder).class_names
+    if len(set(classes.values())) == 2 and min(map(len, classes.values())) > 1:
+        a, b = classes["train"], classes["test"]
         only = sorted(set(a) ^ set(b))[:5]
         raise ConfigError(
             f"the train and test splits have different classes, {len(a)} and {len(b)}; only one "

@@ -34,7 +34,7 @@ class Experiment:
       latent_format: how stored latents become the model's, and back.
       latents_sha256: digest of the weights that made the latents; "" where they are not known.
       class_names: label k is `class_names[k]`.
-      dataset: what identifies the data set that is, or was, trained on, `latent_dataset.identity`.
+      dataset: what identifies the data set that is, or was, trained on, `latents.identity`.
     """
 
     config: Config
@@ -85,7 +85,7 @@ def prepare(
     if config.data.verify:
         for each in (dataset, held_out):
             if each is not None:
-                latents.verify(
+                latents.check_files(
                     each,
                     process_index=jax.process_index(),
                     process_count=jax.process_count(),

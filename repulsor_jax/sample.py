@@ -11,7 +11,7 @@ from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
 from repulsor_jax.files import atomic, pictures
-from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
+from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import (
     batches,
@@ -56,7 +56,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         num_samples=count,
         guide=guide.description if guide else None,
     )
-    path = workdir / "samples" / f"step_{step}-{digest(protocol)}.npz"
+    path = workdir / "samples" / f"step_{step}-{job_name(protocol)}.npz"
     record = path.with_suffix(".json")
     is_main = jax.process_index() == 0
     shards = Shards(

@@ -4,7 +4,7 @@ A record is an int32 little-endian label followed by the latent in C order, in t
 dtype. The shards hold the records in source order: shard 0 the first ones, and so on. A data set
 with flips holds two records an image, its latent and that of the mirrored image.
 
-`dataset_writer.py` writes it, `pipeline.py` reads it for training.
+`writer.py` writes it, `pipeline.py` reads it for training.
 """
 
 import concurrent.futures
@@ -15,51 +15,74 @@ import json
 import math
 import os
 import pathlib
-import typing
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
+from pydantic import AfterValidator, Field, FiniteFloat
 from tqdm import tqdm
 
 from repulsor_jax.files.checksums import file_sha256
-from repulsor_jax.files.untrusted import has_controls, is_plain_name, read_json
+from repulsor_jax.files.untrusted import checked, has_controls, is_plain_name, parse, read_json
 
 FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 METADATA = "dataset.json"
 _LABEL_BYTES = 4
 _MAX_VALUES = 2**28  # of one latent
+_REMEDY = "restore it from a copy, or delete the data set and encode again"
 
 
-@dataclasses.dataclass(frozen=True)
+def _plain_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("the name of a file in this folder")
+    return name
+
+
+def _class_name(name: str) -> str:
+    if has_controls(name):
+        raise ValueError("a name without control characters")
+    return name
+
+
+def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > _MAX_VALUES:
+        raise ValueError(f"{_MAX_VALUES:,} values at most")
+    return shape
+
+
+_Count = Annotated[int, Field(ge=1)]
+_PerChannel = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
+
+
+@checked
 class Shard:
     """One ArrayRecord file: its name in the directory, its record count and its SHA-256."""
 
-    name: str
-    records: int
+    name: Annotated[str, AfterValidator(_plain_name)]
+    records: _Count
     sha256: str
 
 
-@dataclasses.dataclass(frozen=True)
+@checked
 class Skipped:
-    """An image that could not be read: its index and name in the source, and why."""
+    """An image that could not be read: its index and name in the source, and the reason."""
 
     index: int
     name: str
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class Description:
-    """What is known of a data set before its first record.
+    """The part of dataset.json that is known before the first record.
 
     Attributes:
-      dtype: "float16" or "float32", as stored.
+      dtype: of the stored latents.
       stochastic: the records hold the posterior's concatenated mean and log-variance.
       flipped: each image has two records, its own and its mirror image's.
       autoencoder: name of the autoencoder that made, and can decode, the latents.
@@ -72,17 +95,17 @@ class Description:
       class_names: label k is `class_names[k]`.
     """
 
-    dtype: str = "float16"
+    dtype: Annotated[str, Field(pattern="^(float16|float32)$")] = "float16"
     stochastic: bool
     flipped: bool = False
     autoencoder: str
     weights_sha256: str = ""
-    scale: float
-    shift: float = 0.0
+    scale: FiniteFloat
+    shift: FiniteFloat = 0.0
     source: str
     split: str
     image_size: int = 0
-    class_names: tuple[str, ...]
+    class_names: tuple[Annotated[str, AfterValidator(_class_name)], ...]
 
     @property
     def views(self) -> int:
@@ -90,9 +113,9 @@ class Description:
         return 2 if self.flipped else 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@checked
 class LatentDataset(Description):
-    """What dataset.json says, and where it stands.
+    """A data set: the content of its dataset.json, and its folder.
 
     Attributes:
       directory: the folder of dataset.json and the shards.
@@ -105,10 +128,10 @@ class LatentDataset(Description):
     """
 
     directory: pathlib.Path
-    shape: tuple[int, ...]
-    num_images: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    shape: Annotated[tuple[_Count, ...], Field(min_length=1), AfterValidator(_shape)]
+    num_images: _Count
+    mean: _PerChannel
+    std: _PerChannel
     shards: tuple[Shard, ...]
     skipped: tuple[Skipped, ...] = ()
 
@@ -124,7 +147,9 @@ class LatentDataset(Description):
 
     def open(self) -> grain.sources.ArrayRecordDataSource:
         """Returns a random access source of the raw records, with `__getitems__`."""
-        return grain.sources.ArrayRecordDataSource([str(p) for p in _shard_paths(self)])
+        return grain.sources.ArrayRecordDataSource(
+            [str(self.directory / shard.name) for shard in self.shards]
+        )
 
 
 def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
@@ -149,37 +174,16 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
             f"{path}: found format_version {version}, this version of the library reads "
             f"{FORMAT_VERSION}: encode again with --mode=encode into a new directory"
         )
-    expected = {field.name for field in dataclasses.fields(LatentDataset)} - {"directory"}
-    if content.keys() != expected:
-        raise ValueError(
-            f"{path}: missing keys {sorted(expected - content.keys())}, unknown keys "
-            f"{sorted(content.keys() - expected)}: restore it from a copy, or delete the data set "
-            "and encode again"
-        )
     try:
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        content["skipped"] = [Skipped(**skipped) for skipped in content["skipped"]]
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: damaged, its shards or skipped images lack a key or have an unknown one "
-            f"({error}): restore it from a copy, or delete the data set and encode again"
-        ) from error
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    dataset = LatentDataset(directory=directory, **fields)
-    _check_values(path, dataset)
-    total = sum(shard.records for shard in dataset.shards)
-    if dataset.dtype not in DTYPES or total != dataset.num_records:
-        raise ValueError(
-            f"{path}: found dtype {dataset.dtype!r} and shards of {total} records, expected one of "
-            f"{list(DTYPES)} and {dataset.num_records} records in all: restore it from a copy, or "
-            "delete the data set and encode again"
-        )
-    for shard, shard_path in zip(dataset.shards, _shard_paths(dataset), strict=True):
-        _check_shard(shard_path, shard, record_dtype(dataset.shape, dataset.dtype).itemsize)
+        dataset = _parse(directory, content)
+    except ValueError as error:
+        raise ValueError(f"{error}: {_REMEDY}") from error
+    for shard in dataset.shards:
+        _check_shard(dataset, shard)
     return dataset
 
 
-def verify(
+def check_files(
     dataset: LatentDataset,
     *,
     process_index: int = 0,
@@ -188,8 +192,8 @@ def verify(
 ) -> None:
     """Reads this process's share of the shards and compares their SHA-256 with dataset.json's.
 
-    What was found intact is noted in `.verified-*.json` beside the shards, where that can be
-    written, and is not read again while size and time of change stay the same.
+    Intact files are noted in `.verified-*.json` beside the shards, where that can be written, and
+    are not read again while size and time of change stay the same.
 
     Args:
       dataset: the data set.
@@ -214,7 +218,6 @@ def verify(
     bytes_left = sum(stamps[name][0] for name in unknown)
     damaged = []
     with (
-        # Small data sets are read before a bar could be seen.
         tqdm(
             total=bytes_left,
             desc=f"verify {dataset.directory.name}",
@@ -223,7 +226,7 @@ def verify(
             delay=1,
             disable=not progress,
         ) as bar,
-        concurrent.futures.ThreadPoolExecutor() as pool,  # hashing lets go of the interpreter
+        concurrent.futures.ThreadPoolExecutor() as pool,  # hashing releases the interpreter lock
     ):
         found = pool.map(file_sha256, [dataset.directory / name for name in unknown])
         for name, digest in zip(unknown, found, strict=True):
@@ -234,14 +237,14 @@ def verify(
         raise ValueError(
             f"{dataset.directory / damaged[0]}: damaged, its SHA-256 is not the one in dataset.json"
             + (f" (and {len(damaged) - 1} more: {', '.join(damaged[1:5])})" if damaged[1:] else "")
-            + ": restore it from a copy, or delete the data set and encode again"
+            + f": {_REMEDY}"
         )
-    with contextlib.suppress(OSError):  # a read-only data set is verified at every start
+    with contextlib.suppress(OSError):  # a read-only data set is checked at every start
         note.write_text(json.dumps(stamps))
 
 
 def identity(dataset: LatentDataset) -> dict[str, Any]:
-    """What identifies a data set wherever it lies, as plain values: no file is read.
+    """The identity of a data set in any folder, as plain values; no file is read.
 
     Two data sets with the same identity hold the same records in the same order.
     """
@@ -355,68 +358,43 @@ def record_dtype(shape: tuple[int, ...], dtype: str) -> np.dtype:
     return np.dtype([("labels", "<i4"), ("latents", DTYPES[dtype], tuple(shape))])
 
 
-def _shard_paths(dataset: LatentDataset) -> list[pathlib.Path]:
-    return [dataset.directory / shard.name for shard in dataset.shards]
-
-
-def _check_values(path: pathlib.Path, dataset: LatentDataset) -> None:
-    """Checks types, and what names files, allocates or is shown: a data set may be downloaded."""
-
-    def wrong(key: str, found: Any, expected: str) -> ValueError:
-        shown = f"{found!r}"
-        return ValueError(
-            f"{path}: {key}: found {shown[:100]}{'...' if shown[100:] else ''}, expected "
-            f"{expected}: restore it from a copy, or delete the data set and encode again"
+def _parse(directory: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
+    """Checks dataset.json, which may be downloaded: types, file names, and sizes to allocate."""
+    path = directory / METADATA
+    # The parser takes UTF-8 alone. A name of a class or a skipped image may be any bytes: it is
+    # parsed with "?" in their place, and then put back.
+    values = {**content, "directory": str(directory)}
+    text = json.dumps(values, ensure_ascii=False).encode(errors="replace")
+    dataset = parse(LatentDataset, json.loads(text), str(path))
+    dataset = dataclasses.replace(
+        dataset,
+        class_names=tuple(content["class_names"]),
+        skipped=tuple(Skipped(**skipped) for skipped in content.get("skipped", ())),
+    )
+    if len(dataset.mean) != len(dataset.std):
+        raise ValueError(f"{path}: found {len(dataset.std)} in std, {len(dataset.mean)} in mean")
+    total = sum(shard.records for shard in dataset.shards)
+    if total != dataset.num_records:
+        raise ValueError(
+            f"{path}: found shards of {total} records, expected {dataset.num_records} in all"
         )
-
-    for key, kind in typing.get_type_hints(LatentDataset).items():
-        if not _fits(getattr(dataset, key), kind) and key != "directory":
-            raise wrong(key, getattr(dataset, key), f"{kind}".removeprefix("<class '")[:60])
-    for shard in dataset.shards:
-        if not is_plain_name(shard.name):
-            raise wrong("shards", shard.name, "names of files in this folder")
-    for name in dataset.class_names:
-        if has_controls(name):
-            raise wrong("class_names", name, "names without control characters")
-    sizes = [*dataset.shape, dataset.num_images, *(shard.records for shard in dataset.shards)]
-    if not dataset.shape or min(sizes) < 1 or math.prod(dataset.shape) > _MAX_VALUES:
-        raise wrong(
-            "shape", dataset.shape, f"sizes of 1 or more, of {_MAX_VALUES:,} values at most"
-        )
-    if len(dataset.mean) != len(dataset.std) or not dataset.mean:
-        raise wrong("std", dataset.std, "as many numbers as mean has, 1 or more")
+    return dataset
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a field's type."""
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_fits(v, item) for v in value)
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return isinstance(value, kind) and all(  # type: ignore[arg-type]
-            _fits(getattr(value, key), hint) for key, hint in hints.items()
-        )
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
-    return type(value) is kind
-
-
-def _check_shard(path: pathlib.Path, shard: Shard, record_bytes: int) -> None:
+def _check_shard(dataset: LatentDataset, shard: Shard) -> None:
     """Raises if the shard is missing, or has another number or size of records."""
+    path = dataset.directory / shard.name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} not found, though dataset.json lists it: "
-            "restore it from a copy, or delete the data set and encode again"
-        )
+        raise FileNotFoundError(f"{path} not found, though dataset.json lists it: {_REMEDY}")
     found = size = 0
-    with contextlib.suppress(RuntimeError):  # what the reader raises on a damaged file
+    with contextlib.suppress(RuntimeError):  # which the reader raises on a damaged file
         reader = ArrayRecordReader(str(path))
         found = reader.num_records()
         size = len(reader.read([0])[0])
         reader.close()
-    if (found, size) != (shard.records, record_bytes):
+    expected = record_dtype(dataset.shape, dataset.dtype).itemsize
+    if (found, size) != (shard.records, expected):
         raise ValueError(
             f"{path}: found {found} records of {size} bytes, expected {shard.records} of "
-            f"{record_bytes}: restore it from a copy, or delete the data set and encode again"
+            f"{expected}: {_REMEDY}"
         )

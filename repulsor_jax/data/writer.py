@@ -2,9 +2,9 @@
 
 Until it is complete, the data set `<name>` is a sibling folder `.<name>.incomplete`, which holds
 
-- `job.json`: what is being written; a job that goes on must be the same one;
+- `job.json`: the settings of the job; a job that goes on must have the same;
 - for every finished shard, the ArrayRecord file, and then a `.json` with its counts, sums and
-  digest: a shard without it is written again, whole.
+  SHA-256: a shard without that `.json` is written again, whole.
 
 When all shards are there, dataset.json is made from those, and the folder is renamed. Everything
 is a function of the records, so that an interrupted job ends with the same bytes as another.
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from repulsor_jax.data.latents import (
-    DTYPES,
     FORMAT_VERSION,
     METADATA,
     Description,
@@ -36,6 +34,7 @@ from repulsor_jax.data.latents import (
 )
 from repulsor_jax.files import atomic
 from repulsor_jax.files.checksums import file_sha256
+from repulsor_jax.files.shards import Restartable
 
 _JOB = "job.json"
 
@@ -55,44 +54,26 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DatasetWriter:
+class DatasetWriter(Restartable):
     """A data set that is being written; make it with `open_writer`.
 
     Attributes:
-      directory: where the complete data set will stand.
-      description: what its dataset.json will say of it.
-      num_images: of the source.
-      images_per_shard: of the source, in each shard but the last.
+      directory: the place of the complete data set.
+      description: the part of its dataset.json that is known before the first record.
     """
 
     directory: pathlib.Path
     description: Description
-    num_images: int
-    images_per_shard: int
 
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where the shards are until all are there."""
-        return self.directory.parent / f".{self.directory.name}.incomplete"
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard and its summary are written, or all of them and dataset.json."""
+        return self._summary_path(shard).exists() or (self.folder / METADATA).exists()
 
-    @property
-    def num_shards(self) -> int:
-        """Number of shards."""
-        return math.ceil(self.num_images / self.images_per_shard)
+    def size(self, part: Batch) -> int:
+        """The number of images, also those that could not be read."""
+        return len(part.labels) + len(part.skipped)
 
-    def rows(self, shard: int) -> range:
-        """Indices in the source of the images of a shard."""
-        start = shard * self.images_per_shard
-        return range(start, min(start + self.images_per_shard, self.num_images))
-
-    def missing(self, process_index: int = 0, process_count: int = 1) -> list[int]:
-        """Shards of this process, every `process_count`-th, that are not finished yet."""
-        if (self.folder / METADATA).exists():
-            return []
-        mine = range(process_index, self.num_shards, process_count)
-        return [k for k in mine if not self._summary_path(k).exists()]
-
-    def write(self, shard: int, batches: Iterable[Batch]) -> None:
+    def write(self, shard: int, parts: Iterable[Batch]) -> None:
         """Writes one shard; it counts as finished when this returns, and not before.
 
         Raises:
@@ -103,7 +84,7 @@ class DatasetWriter:
         path = self.folder / self._name(shard)
         atomic.remove_stale(path)
         with atomic.replacing(path) as partial:
-            summary = self._write_records(partial, shard, batches)
+            summary = self._write_records(partial, shard, parts)
             summary["sha256"] = file_sha256(partial)
         atomic.write_text(self._summary_path(shard), json.dumps(summary))
 
@@ -113,16 +94,14 @@ class DatasetWriter:
         One process does this, after all have written their shards.
         """
         if not (self.folder / METADATA).exists():
-            unfinished = self.missing()
-            if unfinished:
+            if unfinished := self.missing():
                 raise ValueError(
-                    f"{self.folder}: {len(unfinished)} of {self.num_shards} shards are not "
-                    "finished: run the same command again"
+                    f"{self.folder}: {len(unfinished)} of {len(self)} shards are not finished: run "
+                    "the same command again"
                 )
-            summaries = [
-                json.loads(self._summary_path(k).read_text()) for k in range(self.num_shards)
-            ]
-            dataset = self._combine(summaries)
+            dataset = self._combine(
+                [json.loads(self._summary_path(k).read_text()) for k in range(len(self))]
+            )
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
             del content["directory"]
             atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
@@ -135,7 +114,7 @@ class DatasetWriter:
         return open_latent_dataset(self.directory)
 
     def _name(self, shard: int) -> str:
-        return f"data-{shard:05d}-of-{self.num_shards:05d}.array_record"
+        return f"data-{shard:05d}-of-{len(self):05d}.array_record"
 
     def _summary_path(self, shard: int) -> pathlib.Path:
         return self.folder / f"{self._name(shard)}.json"
@@ -143,18 +122,20 @@ class DatasetWriter:
     def _write_records(
         self, path: pathlib.Path, shard: int, batches: Iterable[Batch]
     ) -> dict[str, Any]:
-        """Writes the records of a shard and returns what is to be known of them."""
+        """Writes the records of a shard and returns its summary."""
         about = self.description
         shape: tuple[int, ...] = ()
         images = 0
         skipped: list[Skipped] = []
         total = square = np.zeros(())
-        with contextlib.closing(_Records(path)) as out:
+        with _full_disk_is_oserror():
+            out = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        try:
             for batch in batches:
+                first = self.rows(shard).start + images + len(skipped)
                 skipped += batch.skipped
                 if not len(batch.labels):
                     continue
-                first = self.rows(shard).start + images + len(skipped) - len(batch.skipped)
                 records = _records(batch, about, shape, first)
                 shape = records["latents"].shape[1:]
                 latents = records["latents"].astype(np.float64)
@@ -163,13 +144,17 @@ class DatasetWriter:
                 axes = tuple(range(latents.ndim - 1))
                 total = total + latents.sum(axes)
                 square = square + np.square(latents).sum(axes)
-                out.write(records)
+                with _full_disk_is_oserror():
+                    for record in records:
+                        out.write(record.tobytes())
                 images += len(batch.labels)
-        expected = len(self.rows(shard))
-        if images + len(skipped) != expected:
+        finally:
+            with _full_disk_is_oserror():
+                out.close()
+        if images + len(skipped) != len(self.rows(shard)):
             raise ValueError(
                 f"shard {shard}: found {images} images and {len(skipped)} skipped, expected "
-                f"{expected} in all"
+                f"{len(self.rows(shard))} in all"
             )
         return {
             "images": images,
@@ -182,9 +167,10 @@ class DatasetWriter:
     def _combine(self, summaries: Sequence[Mapping[str, Any]]) -> LatentDataset:
         full = [s for s in summaries if s["images"]]
         if not full:
+            first = summaries[0]["skipped"][0]
             raise ValueError(
-                f"{self.directory}: none of the {self.num_images} images could be read; the first: "
-                f"{summaries[0]['skipped'][0]['name']}: {summaries[0]['skipped'][0]['reason']}"
+                f"{self.directory}: none of the {self.count} images could be read; the first: "
+                f"{first['name']}: {first['reason']}"
             )
         shapes = {tuple(s["shape"]) for s in full}
         if len(shapes) > 1:
@@ -206,7 +192,11 @@ class DatasetWriter:
             mean=tuple(mean.tolist()),
             std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
             shards=tuple(
-                Shard(self._name(k), s["images"] * self.description.views, s["sha256"])
+                Shard(
+                    name=self._name(k),
+                    records=s["images"] * self.description.views,
+                    sha256=s["sha256"],
+                )
                 for k, s in enumerate(summaries)
                 if s["images"]
             ),
@@ -226,23 +216,19 @@ def open_writer(
 
     Args:
       directory: must not exist yet, or be empty.
-      description: what is known of the data set.
+      description: the part of dataset.json that is known before the first record.
       num_images: of the source.
-      images_per_shard: of the source; what is lost at most when the job is stopped.
-      settings: whatever else the records depend on; a job that goes on must have the same.
+      images_per_shard: of the source; at most as many are lost when the job is stopped.
+      settings: all else that the records depend on; a job that goes on must have the same.
 
     Returns:
-      The writer: `write` the shards that are `missing`, then `finish`.
+      The writer, for `files.shards.fill` and then `finish`.
 
     Raises:
       FileExistsError: `directory` already holds files; nothing is changed.
       ValueError: an argument is wrong, or the job that was begun is another one.
     """
     directory = pathlib.Path(directory).absolute()
-    if description.dtype not in DTYPES:
-        raise ValueError(
-            f"latent dtype: found {description.dtype!r}, expected one of {list(DTYPES)}"
-        )
     if num_images < 1 or images_per_shard < 1:
         raise ValueError(f"found {num_images=}, {images_per_shard=}, expected 1 or more of each")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -250,7 +236,8 @@ def open_writer(
             f"{directory} already holds files; a data set is never overwritten: "
             "choose another directory, or delete this one first"
         )
-    writer = DatasetWriter(directory, description, num_images, images_per_shard)
+    folder = directory.parent / f".{directory.name}.incomplete"
+    writer = DatasetWriter(folder, num_images, images_per_shard, directory, description)
     job = {
         "format_version": FORMAT_VERSION,
         "num_images": num_images,
@@ -259,8 +246,8 @@ def open_writer(
         **(settings or {}),
     }
     job = json.loads(json.dumps(job))
-    writer.folder.mkdir(parents=True, exist_ok=True)
-    path = writer.folder / _JOB
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _JOB
     if path.exists():
         begun = json.loads(path.read_text())
         differences = [
@@ -270,96 +257,24 @@ def open_writer(
         ]
         if differences:
             raise ValueError(
-                f"{writer.folder} was begun with other settings: {'; '.join(differences)}. Go on "
-                "with the settings of then, or delete that folder to start over"
+                f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with the "
+                "settings of then, or delete that folder to start over"
             )
-    elif not (writer.folder / METADATA).exists():
+    elif not (folder / METADATA).exists():
         atomic.write_text(path, json.dumps(job, indent=2) + "\n")
     return writer
 
 
-def write_latent_dataset(
-    directory: str | os.PathLike[str],
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    description: Description,
-    *,
-    num_images: int,
-    images_per_shard: int | None = None,
-) -> LatentDataset:
-    """Writes a data set from latents at hand; on any error nothing is left behind.
-
-    Args:
-      directory: must not exist yet, or be empty.
-      batches: pairs of latents `[B, views, h, w, c]` and labels `[B]`; B may vary.
-      description: what is known of the data set.
-      num_images: how many images the batches hold in all.
-      images_per_shard: all of them in one file by default.
-
-    Raises:
-      FileExistsError, ValueError: see `open_writer` and `DatasetWriter.write`.
-    """
-    writer = open_writer(
-        directory,
-        description,
-        num_images=num_images,
-        images_per_shard=images_per_shard or num_images,
-    )
-    rest = _Rest(batches)
+@contextlib.contextmanager
+def _full_disk_is_oserror() -> Iterator[None]:
+    """The ArrayRecord writer itself raises RuntimeError."""
     try:
-        for shard in range(writer.num_shards):
-            writer.write(shard, rest.take(len(writer.rows(shard))))
-        if next(rest.take(1), None) is not None:
-            raise ValueError(f"found more images than the {num_images} announced")
-        return writer.finish()
-    except BaseException:
-        shutil.rmtree(writer.folder, ignore_errors=True)
-        raise
-
-
-class _Rest:
-    """Batches that are cut wherever a shard ends."""
-
-    def __init__(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]):
-        self._batches = iter(batches)
-        self._left: tuple[np.ndarray, np.ndarray] | None = None
-
-    def take(self, count: int) -> Iterator[Batch]:
-        """Yields batches of `count` images in all, or of as many as there are."""
-        while count:
-            piece = self._left or next(self._batches, None)
-            if piece is None:
-                return
-            latents, labels = (np.asarray(a) for a in piece)
-            self._left = (latents[count:], labels[count:]) if len(labels) > count else None
-            yield Batch(latents[:count], labels[:count])
-            count -= min(count, len(labels))
-
-
-class _Records:
-    """An ArrayRecord file; a full disk is an OSError, which the bare writer calls RuntimeError."""
-
-    def __init__(self, path: pathlib.Path):
-        with self._reported():
-            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-
-    def write(self, records: np.ndarray) -> None:
-        with self._reported():
-            for record in records:
-                self._writer.write(record.tobytes())
-
-    def close(self) -> None:
-        with self._reported():
-            self._writer.close()
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise OSError(  # the path is in its message
-                f"latents cannot be written: {error}. Once there is room, the same command goes on "
-                "from here"
-            ) from error
+        yield
+    except RuntimeError as error:
+        raise OSError(  # the path is in its message
+            f"latents cannot be written: {error}. Once there is room, the same command goes on "
+            "from here"
+        ) from error
 
 
 def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from repulsor_jax.evaluation.inception_score import SPLITS, adm_inception_score,
 from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from repulsor_jax.files import atomic
-from repulsor_jax.files.shards import Arrays, Shards, digest, fill, one_late, whole_batches
+from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
 from repulsor_jax.inference.generator import Generator, Guidance, batches, check_finite
 
 Array = jax.Array
@@ -147,7 +147,7 @@ def image_reference(
     is_main = jax.process_index() == 0
     content = [images.digest, str(images.count), str(images.shape), space.name, space.digest]
     content.append(str(min(keep, images.count)))
-    name = digest(content)
+    name = job_name(content)
     # A run that evaluates as it trains may be followed by another job, for the same reference.
     with atomic.locked(cache / name, enabled=is_main):
         found = reference_lib.read_cache(cache, content) if is_main else None

@@ -1,10 +1,11 @@
-"""Named arrays of many items, made in pieces on disk by a job that may be stopped at any moment.
+"""Many items made in shards on disk, by a job that may be stopped at any moment.
 
-A shard is one .npz of consecutive items, written atomically; what is there need not be made again.
-Reading it checks the CRC that zip keeps of every array. Batches never cross a shard, so its bytes
-do not depend on which other shards were missing.
+A shard holds consecutive items; it appears whole or not at all, and is not made again. No batch
+crosses from one shard to the next, so that the bytes of a shard do not depend on which others were
+missing.
 """
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -14,7 +15,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -27,7 +28,7 @@ from repulsor_jax.files import atomic, checksums
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
-# What zipfile raises on a damaged file; the last two of flags and methods that it does not know.
+# What zipfile raises on a damaged file; the last two on flags and methods that it does not know.
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -39,8 +40,8 @@ _DAMAGED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Shards:
-    """Where the arrays of `count` items are kept, `per_shard` items in each file but the last."""
+class Restartable(abc.ABC):
+    """Where `count` items are kept: files in `folder`, of `per_shard` items each but the last."""
 
     folder: pathlib.Path
     count: int
@@ -53,32 +54,51 @@ class Shards:
         """The items of a shard."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.count))
 
-    def missing(self) -> list[int]:
-        """The shards that are not there; one that is damaged counts as such, and is removed."""
-        found = []
-        for shard in range(len(self)):
-            path = self._path(shard)
-            if path.is_file() and not _is_whole(path):
-                path.unlink()
-            if not path.is_file():
-                found.append(shard)
-        return found
+    def missing(self, share: slice = slice(None)) -> list[int]:
+        """The shards that are not finished, among all or among `range(len(self))[share]`."""
+        return [shard for shard in range(len(self))[share] if not self.is_finished(shard)]
 
-    def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a shard; it is there when this returns, and not before.
+    @abc.abstractmethod
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard is there; a damaged one is not."""
+
+    @abc.abstractmethod
+    def write(self, shard: int, parts: Iterable[Any]) -> None:
+        """Writes the parts of a shard; it is finished when this returns, and not before."""
+
+    @abc.abstractmethod
+    def size(self, part: Any) -> int:
+        """The number of items in a part."""
+
+
+class Shards(Restartable):
+    """Named arrays, one .npz file a shard; reading checks the CRC of every array."""
+
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard is there; a damaged one is removed."""
+        path = self._path(shard)
+        if path.is_file() and not _is_whole(path):
+            path.unlink()
+        return path.is_file()
+
+    def write(self, shard: int, parts: Iterable[Arrays]) -> None:
+        """Writes the parts of a shard, arrays of consecutive items.
 
         Raises:
           ValueError: an array does not hold the items of this shard.
         """
+        parts, path, expected = list(parts), self._path(shard), len(self.rows(shard))
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for name, array in arrays.items():
-            if len(array) != len(self.rows(shard)):
-                raise ValueError(
-                    f"{self._path(shard)}: {name}: found {len(array)} items, expected "
-                    f"{len(self.rows(shard))}"
-                )
-        atomic.remove_stale(self._path(shard))
-        with atomic.replacing(self._path(shard)) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **dict(arrays))
+            if len(array) != expected:
+                raise ValueError(f"{path}: {name}: found {len(array)} items, expected {expected}")
+        atomic.remove_stale(path)
+        with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def size(self, part: Arrays) -> int:
+        """The number of items in a part."""
+        return len(next(iter(part.values())))
 
     def read(self, name: str) -> Iterator[np.ndarray]:
         """Yields one array, shard by shard, in order.
@@ -116,50 +136,55 @@ def whole_batches(per_shard: int, batch_size: int) -> int:
     return batch_size * max(1, round(per_shard / batch_size))
 
 
-def digest(description: Any) -> str:
-    """A name for what plain values describe: 12 hexadecimal digits of their SHA-256."""
+def job_name(description: Any) -> str:
+    """A name for the job that plain values describe: 12 hexadecimal digits of their SHA-256."""
     return checksums.values_sha256(description)[:12]
 
 
 def fill(
-    shards: Shards,
-    produce: Callable[[Sequence[range]], Iterator[Arrays]],
+    shards: Restartable,
+    produce: Callable[[Sequence[range]], Iterator[Any]],
     *,
     title: str,
     unit: str = "img",
+    share: slice | None = None,
     progress: bool = True,
 ) -> int:
-    """Makes the missing shards, under a progress bar; every process of the job takes part.
-
-    The first process keeps the files, and says what is missing; the others need not see them.
+    """Makes the missing shards, under a progress bar of the first process.
 
     Args:
       shards: what to fill.
-      produce: called once with the items of each missing shard; yields arrays of consecutive
-        items, of one shard at a time, in their order. Where it runs on several processes, what it
-        yields matters on the first.
+      produce: called once with the items of each missing shard; yields parts of consecutive items,
+        each of one shard, in their order.
       title: of the bar.
       unit: of the bar.
-      progress: whether to show it.
+      share: None where all processes make every item together: the first process keeps the files
+        and says what is missing, and the others need not see them. `slice(k, None, n)` where
+        process k of n makes every n-th shard by itself.
+      progress: whether to show the bar.
 
     Returns:
       The number of items made.
     """
     is_main = jax.process_index() == 0
-    mask = np.zeros(len(shards), np.int32)
-    if is_main:
-        mask[shards.missing()] = 1
-    missing = np.flatnonzero(sharding.agree(mask)).tolist()
+    if share is not None:
+        keeps, missing = True, shards.missing(share)
+    else:
+        keeps, mask = is_main, np.zeros(len(shards), np.int32)
+        if keeps:
+            mask[shards.missing()] = 1
+        missing = np.flatnonzero(sharding.agree(mask)).tolist()
     if not missing:
         return 0
     todo = [shards.rows(shard) for shard in missing]
     left = sum(map(len, todo))
+    total = sum(len(shards.rows(k)) for k in range(len(shards))[share or slice(None)])
     stream = produce(todo)
     with (
         contextlib.closing(stream),  # type: ignore[type-var]
         tqdm(
-            total=shards.count,
-            initial=shards.count - left,
+            total=total,
+            initial=total - left,
             desc=title,
             unit=unit,
             disable=not (progress and is_main),
@@ -167,14 +192,19 @@ def fill(
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file takes fewer lines
         ) as bar,
     ):
+
+        def parts(count: int) -> Iterator[Any]:
+            while count > 0:
+                part = next(stream)
+                count -= shards.size(part)
+                bar.update(shards.size(part))
+                yield part
+
         for shard, rows in zip(missing, todo, strict=True):
-            parts: list[Arrays] = []
-            while sum(len(next(iter(part.values()))) for part in parts) < len(rows):
-                parts.append(next(stream))
-                bar.update(len(next(iter(parts[-1].values()))))
-            if is_main:
-                names = parts[0]
-                shards.write(shard, {n: np.concatenate([part[n] for part in parts]) for n in names})
+            if keeps:
+                shards.write(shard, parts(len(rows)))
+            else:
+                collections.deque(parts(len(rows)), maxlen=0)
     return left
 
 
@@ -186,12 +216,20 @@ def in_batches(parts: Sequence[range], batch_size: int) -> Iterator[range]:
 
 
 def one_late(items: Iterable[T]) -> Iterator[T]:
-    """Yields each item after the next was asked for: fetching one overlaps computing another."""
+    """Yields each item after the next was asked for: fetching one overlaps computing another.
+
+    An error is raised after the items before it were yielded, so that a shard which they complete
+    is written.
+    """
     waiting: collections.deque[T] = collections.deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.popleft()
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > 1:
+                yield waiting.popleft()
+    except Exception:
+        yield from waiting
+        raise
     yield from waiting
 
 

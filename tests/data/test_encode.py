@@ -29,6 +29,7 @@ from repulsor_jax.data.latents import decode_records, open_latent_dataset
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import Item, open_source
 from repulsor_jax.data.writer import open_writer
+from repulsor_jax.files.shards import fill
 from tests.oracles import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -73,8 +74,16 @@ def run(source, autoencoder, directory, images_per_shard=100, **options):
     writer = open_writer(
         directory, about, num_images=len(source), images_per_shard=images_per_shard
     )
-    encode_images(writer, source, autoencoder, **{"batch_per_device": 1, **options})
+    encode_share(writer, source, autoencoder, slice(None), **options)
     return writer.finish()
+
+
+def encode_share(writer, source, autoencoder, share, progress=False, **options):
+    def produce(todo):
+        given = {"batch_per_device": 1, **options}
+        return encode_images(todo, source, autoencoder, writer.description, **given)
+
+    fill(writer, produce, title="encode", share=share, progress=progress)
 
 
 def read(dataset):
@@ -133,9 +142,7 @@ def test_processes_share_the_shards(tmp_path):
         images_per_shard=4,
     )
     for index in (2, 0, 1):
-        encode_images(
-            writer, source, autoencoder, batch_per_device=1, process_index=index, process_count=3
-        )
+        encode_share(writer, source, autoencoder, slice(index, None, 3))
     assert writer.finish().shards == whole.shards
     assert tiny.files(tmp_path / "d") == tiny.files(tmp_path / "whole")
 
@@ -449,7 +456,7 @@ prompt, decompress = encode.encode_images, files._read_chunk
 first_is_done = pathlib.Path(workdir) / "first_is_done"
 
 def late(*args, **options):
-    prompt(*args, **options)
+    yield from prompt(*args, **options)
     if rank == 0:
         first_is_done.touch()
         return

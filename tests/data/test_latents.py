@@ -1,5 +1,6 @@
+"""The format of the data set: what opening checks, and what the model gets of a record."""
+
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -7,125 +8,116 @@ import numpy as np
 import pytest
 
 from repulsor_jax.data import latents as ld
-from repulsor_jax.data.writer import write_latent_dataset
-from tests.oracles import tiny
+from tests.oracles.latent_sets import edit, random_latents, write
+
+SHARD = r"0000{}-of-00002\.array_record"
 
 
-def make_batches(count=23, shape=(4, 4, 6), batch=5, seed=0):
-    rng = np.random.default_rng(seed)
-    latents = (3 * rng.standard_normal((count, *shape)) + np.arange(shape[-1])).astype(np.float32)
-    labels = rng.integers(0, 7, count)
-    parts = range(0, count, batch)
-    batches = [(latents[i : i + batch, None], labels[i : i + batch]) for i in parts]
-    return latents, labels, batches
+@pytest.fixture
+def folder(tmp_path):
+    """A data set of two shards."""
+    write(tmp_path / "d", *random_latents(), 12)
+    return tmp_path / "d"
 
 
-def write(directory, batches, count, num_shards=1, **changes):
-    about = tiny.description(scale=0.5, shift=0.25, class_names=tuple("abcdefg"), **changes)
-    per_shard = -(-count // num_shards)
-    return write_latent_dataset(
-        directory, batches, about, num_images=count, images_per_shard=per_shard
-    )
+def shard_paths(folder):
+    return sorted(folder.glob("*.array_record"))
 
 
-def edit(directory, **changes):
-    path = directory / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_open_names_what_is_wrong(tmp_path):
-    _, _, batches = make_batches()
-    with pytest.raises(FileNotFoundError, match="--mode=encode"):
-        ld.open_latent_dataset(tmp_path / "d")
-    dataset = write(tmp_path / "d", batches, 23, num_shards=2)
-    text = (tmp_path / "d" / "dataset.json").read_text()
-    for changes, message in [
-        ({"format_version": 99}, "format_version 99"),
-        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
-        ({"dtype": "float8"}, "float8"),
-        ({"num_images": 24}, "24 records in all"),
-        ({"shape": [4, 4, 5]}, r"00000-of-00002\.array_record: found 12 records of 196 bytes"),
-    ]:
-        edit(tmp_path / "d", **changes)
-        with pytest.raises(ValueError, match=message):
-            ld.open_latent_dataset(tmp_path / "d")
-        (tmp_path / "d" / "dataset.json").write_text(text)
-    for wrong in (
-        text.replace('"sha256"', '"sha2&6"', 1),
-        text.replace('"skipped": []', '"skipped": 3'),
-    ):
-        (tmp_path / "d" / "dataset.json").write_text(wrong)
-        with pytest.raises(ValueError, match=r"dataset\.json: damaged"):
-            ld.open_latent_dataset(tmp_path / "d")
-    (tmp_path / "d" / "dataset.json").write_text(text[:50])
-    with pytest.raises(ValueError, match=r"dataset\.json"):
-        ld.open_latent_dataset(tmp_path / "d")
-    (tmp_path / "d" / "dataset.json").write_text(text)
-
-    first, second = (tmp_path / "d" / s.name for s in dataset.shards)
-    data = second.read_bytes()
-    second.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"00001-of-00002\.array_record: found 0 records"):
-        ld.open_latent_dataset(tmp_path / "d")
-    second.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"00001-of-00002\.array_record: found 12 records"):
-        ld.open_latent_dataset(tmp_path / "d")
-    second.unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001-of-00002\.array_record"):
-        ld.open_latent_dataset(tmp_path / "d")
-
-
-def test_verify_finds_one_flipped_bit(tmp_path):
-    _, _, batches = make_batches()
-    dataset = write(tmp_path / "d", batches, 23, num_shards=2)
-    ld.verify(dataset)
-    path = tmp_path / "d" / dataset.shards[1].name
+def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00001-of-00002\.array_record: damaged.*encode again"):
-        ld.verify(dataset)
-    ld.verify(dataset, process_index=0, process_count=2)  # the share of the first process is whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 99}, "found format_version 99"),
+        ({"surprise": 1}, r"dataset\.json\.surprise: unknown key"),
+        ({"skipped": 3}, r"dataset\.json\.skipped: expected .*restore it"),
+        ({"dtype": "float8"}, r"dataset\.json\.dtype: .*float8"),
+        ({"std": [1.0]}, "found 1 in std, 6 in mean"),
+        ({"num_images": 24}, "found shards of 23 records, expected 24 in all"),
+        ({"shape": [4, 4, 5]}, SHARD.format(0) + ": found 12 records of 196 bytes"),
+    ],
+    ids=str,
+)
+def test_metadata_that_is_wrong(folder, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        ld.open_latent_dataset(folder)
+
+
+def test_names_that_are_not_utf8(folder):
+    name = b"\xff \xf0\x9f\x98\x80".decode(errors="surrogateescape")
+    edit(folder, class_names=[*list("abcdef"), name])
+    edit(folder, skipped=[{"index": 3, "name": name, "reason": "empty"}])
+    dataset = ld.open_latent_dataset(folder)
+    assert dataset.class_names[-1] == dataset.skipped[0].name == name
+
+
+def test_files_that_are_wrong(folder):
+    with pytest.raises(FileNotFoundError, match="--mode=encode"):
+        ld.open_latent_dataset(folder.parent / "nowhere")
+    first, second = shard_paths(folder)
+    data = second.read_bytes()
+    second.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=SHARD.format(1) + ": found 0 records"):
+        ld.open_latent_dataset(folder)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=SHARD.format(1) + ": found 12 records"):
+        ld.open_latent_dataset(folder)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=SHARD.format(1)):
+        ld.open_latent_dataset(folder)
+    metadata = folder / "dataset.json"
+    metadata.write_text(metadata.read_text()[:50])
+    with pytest.raises(ValueError, match=r"dataset\.json: found no JSON"):
+        ld.open_latent_dataset(folder)
+
+
+def test_one_flipped_bit_is_found(folder):
+    dataset = ld.open_latent_dataset(folder)
+    ld.check_files(dataset)
+    flip_a_bit(shard_paths(folder)[1])
+    with pytest.raises(ValueError, match=SHARD.format(1) + ": damaged.*encode again"):
+        ld.check_files(dataset)
+    ld.check_files(dataset, process_index=0, process_count=2)  # the share of the first is whole
     with pytest.raises(ValueError, match="damaged"):
-        ld.verify(dataset, process_index=1, process_count=2)
+        ld.check_files(dataset, process_index=1, process_count=2)
 
 
-def test_shards_of_another_data_set_are_found(tmp_path):
-    for name, seed in (("one", 0), ("other", 1)):
-        write(tmp_path / name, make_batches(seed=seed)[2], 23, num_shards=2)
-    dataset = ld.open_latent_dataset(tmp_path / "one")
-    name = dataset.shards[0].name
-    (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    mixed = ld.open_latent_dataset(tmp_path / "one")  # as many records of the same size
-    with pytest.raises(ValueError, match="00000-of-00002.array_record: damaged"):
-        ld.verify(mixed)
+def test_shards_of_another_data_set_are_found(folder, tmp_path):
+    write(tmp_path / "other", *random_latents(seed=1), 12)
+    path = shard_paths(folder)[0]
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    mixed = ld.open_latent_dataset(folder)  # as many records of the same size
+    with pytest.raises(ValueError, match=SHARD.format(0) + ": damaged"):
+        ld.check_files(mixed)
 
 
-def test_what_was_verified_is_not_read_again_until_it_changes(tmp_path, monkeypatch):
-    dataset = write(tmp_path / "d", make_batches()[2], 23, num_shards=2)
-    read = []
-    digest = ld.file_sha256
-    monkeypatch.setattr(ld, "file_sha256", lambda path: read.append(path.name) or digest(path))
-    ld.verify(dataset)
-    ld.verify(dataset)
-    names = [s.name for s in dataset.shards]
-    assert sorted(read) == names
-    path = tmp_path / "d" / names[1]
+def test_intact_files_are_not_read_again_until_they_change(folder):
+    dataset = ld.open_latent_dataset(folder)
+    ld.check_files(dataset)
+    note = folder / ".verified-0-of-1.json"
+    before = note.stat().st_mtime_ns
+    ld.check_files(dataset)
+    assert note.stat().st_mtime_ns == before  # nothing was read, and so nothing noted
+    path = shard_paths(folder)[1]
     path.write_bytes(path.read_bytes())  # the same bytes, at another time
-    ld.verify(dataset)
-    assert sorted(read) == [names[0], names[1], names[1]]
+    ld.check_files(dataset)
+    assert note.stat().st_mtime_ns > before
 
 
 def test_decode_records_checks_the_size():
-    with pytest.raises(
-        ValueError, match="found records of \\[10, 12\\] bytes, expected 12 bytes each"
-    ):
+    with pytest.raises(ValueError, match=r"found records of \[10, 12\] bytes, expected 12 bytes"):
         ld.decode_records([bytes(12), bytes(10)], (2, 2), "float16")
 
 
 def test_latent_format(tmp_path):
-    latents, _, batches = make_batches()
-    dataset = write(tmp_path / "d", batches, 23, dtype="float32")
+    latents, labels = random_latents()
+    dataset = write(tmp_path / "d", latents, labels, dtype="float32", shift=0.25)
     found = ld.latent_format(dataset, "scale")
     assert found.shift.dtype == found.factor.dtype == np.float32
     np.testing.assert_array_equal(found.shift, np.full(6, 0.25))
@@ -136,8 +128,8 @@ def test_latent_format(tmp_path):
     found = ld.latent_format(dataset, "statistics")
     normal = ld.normalize(jax.device_put(latents), found)
     assert normal.dtype == jnp.float32
-    np.testing.assert_allclose(np.mean(normal, (0, 1, 2)), np.zeros(6), atol=1e-5)
-    np.testing.assert_allclose(np.std(normal, (0, 1, 2)), np.ones(6), atol=1e-5)
+    np.testing.assert_allclose(np.mean(normal, (0, 1, 2, 3)), np.zeros(6), atol=1e-5)
+    np.testing.assert_allclose(np.std(normal, (0, 1, 2, 3)), np.ones(6), atol=1e-5)
     np.testing.assert_allclose(ld.denormalize(normal, found), latents, atol=1e-5)
 
     with pytest.raises(ValueError, match="'none'"):

@@ -9,8 +9,7 @@ from repulsor_jax.data.pipeline import (
     rescale_position,
     training_iterator,
 )
-from repulsor_jax.data.writer import write_latent_dataset
-from tests.oracles import tiny
+from tests.oracles import latent_sets
 
 COUNT = 22
 
@@ -24,9 +23,8 @@ def dataset(tmp_path_factory):
 
 def write(directory, latents):
     names = tuple(str(i) for i in range(COUNT))
-    about = tiny.description(class_names=names, flipped=latents.shape[1] == 2)
-    batches = [(latents, np.arange(COUNT))]
-    return write_latent_dataset(directory, batches, about, num_images=COUNT, images_per_shard=8)
+    about = {"class_names": names, "flipped": latents.shape[1] == 2}
+    return latent_sets.write(directory, latents, np.arange(COUNT), 8, **about)
 
 
 def labels(iterator, steps):

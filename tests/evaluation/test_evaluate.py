@@ -21,7 +21,6 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.data.latents import LatentFormat
-from repulsor_jax.data.writer import write_latent_dataset
 from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
 from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
@@ -33,7 +32,7 @@ from repulsor_jax.files.pictures import save_samples
 from repulsor_jax.flows import paths
 from repulsor_jax.inference import generator as generator_lib
 from tests.data.test_sources import TinyImages
-from tests.oracles import tiny
+from tests.oracles import latent_sets, tiny
 from tests.oracles.closed_form import Mixture, exact
 
 # ---- A model that is exact: class k has the mean MEANS[k] in every value, and the deviation STD.
@@ -216,12 +215,8 @@ def run(tmp_path_factory):
     c = config_lib.parse(values())
     tiny.save_run(workdir, values(), {k: tiny.random_params(c, seed=k) for k in (1, 3, 5)})
     latents = (PICTURES / 127.5 - 1)[:, None].astype(np.float32)
-    write_latent_dataset(
-        workdir / "data" / "test",
-        [(latents, np.arange(90) % 3)],
-        tiny.description(dtype="float32"),
-        num_images=90,
-    )
+    about = {"dtype": "float32", "scale": 1.0, "class_names": ("a", "b", "c")}
+    latent_sets.write(workdir / "data" / "test", latents, np.arange(90) % 3, **about)
     return workdir
 
 

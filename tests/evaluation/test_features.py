@@ -131,7 +131,7 @@ def test_what_a_reference_allows(tmp_path, known):
     kept = Shards(tmp_path, 1100, 512)
     for shard in range(3):
         rows = kept.rows(shard)
-        kept.write(shard, {n: a[rows.start : rows.stop] for n, a in arrays.items()})
+        kept.write(shard, [{n: a[rows.start : rows.stop] for n, a in arrays.items()}])
     real = rng.normal(0, 1, (1000, 6)).astype(np.float32)
     real_spatial = rng.normal(0, 1, (1000, 5))
     reference = Reference(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from repulsor_jax.files.shards import Shards, digest, fill, one_late, whole_batches
+from repulsor_jax.files.shards import Shards, fill, job_name, one_late, whole_batches
 
 SQUARES = np.arange(23)[:, None] ** 2
 
@@ -91,7 +91,7 @@ def test_shards_of_another_size_are_not_taken_for_these(whole):
 
 def test_a_shard_holds_all_its_items(tmp_path):
     with pytest.raises(ValueError, match="square: found 3 items, expected 6"):
-        Shards(tmp_path, 23, 6).write(0, {"square": SQUARES[:3]})
+        Shards(tmp_path, 23, 6).write(0, [{"square": SQUARES[:3]}])
     assert not list(tmp_path.iterdir())
 
 
@@ -113,5 +113,17 @@ def test_whole_batches():
     assert [whole_batches(1024, b) for b in (64, 100, 700, 2000)] == [1024, 1000, 700, 2000]
 
 
-def test_digest_does_not_depend_on_the_order_of_keys():
-    assert digest({"a": 1, "b": 2.5}) == digest({"b": 2.5, "a": 1}) != digest({"a": 1, "b": 2.0})
+def test_one_late_yields_what_precedes_an_error():
+    def numbers():
+        yield 0
+        yield 1
+        raise ValueError("two")
+
+    found = one_late(numbers())
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        next(found)
+
+
+def test_the_name_of_a_job_does_not_depend_on_the_order_of_keys():
+    assert job_name({"a": 1, "b": 2.5}) == job_name({"b": 2.5, "a": 1}) != job_name({"a": 1})

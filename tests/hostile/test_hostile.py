@@ -40,9 +40,9 @@ from repulsor_jax.evaluation import reference
 from repulsor_jax.files import pictures, tensors, untrusted
 from repulsor_jax.files.checksums import values_sha256
 from repulsor_jax.inference import run as run_lib
-from tests.data.test_latents import edit, make_batches, write
 from tests.files.test_tensors import Call, Global, TorchPickler, tensor, write_torch
 from tests.oracles import tiny
+from tests.oracles.latent_sets import edit, random_latents, write
 
 MARGIN = 96 * 2**20  # bytes
 HUGE = 160 * 2**20
@@ -481,8 +481,7 @@ def test_labels_of_a_grid_may_hold_anything(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path):
-    _, _, batches = make_batches()
-    write(tmp_path / "d", batches, 23)
+    write(tmp_path / "d", *random_latents())
     return tmp_path / "d"
 
 
@@ -491,7 +490,7 @@ def test_shards_outside_of_a_data_set(dataset):
     (dataset / shard["name"]).rename(dataset.parent / "other")
     for name in ("../other", str(dataset.parent / "other"), "../../etc/passwd", "", ".", "a\x1b"):
         edit(dataset, shards=[shard | {"name": name}])
-        with pytest.raises(ValueError, match=r"dataset\.json: shards: found .* in this folder"):
+        with pytest.raises(ValueError, match=r"dataset\.json\.shards\.0\.name: .* in this folder"):
             latents.open_latent_dataset(dataset)
 
 
@@ -517,7 +516,7 @@ def test_shards_outside_of_a_data_set(dataset):
 )
 def test_values_of_a_data_set(dataset, changes):
     edit(dataset, **changes)
-    with little_memory(), pytest.raises(ValueError, match=r"dataset\.json: ") as error:
+    with little_memory(), pytest.raises(ValueError, match=r"dataset\.json") as error:
         latents.open_latent_dataset(dataset)
     assert len(str(error.value)) < 600
     assert next(iter(changes)) in str(error.value)
@@ -530,7 +529,7 @@ NESTED = "[" * 10**6
 def test_metadata_that_is_nested(dataset, tmp_path):
     opened = latents.open_latent_dataset(dataset)
     (dataset / ".verified-0-of-1.json").write_text(NESTED)
-    latents.verify(opened)
+    latents.check_files(opened)
     (dataset / "dataset.json").write_text(NESTED)
     with pytest.raises(RecursionError):
         json.loads(NESTED)
