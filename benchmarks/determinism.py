@@ -54,7 +54,7 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     from repulsor_jax import sharding
     from repulsor_jax.config import parse
     from repulsor_jax.flows import sampler, solvers
-    from repulsor_jax.inference.generator import make_solver
+    from repulsor_jax.inference.generator import make_latent_sampler
     from repulsor_jax.train_state import build_model, init_model_params
 
     config = parse(config_dict(options))
@@ -63,7 +63,7 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     model = build_model(config.model)
     boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
     params = placed_params(boxed, mesh)
-    solve: Callable[..., jax.Array] = make_solver(config, model)
+    solve: Callable[..., jax.Array] = make_latent_sampler(config, model)
     rows = sharding.batch_sharding(mesh)
 
     @jax.jit

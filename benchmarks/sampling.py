@@ -201,7 +201,7 @@ def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     import numpy as np
 
     from repulsor_jax import config as config_lib
-    from repulsor_jax.inference.generator import make_solver
+    from repulsor_jax.inference.generator import make_latent_sampler
     from repulsor_jax.train_state import build_model
 
     c = model_config(args)
@@ -221,7 +221,7 @@ def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
             case = Case(guided, num_steps)
             if num_steps:
                 c.sampling.num_steps = num_steps
-                function: Callable[..., Any] = make_solver(config_lib.parse(c), model)
+                function: Callable[..., Any] = make_latent_sampler(config_lib.parse(c), model)
                 rows = slice(args.batch_size)
                 given: tuple[Any, ...] = (noise[rows], labels[rows])
                 given += guidance if guided else (None, None)

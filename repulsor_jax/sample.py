@@ -15,7 +15,7 @@ from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, 
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import (
     batches,
-    check_finite,
+    check_samples,
     configured_guidance,
     make_generator,
     write_grid,
@@ -54,7 +54,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         step=step,
         weights_sha256=run.params_sha256(params),
         num_samples=count,
-        guide=guide.description if guide else None,
+        guide=guide,
     )
     path = workdir / "samples" / f"step_{step}-{job_name(protocol)}.npz"
     record = path.with_suffix(".json")
@@ -75,13 +75,13 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
                 print(f"{path}: these {count:,} samples are there already")
             return path
 
-        generator = make_generator(experiment, guide.guide if guide else None)
+        generator = make_generator(experiment, guide)
 
         def produce(parts: Sequence[range]) -> Iterator[Arrays]:
             for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
                 found = sharding.to_host(device_samples)
                 kept = found._replace(**{k: v[: len(numbers)] for k, v in found._asdict().items()})
-                check_finite(kept.finite, numbers.start)
+                check_samples(kept.finite, numbers.start)
                 yield {"images": kept.images, "labels": kept.labels}
 
         fill(shards, produce, title="sample")

@@ -25,7 +25,7 @@ from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
-from repulsor_jax.inference.generator import Generator, Guidance, batches, check_finite
+from repulsor_jax.inference.generator import Generator, Guidance, batches, check_samples
 
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]
@@ -87,7 +87,7 @@ def sample_features(
         )
         for numbers, device_arrays in one_late(started):
             features, finite = sharding.to_host(device_arrays)
-            check_finite(finite[: len(numbers)], numbers.start)
+            check_samples(finite[: len(numbers)], numbers.start)
             yield {name: array[: len(numbers)] for name, array in features.items()}
 
     shards = Shards(folder, count, whole_batches(_PER_SHARD, generator.batch_size))

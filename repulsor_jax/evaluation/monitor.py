@@ -10,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.evaluate import Evaluator, evaluate_params
+from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_params
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.inference import generator
@@ -148,11 +148,10 @@ def make_monitor(experiment: Experiment) -> Monitor:
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.
     """
-    guide = load_guide(experiment)
-    generator = make_generator(experiment, guide.guide if guide else None, gathers=False)
+    generator = make_generator(experiment, load_guide(experiment), gathers=False)
     evaluator = None
     if experiment.config.evaluation.every_steps:
-        evaluator = Evaluator(experiment, generator, guide, make_yardstick(experiment))
+        evaluator = Evaluator(experiment, generator, make_yardstick(experiment))
     return Monitor(experiment, generator, evaluator)
 
 

@@ -1,6 +1,7 @@
 """What an evaluation found, with its protocol: a JSON file each, a table of all, plots."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,6 @@ _METRICS = {
     "frechet_pixels": 4,
     "frechet_autoencoder": 4,
 }
-_STEP_PLOT, _SWEEP_PLOT = "by_step.png", "sweep_step_{step}.png"
 
 
 def write(folder: pathlib.Path, name: str, record: Record) -> None:
@@ -122,70 +122,59 @@ def write_table(folder: pathlib.Path) -> str:
     return text
 
 
-def plot_steps(folder: pathlib.Path, newest: Record) -> pathlib.Path | None:
-    """Draws every metric over the training step, of all records that differ from one in it alone.
+def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
+    """Draws the metrics of one step's evaluations: over the guidance, or one alone over the steps.
 
-    None where there is one step only.
+    Over the guidance, each interval is a line over the scale; where there is one scale, each end
+    of an interval is a line over its start. Over the steps, the records are all in the folder that
+    differ from this one in the step alone.
+
+    Returns:
+      The picture; None where there is one point only.
     """
-    records = [record for record in read_all(folder) if _but_step(record) == _but_step(newest)]
+    if len(records) == 1:
+        records = [r for r in read_all(folder) if _but_step(r) == _but_step(records[0])]
+        path, label = folder / "by_step.png", "training step"
+        points = [("", r["protocol"]["step"], r) for r in records]
+    else:
+        path, label = folder / f"sweep_step_{records[0]['protocol']['step']}.png", "guidance scale"
+        if len({r["protocol"]["cfg_scale"] for r in records}) == 1:
+            label = "guidance from t ="
+            intervals = [r["protocol"]["cfg_interval"] for r in records]
+            points = [
+                (f"to t = {high:g}", low, r)
+                for (low, high), r in zip(intervals, records, strict=True)
+            ]
+        else:
+            points = _by_scale(records)
     if len(records) < 2:
         return None
-    curves = _curves(records, lambda record: record["protocol"]["step"], lambda record: "")
-    path = folder / _STEP_PLOT
-    pictures.save_curves(path, curves, "training step")
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for metric in [m for m in _METRICS if m in records[0]["metrics"]]:
+        for line, x, record in sorted(points, key=lambda point: point[1]):
+            xs, ys = curves.setdefault(metric, {}).setdefault(line, ([], []))
+            xs.append(x)
+            ys.append(record["metrics"].get(metric, math.nan))
+    pictures.save_curves(path, curves, label)
     return path
+
+
+def _by_scale(records: Sequence[Record]) -> list[tuple[str, float, Record]]:
+    """(line, scale, record); without guidance there is no interval: that point is in every line."""
+    lines: dict[str, list[Record]] = {}
+    for record in records:
+        if "cfg_interval" in record["protocol"]:
+            low, high = record["protocol"]["cfg_interval"]
+            lines.setdefault(f"t in [{low:g}, {high:g}]", []).append(record)
+    off = [record for record in records if "cfg_interval" not in record["protocol"]]
+    return [
+        (line, record["protocol"]["cfg_scale"], record)
+        for line, guided in lines.items()
+        for record in (*off, *guided)
+    ]
 
 
 def _but_step(record: Record) -> Record:
     """What a record says beside the step, its weights and the results."""
     protocol = {k: v for k, v in record["protocol"].items() if k not in ("step", "weights_sha256")}
     return {"protocol": protocol, "features": record["features"], "reference": record["reference"]}
-
-
-def plot_sweep(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None:
-    """Draws the metrics of one step over the guidance, from two evaluations on.
-
-    Over the scale, a line for each interval; of one scale, over the interval's start, a line for
-    each end.
-    """
-    if len(records) < 2:
-        return None
-    path = folder / _SWEEP_PLOT.format(step=records[0]["protocol"]["step"])
-    if len({record["protocol"]["cfg_scale"] for record in records}) == 1:
-        panels = _curves(
-            records,
-            lambda record: record["protocol"]["cfg_interval"][0],
-            lambda record: f"to t = {record['protocol']['cfg_interval'][1]:g}",
-        )
-        pictures.save_curves(path, panels, "guidance from t =")
-        return path
-
-    def interval(record: Record) -> str:
-        low, high = record["protocol"]["cfg_interval"]
-        return f"t in [{low:g}, {high:g}]"
-
-    # Without guidance there is no interval: that point belongs to every line.
-    off = [record for record in records if record["protocol"]["cfg_scale"] == 1.0]
-    guided = [record for record in records if record["protocol"]["cfg_scale"] != 1.0]
-    lines = dict.fromkeys(interval(record) for record in guided)
-    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for line in lines:
-        own = [*off, *(record for record in guided if interval(record) == line)]
-        for metric, found in _curves(
-            own, lambda record: record["protocol"]["cfg_scale"], lambda record, line=line: line
-        ).items():
-            curves.setdefault(metric, {}).update(found)
-    pictures.save_curves(path, curves, "guidance scale")
-    return path
-
-
-def _curves(records: Sequence[Record], x: Any, line: Any) -> Any:
-    """metric -> line -> (x values, y values), in the order of x."""
-    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for record in sorted(records, key=x):
-        for metric in _METRICS:
-            if metric in record["metrics"]:
-                xs, ys = curves.setdefault(metric, {}).setdefault(line(record), ([], []))
-                xs.append(x(record))
-                ys.append(record["metrics"][metric])
-    return curves

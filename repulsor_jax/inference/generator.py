@@ -52,11 +52,13 @@ class Samples(NamedTuple):
     finite: jax.Array
 
 
-class Guide(NamedTuple):
-    """The weak model of autoguidance, with its EMA parameters."""
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """The weak model of autoguidance, its EMA parameters, and its protocol for reports."""
 
     model: DiT
     params: Any
+    description: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +68,14 @@ class Generator:
     Attributes:
       batch_size: rows of one call, of one compiled program.
       start: (EMA parameters, first number, guidance or None) -> `Samples` of `batch_size` numbers
-        from that one on. Returns as soon as the work is under way. Without guidance the model is
+        from the first on. Returns as soon as the work is under way. Without guidance the model is
         evaluated once a step.
+      guide: the weak model of autoguidance; None guides by the model without a class.
     """
 
     batch_size: int
     start: Callable[[Any, int, Guidance | None], Samples]
+    guide: Guide | None = None
 
 
 def configured_guidance(config: SamplingConfig) -> Guidance | None:
@@ -88,21 +92,18 @@ def make_generator(
 
     Args:
       experiment: with an autoencoder.
-      guide: the weak model of autoguidance; None guides by the model without a class.
+      guide: see `Generator`.
       gathers: False leaves parameters in shards whatever `config.sampling.gather_params` says, as
         beside a training state, which takes the memory.
+
+    Raises:
+      ValueError: the experiment has no autoencoder.
     """
-    config, mesh = experiment.config, experiment.mesh
-    if experiment.autoencoder is None:
-        raise ValueError("the experiment was prepared without an autoencoder to decode with")
-    decoder_params = jax.device_put(experiment.autoencoder.params, sharding.replicated(mesh))
-    everywhere = sharding.replicated(mesh)
-    compiled = jax.jit(
-        make_generate(
-            experiment, experiment.autoencoder, guide.model if guide else None, gathers=gathers
-        ),
-        out_shardings=sharding.batch_sharding(mesh),
-    )
+    mesh, everywhere = experiment.mesh, sharding.replicated(experiment.mesh)
+    generate = make_batch_fn(experiment, guide.model if guide else None, gathers=gathers)
+    compiled = jax.jit(generate, out_shardings=sharding.batch_sharding(mesh))
+    assert experiment.autoencoder is not None
+    decoder_params = jax.device_put(experiment.autoencoder.params, everywhere)
 
     def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
         numbers = None
@@ -110,34 +111,30 @@ def make_generator(
             numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
         # A guide without guidance would be computed for nothing.
         guiding_params = guide.params if guide and guidance else None
+        row = jax.device_put(np.int32(first), everywhere)
         with sharding.use_mesh(mesh):
-            return compiled(
-                params,
-                guiding_params,
-                decoder_params,
-                jax.device_put(np.int32(first), everywhere),
-                numbers,
-            )
+            return compiled(params, guiding_params, decoder_params, row, numbers)
 
-    return Generator(config.sampling.batch_size, start)
+    return Generator(experiment.config.sampling.batch_size, start, guide)
 
 
-def make_generate(
-    experiment: Experiment,
-    autoencoder: Autoencoder,
-    guiding_model: DiT | None = None,
-    *,
-    gathers: bool = True,
+def make_batch_fn(
+    experiment: Experiment, guiding_model: DiT | None = None, *, gathers: bool = True
 ) -> Callable[..., Samples]:
     """Returns the pure function that a `Generator` compiles: noise to images, one batch.
 
     Its arguments are the EMA parameters, those of the guide or None, the decoder's, the first
     number, and None or the three float32 numbers of a `Guidance`.
+
+    Raises:
+      ValueError: the experiment has no autoencoder.
     """
     config, mesh, latent_format = experiment.config, experiment.mesh, experiment.latent_format
     c = config.sampling
-    decode = _decoder(autoencoder, c.decode_slice, c.decode_tile)
-    solve = make_solver(config, experiment.model, guiding_model)
+    if experiment.autoencoder is None:
+        raise ValueError("the experiment was prepared without an autoencoder to decode with")
+    decode = _decoder(experiment.autoencoder, c.decode_slice, c.decode_tile)
+    solve = make_latent_sampler(config, experiment.model, guiding_model)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     num_classes = len(experiment.class_names)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
@@ -160,14 +157,13 @@ def make_generate(
             params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
         )
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
-        latents = denormalize(latents, latent_format)
-        images = decode(decoder_params, latents)
+        images = decode(decoder_params, denormalize(latents, latent_format))
         return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
 
     return generate
 
 
-def make_solver(
+def make_latent_sampler(
     config: Config, model: DiT, guiding_model: DiT | None = None
 ) -> Callable[..., jax.Array]:
     """Returns the configured sampler of latents; see `sampler.make_sampler` for its call."""
@@ -176,7 +172,6 @@ def make_solver(
     def predict_with(model: DiT) -> Callable[..., Any]:
         return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
 
-    diffusion = solvers.Diffusion(c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size)
     spec = sampler.SamplerSpec(
         paths.get_path(config.flow.path),
         null_label=config.model.num_classes,
@@ -186,7 +181,9 @@ def make_solver(
         channels=c.cfg_channels or None,
         time_shift=c.time_shift,
         tolerance=solvers.Tolerance(c.rtol, c.atol, c.max_steps),
-        diffusion=diffusion,
+        diffusion=solvers.Diffusion(
+            c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size
+        ),
     )
     guiding_fn = predict_with(guiding_model) if guiding_model else None
     return sampler.make_sampler(predict_with(model), spec, guiding_fn)
@@ -204,8 +201,8 @@ def batches(
         yield numbers, generator.start(params, numbers.start, guidance)
 
 
-def check_finite(finite: np.ndarray, first: int) -> None:
-    """Raises SamplingError where a sample is not finite, naming the first; `first` is row 0's."""
+def check_samples(finite: np.ndarray, first: int) -> None:
+    """Raises SamplingError that names the first sample which is not finite; row 0 is `first`."""
     if not finite.all():
         raise SamplingError(
             f"sample {first + int(np.argmin(finite))} is not finite, nor are "
@@ -220,7 +217,7 @@ def generate_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the first `count` samples: images uint8 `[count, H, W, C]` and labels `[count]`.
 
-    For as many as a grid holds; every process gets them all.
+    For the few of a grid; every process gets them all.
 
     Raises:
       SamplingError: a sample is not finite.
@@ -228,7 +225,7 @@ def generate_images(
     images, labels = [], []
     for numbers, device_samples in one_late(batches(generator, params, [range(count)], guidance)):
         samples = sharding.to_host(device_samples)
-        check_finite(samples.finite[: len(numbers)], numbers.start)
+        check_samples(samples.finite[: len(numbers)], numbers.start)
         images.append(samples.images[: len(numbers)])
         labels.append(samples.labels[: len(numbers)])
     return np.concatenate(images), np.concatenate(labels)

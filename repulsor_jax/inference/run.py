@@ -5,11 +5,11 @@ Everything comes from the run's directory; its data set need not be there.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import jax
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
@@ -23,36 +23,69 @@ from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
 from repulsor_jax.files.tensors import tensors_sha256
-from repulsor_jax.files.untrusted import has_controls
+from repulsor_jax.files.untrusted import checked, has_controls, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import build_model, init_model_params
 
 _SHOWN_DIGITS = 16  # of a SHA-256, in reports
-# What a model's output depends on beside its parameters: the same as in training.
-_SAME = {
-    "model": (
-        "latent_size",
-        "in_channels",
-        "patch_size",
-        "hidden_size",
-        "depth",
-        "num_heads",
-        "num_classes",
-        "learn_sigma",
-        "qk_norm",
-    ),
-    "flow": ("path", "prediction"),
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedGuide:
-    """The weak model of autoguidance, and what to say of it in a report."""
+def _class_name(name: str) -> str:
+    if has_controls(name):
+        raise ValueError("a name without control characters")
+    return name
 
-    guide: Guide
-    description: dict[str, Any]
+
+@checked
+class _Model:
+    latent_size: int
+    in_channels: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    learn_sigma: bool
+    qk_norm: bool
+
+
+@checked
+class _Flow:
+    path: str
+    prediction: str
+
+
+@checked
+class _Optimizer:
+    ema_decay: float
+
+
+@checked
+class _Latents:
+    autoencoder: str
+    weights_sha256: str
+    shift: tuple[float, ...]
+    factor: tuple[float, ...]
+    class_names: Annotated[
+        tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)
+    ]
+
+
+@checked
+class RunRecords:
+    """What a model's output depends on beside its parameters, from a checkpoint's records.
+
+    Attributes:
+      model, flow, optimizer: of the run's configuration.
+      latents: of its `experiment.latents_record`.
+    """
+
+    model: _Model
+    flow: _Flow
+    optimizer: _Optimizer
+    latents: _Latents
 
 
 def open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpointer:
@@ -60,23 +93,45 @@ def open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpointer:
     return Checkpointer(checkpoint_directory(config.checkpoint, workdir), read_only=True)
 
 
+def read_records(checkpointer: Checkpointer, step: int) -> RunRecords:
+    """Reads and checks the records of a checkpoint, of this version or another.
+
+    Raises:
+      CheckpointError: no such checkpoint, or its records are not those of a run.
+    """
+    config, latents, step = checkpointer.records(step)
+    values = _known(RunRecords, {**config, "latents": latents} if isinstance(config, dict) else {})
+    try:
+        return parse(RunRecords, values, f"{checkpointer.directory}/{step}")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; another version saved it, or it is damaged") from error
+
+
+def _known(schema: Any, values: Any) -> Any:
+    """Leaves out the keys that a schema does not have, as other versions save them."""
+    if not (dataclasses.is_dataclass(schema) and isinstance(values, dict)):
+        return values
+    types = get_type_hints(schema)
+    return {key: _known(types[key], value) for key, value in values.items() if key in types}
+
+
 def open_experiment(
-    config: Config, workdir: pathlib.Path, checkpointer: Checkpointer, step: int | None
+    config: Config, workdir: pathlib.Path, checkpointer: Checkpointer, step: int
 ) -> Experiment:
     """Builds what sampling needs from a checkpoint's records.
 
     Raises:
-      ConfigError: the configuration is not one for this run, or this machine.
-      CheckpointError: no such checkpoint.
+      ConfigError: the configuration does not fit this run, or this machine.
+      CheckpointError: no such checkpoint, or its model is another.
     """
-    saved, record, step = _records(checkpointer, step)
+    saved = read_records(checkpointer, step)
     # The average is the run's, whatever the configuration says.
-    ema_decay = saved["optimizer"]["ema_decay"]
-    optimizer = dataclasses.replace(config.optimizer, ema_decay=ema_decay)
-    experiment = prepare_sampling(dataclasses.replace(config, optimizer=optimizer), workdir, record)
-    for section, keys in _SAME.items():
-        for key in keys:
-            found, expected = getattr(getattr(config, section), key), saved[section][key]
+    optimizer = dataclasses.replace(config.optimizer, ema_decay=saved.optimizer.ema_decay)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    experiment = prepare_sampling(config, workdir, dataclasses.asdict(saved.latents))
+    for section in ("model", "flow"):
+        for key, expected in dataclasses.asdict(getattr(saved, section)).items():
+            found = getattr(getattr(config, section), key)
             if found != expected:
                 raise CheckpointError(
                     f"{checkpointer.directory}/{step} does not fit this configuration: "
@@ -86,58 +141,19 @@ def open_experiment(
     return experiment
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _LatentsRecord:
-    """What `experiment.latents_record` gives, as read from a checkpoint."""
-
-    autoencoder: str
-    weights_sha256: str
-    shift: tuple[float, ...]
-    factor: tuple[float, ...]
-    class_names: tuple[str, ...]
-
-
-def _records(
-    checkpointer: Checkpointer, step: int | None
-) -> tuple[Mapping[str, Any], Mapping[str, Any], int]:
-    """As `Checkpointer.records`, with all that is needed here, of the right types."""
-    saved, record, step = checkpointer.records(step)
-    where = f"{checkpointer.directory}/{step}"
-    for section, keys in {**_SAME, "optimizer": ("ema_decay",)}.items():
-        found = saved.get(section) if isinstance(saved, dict) else None
-        for key in keys:
-            if not isinstance(found, dict) or not isinstance(found.get(key), int | float | str):
-                raise CheckpointError(
-                    f"{where}: its record of the configuration has no value of {section}.{key}: "
-                    "it was saved by another version, or is damaged"
-                )
-    known = [field.name for field in dataclasses.fields(_LatentsRecord)]
-    if isinstance(record, dict):
-        record = {key: value for key, value in record.items() if key in known}
-    checked = config_lib.parse_section(_LatentsRecord, record, f"{where}: latents")
-    if not checked.class_names or any(map(has_controls, checked.class_names)):
-        raise CheckpointError(
-            f"{where}: found the class names {list(checked.class_names)[:5]}, expected one or "
-            "more, without control characters"
-        )
-    return saved, record, step
-
-
 def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
     """EMA parameters of a checkpoint, on the experiment's mesh.
 
     Raises:
       CheckpointError: no such checkpoint, or it holds another model.
     """
-    return _restore(experiment.model, experiment, checkpointer, step)[0]
+    return _restore(experiment.model, experiment, checkpointer, step)
 
 
-def _restore(
-    model: DiT, experiment: Experiment, checkpointer: Checkpointer, step: int | None
-) -> tuple[Any, int]:
+def _restore(model: DiT, experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
     boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, experiment.mesh)
-    return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)
+    return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)[0]
 
 
 def params_sha256(params: Any) -> str:
@@ -149,7 +165,7 @@ def params_sha256(params: Any) -> str:
     return tensors_sha256(named)[:_SHOWN_DIGITS]
 
 
-def load_guide(experiment: Experiment) -> LoadedGuide | None:
+def load_guide(experiment: Experiment) -> Guide | None:
     """The weak model of autoguidance that `config.sampling.guiding_run` names; None without one.
 
     Its size is that of its own configuration, which its checkpoint holds.
@@ -166,34 +182,32 @@ def load_guide(experiment: Experiment) -> LoadedGuide | None:
         run = str(pathlib.Path(run).expanduser().absolute())
         holds_steps = any(path.name.isdecimal() for path in pathlib.Path(run).glob("*"))
         checkpoints = run if holds_steps else f"{run}/checkpoints"
-    step = None if config.sampling.guiding_step == -1 else config.sampling.guiding_step
     with Checkpointer(checkpoints, read_only=True) as checkpointer:
-        saved, record, step = _records(checkpointer, step)
-        model_config = config_lib.parse_section(
-            config_lib.ModelConfig, saved["model"], f"{run}: config.model"
-        )
+        step = config.sampling.guiding_step
+        step = checkpointer.resolve(None if step == -1 else step)
+        saved = read_records(checkpointer, step)
         own = latents_record(experiment)
         comparisons: dict[str, tuple[Any, Any]] = {
-            f"config.flow.{key}": (saved["flow"][key], getattr(config.flow, key))
-            for key in ("path", "prediction")
+            "config.flow.path": (saved.flow.path, config.flow.path),
+            "config.flow.prediction": (saved.flow.prediction, config.flow.prediction),
+            "config.model.latent_size": (saved.model.latent_size, config.model.latent_size),
+            "config.model.in_channels": (saved.model.in_channels, config.model.in_channels),
+            "config.model.num_classes": (saved.model.num_classes, config.model.num_classes),
+            "the latents' shift": (list(saved.latents.shift), own["shift"]),
+            "the latents' factor": (list(saved.latents.factor), own["factor"]),
         }
-        for key in ("latent_size", "in_channels", "num_classes"):
-            comparisons[f"config.model.{key}"] = (
-                getattr(model_config, key),
-                getattr(config.model, key),
-            )
-        for key in ("shift", "factor"):
-            comparisons[f"the latents' {key}"] = (record[key], own[key])
         for what, (found, expected) in comparisons.items():
             if found != expected:
                 raise ConfigError(
                     f"config.sampling.guiding_run={run!r}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
+        model_config = config_lib.parse_section(
+            config_lib.ModelConfig, checkpointer.records(step)[0]["model"], f"{run}: config.model"
+        )
         model = build_model(model_config, experiment.mesh.devices.flat[0])
-        params, step = _restore(model, experiment, checkpointer, step)
-    description = {"run": run, "step": step, "weights_sha256": params_sha256(params)}
-    return LoadedGuide(Guide(model, params), description)
+        params = _restore(model, experiment, checkpointer, step)
+    return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
 
 
 def protocol(
@@ -203,9 +217,12 @@ def protocol(
     step: int,
     weights_sha256: str,
     num_samples: int,
-    guide: Mapping[str, Any] | None,
+    guide: Guide | None,
 ) -> dict[str, Any]:
-    """Everything that the samples follow from, as plain values: no number travels without it."""
+    """Everything that the samples follow from, as plain values; kept with every number.
+
+    Its digest names samples and evaluations: another key or value makes them anew.
+    """
     config = experiment.config
     c = config.sampling
     found: dict[str, Any] = {
@@ -232,7 +249,7 @@ def protocol(
         found |= {
             "cfg_interval": [guidance.low, guidance.high],
             "cfg_channels": c.cfg_channels,
-            "guide": dict(guide) if guide else "no class",
+            "guide": guide.description if guide else "no class",
         }
     autoencoder = experiment.autoencoder
     assert autoencoder is not None

@@ -22,7 +22,7 @@ from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import Experiment, checked_mesh
-from repulsor_jax.inference.generator import configured_guidance, make_generate
+from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.method import registry
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
@@ -193,7 +193,7 @@ def _sample(experiment: Experiment, topology: Topology) -> Built:
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     guided = configured_guidance(config.sampling) is not None
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    generate = make_generate(experiment, autoencoder)
+    generate = make_batch_fn(experiment)
     jitted = jax.jit(generate, out_shardings=sharding.batch_sharding(mesh))
 
     def compile_it() -> jax.stages.Compiled:

@@ -21,7 +21,14 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.data.latents import LatentFormat
+<<<<<<< HEAD
 from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
+=======
+from repulsor_jax.data.writer import write_latent_dataset
+from repulsor_jax.evaluate import evaluate
+from repulsor_jax.evaluation import evaluator as evaluator_lib
+from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_params
+>>>>>>> 7123f8f (Evaluator lies in evaluation/: no room imports a mode any more; one type of guide, records of a run checked by the one validator)
 from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.image_sets import npz_images
@@ -69,7 +76,7 @@ def exact_evaluator(folder, reference, mesh, **overrides):
     )
     space = pixel_space(DIM)
     yardstick = Yardstick(folder, space, make_extractor(space, mesh), reference)
-    return Evaluator(experiment, generator_lib.make_generator(experiment), None, yardstick)
+    return Evaluator(experiment, generator_lib.make_generator(experiment), yardstick)
 
 
 def known_distribution(shift=0.0, scale=1.0):
@@ -243,7 +250,7 @@ def samples_of(workdir, seeds, count):
     """Images and labels of parameters drawn with each seed."""
     c = config_lib.parse(values())
     with evaluate_lib.run.open_checkpoints(c, workdir) as checkpointer:
-        experiment = evaluate_lib.run.open_experiment(c, workdir, checkpointer, None)
+        experiment = evaluate_lib.run.open_experiment(c, workdir, checkpointer, 5)
     generator = generator_lib.make_generator(experiment)
     everywhere = sharding.replicated(experiment.mesh)
     params = [jax.device_put(tiny.random_params(c, seed), everywhere) for seed in seeds]
@@ -319,7 +326,7 @@ def test_the_newest_some_and_the_same_again(workdir, monkeypatch):
     def never(*arguments):
         raise AssertionError("it is known already")
 
-    monkeypatch.setattr(evaluate_lib, "sample_features", never)
+    monkeypatch.setattr(evaluator_lib, "sample_features", never)
     assert call(workdir, "3,5") == some
 
 

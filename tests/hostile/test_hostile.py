@@ -576,7 +576,7 @@ def test_files_of_a_checkpoint_that_are_hostile(run, content):
 
     def read():
         with Checkpointer(folder / "checkpoints", read_only=True) as checkpointer:
-            run_lib._records(checkpointer, 2)
+            run_lib.read_records(checkpointer, 2)
             return checkpointer.restore_ema(abstract, 2)[0]
 
     np.testing.assert_array_equal(read()["a"], params["a"])
@@ -623,9 +623,9 @@ def test_records_of_a_checkpoint_that_are_hostile(run, item, changes):
     try:
         with (
             Checkpointer(run[0] / "checkpoints", read_only=True) as checkpointer,
-            pytest.raises(ValueError, match="checkpoints/2: ") as error,
+            pytest.raises(ValueError, match=r"checkpoints/2\.\w+") as error,
         ):
-            run_lib._records(checkpointer, 2)
+            run_lib.read_records(checkpointer, 2)
         assert "\x1b" not in str(error.value)
         assert "manifest" not in str(error.value)
         assert "was changed" not in str(error.value)

@@ -1,0 +1,149 @@
+"""From parameters, or a file of images, to a record: metrics with all that they follow from."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from repulsor_jax import sharding
+from repulsor_jax.config import Config
+from repulsor_jax.evaluation import report
+from repulsor_jax.evaluation.image_sets import npz_images
+from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
+from repulsor_jax.evaluation.yardstick import Yardstick, open_yardstick
+from repulsor_jax.experiment import Experiment, checked_mesh
+from repulsor_jax.files import atomic
+from repulsor_jax.files.shards import Shards, job_name
+from repulsor_jax.inference import run
+from repulsor_jax.inference.generator import Generator, Guidance, generate_images, write_grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What draws a run's samples, and what they are measured by."""
+
+    experiment: Experiment
+    generator: Generator
+    yardstick: Yardstick
+
+
+def evaluate_params(
+    evaluator: Evaluator,
+    params: Any,
+    guidance: Guidance | None,
+    *,
+    step: int,
+    weights_sha256: str,
+    num_samples: int,
+    grid: bool = False,
+) -> report.Record:
+    """Evaluates EMA parameters with one guidance; every process of the job takes part.
+
+    Samples become features batch by batch on the devices; only features reach the disk, where a
+    job that was stopped finds them again. An evaluation that has a record is not done again.
+
+    Args:
+      evaluator: of the run.
+      params: EMA parameters.
+      guidance: of the samples; None is none.
+      step: of the parameters.
+      weights_sha256: of the parameters, `inference.run.params_sha256`.
+      num_samples: how many to draw.
+      grid: draw a grid of the first samples too.
+
+    Returns:
+      The record: `{"metrics", "warnings", "protocol", "reference", "features", "seconds"}`; empty
+      on processes but the first.
+
+    Raises:
+      SamplingError: a sample is not a finite number.
+    """
+    experiment, generator = evaluator.experiment, evaluator.generator
+    yardstick = evaluator.yardstick
+    protocol = run.protocol(
+        experiment,
+        guidance,
+        step=step,
+        weights_sha256=weights_sha256,
+        num_samples=num_samples,
+        guide=generator.guide,
+    )
+
+    def features(folder: pathlib.Path, title: str) -> Shards:
+        return sample_features(
+            generator, params, guidance, num_samples, yardstick.extract, folder, title
+        )
+
+    title = f"evaluate step {step}"
+    if guidance is not None:
+        title += f", cfg {guidance.scale:g}"
+    record, name = _measured(yardstick, protocol, f"step_{step}", title, features)
+    picture = yardstick.folder / f"{name}.png"
+    if grid and not sharding.agree(int(picture.is_file())):
+        shown = min(num_samples, experiment.config.sampling.grid_samples)
+        pictures = generate_images(generator, params, shown, guidance)
+        if jax.process_index() == 0:
+            write_grid(experiment, picture, *pictures)
+    return record
+
+
+def evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
+    """Evaluates the images of `config.evaluation.samples`; no run is needed.
+
+    Returns:
+      As `evaluate_params`.
+
+    Raises:
+      ConfigError, ValueError, OSError: one message that names the key or file.
+    """
+    images = npz_images(config.evaluation.samples)
+    mesh = checked_mesh(config, trains=False)
+    yardstick = open_yardstick(config, workdir, mesh, None, images.shape)
+    protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
+
+    def features(folder: pathlib.Path, title: str) -> Shards:
+        return image_features(images, config.evaluation.batch_size, yardstick.extract, mesh, folder)
+
+    stem = pathlib.Path(images.name).stem
+    return _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)[0]
+
+
+def _measured(
+    yardstick: Yardstick,
+    protocol: dict[str, Any],
+    stem: str,
+    title: str,
+    features: Callable[[pathlib.Path, str], Shards],
+) -> tuple[report.Record, str]:
+    """Reads the record of this protocol, or measures and writes it; also returns its name."""
+    is_main = jax.process_index() == 0
+    identity: dict[str, Any] = {
+        "protocol": protocol,
+        "features": {"name": yardstick.space.name, "digest": yardstick.space.digest},
+    }
+    if yardstick.reference is not None:
+        identity["reference"] = yardstick.reference.description
+    name = f"{stem}-{job_name(identity)}"
+    with atomic.locked(yardstick.folder / name, enabled=is_main):
+        known = report.read(yardstick.folder, name) if is_main else None
+        if sharding.agree(int(known is not None)):
+            return known or {}, name
+        started = time.perf_counter()
+        shards = features(yardstick.folder / f".{name}.incomplete", title)
+        if not is_main:
+            return {}, name
+        assert yardstick.reference is not None
+        values, warnings = metrics(shards, yardstick.reference, yardstick.space)
+        seconds = time.perf_counter() - started
+        record = {"metrics": values, "warnings": warnings, **identity, "seconds": round(seconds, 3)}
+        report.write(yardstick.folder, name, record)
+        shards.remove()
+    shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+    tqdm.write(f"{title}, {protocol['num_samples']:,} samples: {shown}")
+    for warning in warnings:
+        tqdm.write(f"warning: {warning}")
+    return record, name
