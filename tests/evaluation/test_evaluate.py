@@ -21,14 +21,9 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.data.latents import LatentFormat
-<<<<<<< HEAD
-from repulsor_jax.evaluate import Evaluator, evaluate, evaluate_params
-=======
-from repulsor_jax.data.writer import write_latent_dataset
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation import evaluator as evaluator_lib
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_params
->>>>>>> 7123f8f (Evaluator lies in evaluation/: no room imports a mode any more; one type of guide, records of a run checked by the one validator)
 from repulsor_jax.evaluation.features import FeatureSpace, pixel_space
 from repulsor_jax.evaluation.frechet import GaussianStatistics
 from repulsor_jax.evaluation.image_sets import npz_images
