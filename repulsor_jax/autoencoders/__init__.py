@@ -1,12 +1,11 @@
 """Autoencoders: images to latents and back, looked up by name."""
 
-from collections.abc import Callable
+import jax.numpy as jnp
 
-from repulsor_jax.autoencoders.base import Autoencoder
-from repulsor_jax.autoencoders.identity import identity
-from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, abstract_kl, load_kl
+from repulsor_jax.autoencoders.base import IDENTITY, Autoencoder
+from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, load_kl
 from repulsor_jax.autoencoders.slices import decode_in_slices, decode_in_tiles
-from repulsor_jax.autoencoders.tiny import CONFIGS, abstract_tiny, load_tiny
+from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
 
 __all__ = [
     "AUTOENCODERS",
@@ -18,9 +17,9 @@ __all__ = [
     "latent_scale",
 ]
 
-_Build = Callable[..., Autoencoder]
-
 AUTOENCODERS = ("identity", *REPOSITORIES, *CONFIGS)
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
@@ -39,7 +38,7 @@ def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> 
         content is not the named model's.
       FileNotFoundError: the weights are not where they should be, or cannot be downloaded.
     """
-    return _build(name, weights, dtype, load_kl, load_tiny)
+    return _build(name, weights, dtype, abstract=False)
 
 
 def abstract_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
@@ -48,19 +47,22 @@ def abstract_autoencoder(name: str, *, weights: str = "", dtype: str = "float32"
     Raises:
       ValueError, FileNotFoundError: see `get_autoencoder`; of "kl" the config.json is read.
     """
-    return _build(name, weights, dtype, abstract_kl, abstract_tiny)
+    return _build(name, weights, dtype, abstract=True)
 
 
-def _build(name: str, weights: str, dtype: str, kl: _Build, tiny: _Build) -> Autoencoder:
+def _build(name: str, weights: str, dtype: str, *, abstract: bool) -> Autoencoder:
     if name not in AUTOENCODERS:
         raise ValueError(f"autoencoder: found {name!r}, expected one of {', '.join(AUTOENCODERS)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"autoencoder dtype: found {dtype!r}, expected {' or '.join(_DTYPES)}")
     if name == "identity":
         if weights:
             raise ValueError(
                 f"config.data.autoencoder_weights: found {weights!r}, expected none for 'identity'"
             )
-        return identity()
-    return (kl if name in REPOSITORIES else tiny)(name, weights=weights, dtype=dtype)
+        return IDENTITY
+    load = load_kl if name in REPOSITORIES else load_tiny
+    return load(name, weights, _DTYPES[dtype], abstract=abstract)
 
 
 def latent_scale(name: str, *, weights: str = "") -> tuple[float, float]:

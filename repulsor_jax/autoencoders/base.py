@@ -1,7 +1,8 @@
-"""What encoding, sampling and evaluation need of an autoencoder."""
+"""What encoding, sampling and evaluation need of an autoencoder, and what its kinds share."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,19 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax.files.tensors import to_linen
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from repulsor_jax.files.tensors import check_tensors, tensors_sha256
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
     """Images to latents and back, as two pure functions and their parameters.
 
-    What the diffusion model sees is `(latents - shift) * scale`.
+    The diffusion model sees `(latents - shift) * scale`.
 
     Attributes:
-      name: the name `get_autoencoder` knows it by.
+      name: the name by which `get_autoencoder` knows it.
       params: a tree of arrays, the first argument of both functions. Pass it into a jitted function
         as an argument: closed over, it would be compiled in as constants.
       encode: (params, float32 images `[B, H, W, C]` in [-1, 1]) to float32 latents `[B, h, w, c]`
@@ -32,7 +31,7 @@ class Autoencoder:
       stochastic: `encode` returns the posterior's moments.
       scale: fixed factor that brings latents to about unit variance (0.18215 for the SD-VAE).
       shift: fixed offset of latents.
-      weights_sha256: digest of the weights, see `weights.tensors_sha256`; empty without any.
+      weights_sha256: digest of the weights, see `tensors_sha256`; empty without any.
     """
 
     name: str
@@ -51,50 +50,98 @@ class Autoencoder:
         return " ".join([self.name, self.weights_sha256[:16], *dtypes])
 
 
-def compute_dtype(name: str) -> Any:
-    """Returns the dtype called "float32" or "bfloat16"; raises ValueError for another name."""
-    if name not in DTYPES:
-        raise ValueError(f"autoencoder dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+def _same(params: Any, x: jax.Array) -> jax.Array:
+    return x
 
 
-def load_params(
-    module: nn.Module, image: tuple[int, ...], tensors: dict[str, np.ndarray], source: str
-) -> Any:
-    """Device arrays for a module whose call is encode, then decode.
+# Pixels are the latents.
+IDENTITY = Autoencoder("identity", {}, _same, _same, stochastic=False, scale=1.0)
+
+
+def build(
+    name: str,
+    module: nn.Module,
+    image: tuple[int, ...],
+    tensors: Mapping[str, np.ndarray] | None,
+    source: str | os.PathLike[str],
+    *,
+    stochastic: bool,
+    scale: float = 1.0,
+    shift: float = 0.0,
+) -> Autoencoder:
+    """Makes an autoencoder of a Linen module and pretrained tensors.
 
     Args:
-      module: its parameters bear PyTorch's names, see `weights.to_linen`; its `dtype` is the one
-        that parameters are cast to.
+      name: see `Autoencoder`, as `stochastic`, `scale` and `shift`.
+      module: has methods `encode` and `decode`, is called with images to do both, and bears
+        PyTorch's names, see `to_linen`; parameters are cast to its `dtype`.
       image: shape [1, H, W, C] of an image that it takes.
-      tensors: by PyTorch's names.
+      tensors: by PyTorch's names; without any, `params` holds shapes and dtypes alone.
       source: the file, for errors.
 
     Raises:
       ValueError: a tensor is missing, superfluous or of another shape; names it and the file.
     """
     images = jax.ShapeDtypeStruct(image, jnp.float32)
-    abstract = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    arrays = to_linen(tensors, abstract, source)
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     dtype = module.dtype
-    return jax.device_put(jax.tree.map(lambda a: a.astype(dtype), arrays))
+    if tensors is None:
+        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
+    else:
+        arrays = to_linen(tensors, params, source)
+        params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), arrays))
+    return Autoencoder(
+        name=name,
+        params=params,
+        encode=_method(module, "encode"),
+        decode=_method(module, "decode"),
+        stochastic=stochastic,
+        scale=scale,
+        shift=shift,
+        weights_sha256="" if tensors is None else tensors_sha256(tensors),
+    )
 
 
-def abstract_params(module: nn.Module, image: tuple[int, ...]) -> Any:
-    """Shapes and dtypes of what `load_params` loads, for a program to be compiled without it."""
-    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(image))["params"]
-    dtype = module.dtype
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract)
-
-
-def method(module: nn.Module, name: str) -> Callable[[Any, jax.Array], jax.Array]:
-    """A method of a module as a function of (params, array)."""
-
+def _method(module: nn.Module, name: str) -> Callable[[Any, jax.Array], jax.Array]:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         y: jax.Array = module.apply({"params": params}, x, method=name)  # type: ignore[assignment]
         return y
 
     return apply
+
+
+def to_linen(
+    tensors: Mapping[str, np.ndarray], abstract_params: Any, source: str | os.PathLike[str]
+) -> Any:
+    """Arranges PyTorch tensors as the parameters of Linen modules that bear PyTorch's names.
+
+    The path of a parameter, joined by dots, is its name in PyTorch, where `kernel` and `scale` are
+    called `weight`. Kernels of convolutions [O, I, kh, kw] become [kh, kw, I, O], those of dense
+    layers [O, I] become [I, O].
+
+    Args:
+      tensors: by PyTorch's names.
+      abstract_params: unboxed parameters or their abstract arrays, as of `jax.eval_shape`.
+      source: the file, for errors.
+
+    Returns:
+      A tree as `abstract_params`, of float32 NumPy arrays.
+
+    Raises:
+      ValueError: a tensor is missing, superfluous or of another shape, see `check_tensors`.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
+    shapes, orders = {}, {}
+    for path, leaf in leaves:
+        *parents, last = (str(key.key) for key in path)
+        name = ".".join([*parents, "weight" if last in ("kernel", "scale") else last])
+        orders[name] = (2, 3, 1, 0) if leaf.ndim == 4 else range(leaf.ndim)[::-1]
+        shapes[name] = tuple(leaf.shape[i] for i in np.argsort(orders[name]))
+    check_tensors(tensors, shapes, source)
+    arrays = [
+        np.asarray(tensors[name], np.float32).transpose(order) for name, order in orders.items()
+    ]
+    return jax.tree_util.tree_unflatten(structure, arrays)
 
 
 def check_image_size(images: jax.Array, factor: int) -> None:

@@ -7,25 +7,18 @@ softmax in float32.
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
 from repulsor_jax.autoencoders import weights as weight_files
-from repulsor_jax.autoencoders.base import (
-    Autoencoder,
-    abstract_params,
-    check_image_size,
-    compute_dtype,
-    load_params,
-    method,
-    upsample,
-)
-from repulsor_jax.files.tensors import read_tensors, tensors_sha256
-from repulsor_jax.files.untrusted import read_json
+from repulsor_jax.autoencoders.base import Autoencoder, build, check_image_size, upsample
+from repulsor_jax.files.tensors import read_tensors
+from repulsor_jax.files.untrusted import checked, parse, read_json
 
 REPOSITORIES = {
     "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
@@ -40,7 +33,13 @@ _WEIGHTS_TORCH = "diffusion_pytorch_model.bin"
 _ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-@dataclasses.dataclass(frozen=True)
+# A model of other sizes is not built: the tensors are compared with it afterwards.
+_Width = Annotated[int, Field(ge=1, le=8192)]
+_Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=8)]
+_Factor = Annotated[float, Field(gt=-1e6, lt=1e6)]
+
+
+@checked
 class KLConfig:
     """The keys of diffusers' config.json that matter; the defaults are Stable Diffusion's.
 
@@ -58,14 +57,14 @@ class KLConfig:
       mid_block_add_attention: attention between the two residual blocks in the middle.
     """
 
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    in_channels: int = 3
-    out_channels: int = 3
-    scaling_factor: float = 0.18215
-    shift_factor: float = 0.0
+    block_out_channels: _Widths = (128, 256, 512, 512)
+    layers_per_block: Annotated[int, Field(ge=1, le=8)] = 2
+    latent_channels: _Width = 4
+    norm_num_groups: _Width = 32
+    in_channels: _Width = 3
+    out_channels: _Width = 3
+    scaling_factor: _Factor = 0.18215
+    shift_factor: _Factor = 0.0
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -76,19 +75,7 @@ class KLConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
-_MAX_LEVELS, _MAX_WIDTH, _MAX_FACTOR = 8, 8192, 1e6
-_WHOLE = f"a whole number from 1 to {_MAX_WIDTH}"
-_EXPECTED = {
-    "block_out_channels": f"1 to {_MAX_LEVELS} whole numbers from 1 to {_MAX_WIDTH}",
-    "layers_per_block": f"a whole number from 1 to {_MAX_LEVELS}",
-    "scaling_factor": f"a number within {_MAX_FACTOR:,.0f} of 0",
-    "shift_factor": f"a number within {_MAX_FACTOR:,.0f} of 0",
-    "use_quant_conv": "true or false",
-    "use_post_quant_conv": "true or false",
-    "mid_block_add_attention": "true or false",
-}
-
-# What diffusers takes for a key that config.json leaves out, where it is not Stable Diffusion's.
+# diffusers' defaults for keys that config.json leaves out, where they are not Stable Diffusion's.
 _ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1}
 _REQUIRED = {
     "_class_name": "AutoencoderKL",
@@ -117,34 +104,12 @@ def read_config(path: pathlib.Path) -> KLConfig:
         values = found.get(key, expected)
         each = [values] if isinstance(values, str) else values
         if not isinstance(each, list) or any(value != expected for value in each):
-            raise ValueError(f"{path}: {key}: found {values!r}, expected {expected!r}")
-    values = _ABSENT | {
-        f.name: found[f.name] for f in dataclasses.fields(KLConfig) if f.name in found
-    }
+            shown = repr(values)[:80]
+            raise ValueError(f"{path}: {key}: found {shown}, expected {expected!r}")
+    names = {field.name for field in dataclasses.fields(KLConfig)}
+    values = _ABSENT | {key: value for key, value in found.items() if key in names}
     values["shift_factor"] = values.get("shift_factor") or 0.0  # null means none
-    for key, value in values.items():
-        if not _is_sensible(key, value):
-            raise ValueError(
-                f"{path}: {key}: found {value!r}, expected {_EXPECTED.get(key, _WHOLE)}"
-            )
-    values["block_out_channels"] = tuple(values["block_out_channels"])
-    return KLConfig(**values)
-
-
-def _is_sensible(key: str, value: Any) -> bool:
-    """Whether a model with this value can be built: the tensors are compared with it afterwards."""
-    if key == "block_out_channels":
-        return (
-            isinstance(value, list | tuple)
-            and 0 < len(value) <= _MAX_LEVELS
-            and all(type(width) is int and 0 < width <= _MAX_WIDTH for width in value)
-        )
-    if key in ("scaling_factor", "shift_factor"):
-        return type(value) in (int, float) and abs(value) < _MAX_FACTOR
-    if key in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
-        return type(value) is bool
-    most = _MAX_LEVELS if key == "layers_per_block" else _MAX_WIDTH
-    return type(value) is int and 0 < value <= most
+    return parse(KLConfig, values, str(path))
 
 
 class ResidualBlock(nn.Module):
@@ -270,70 +235,47 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(images)[..., : self.config.latent_channels])
 
 
-def load_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencoder:
     """Builds a KL autoencoder with pretrained weights.
 
     Args:
       name: a key of `REPOSITORIES`. "kl" reads the config.json in the folder of the weights.
       weights: a folder in diffusers' layout, its `.safetensors` or `.bin` file, or a repository
         "org/name"; empty is the published repository.
-      dtype: "float32" or "bfloat16", of parameters and of the computation.
+      dtype: of parameters and of the computation.
+      abstract: reads no weights, and of "kl" the config.json in a local folder.
 
     Raises:
       FileNotFoundError: files are missing or cannot be downloaded; says which.
-      ValueError: no weights given for "kl", an unknown dtype, a damaged file, a config.json of
-        another model, or tensors that are missing, superfluous or of another shape.
+      ValueError: no weights given for "kl", a damaged file, a config.json of another model, or
+        tensors that are missing, superfluous or of another shape.
     """
-    module_dtype = compute_dtype(dtype)
-    path = weight_files.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
-    folder = path if path.is_dir() else path.parent
-    config = KLConfig()
-    if name == "kl":
-        config = read_config(folder / "config.json")
-    elif path.is_dir() and (folder / "config.json").is_file():
-        found = read_config(folder / "config.json")
-        if found != config:
-            raise ValueError(
-                f"{folder / 'config.json'}: found {found}, expected {config}, which "
-                f"{name!r} is; set config.data.autoencoder to 'kl' for another model"
-            )
-    file = weight_files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0] if path.is_dir() else path
-    tensors = _with_current_names(read_tensors(file))
-    module = AutoencoderKL(config, module_dtype)
-    params = load_params(module, _image(config), tensors, str(file))
-    return _autoencoder(name, module, params, tensors_sha256(tensors))
-
-
-def abstract_kl(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
-    """The same with shapes in place of weights, none of which is read.
-
-    Raises:
-      ValueError, FileNotFoundError: "kl" without a folder with its config.json, or a wrong dtype.
-    """
-    module_dtype = compute_dtype(dtype)
-    config = KLConfig()
-    if name == "kl":
-        path = pathlib.Path(weights).expanduser()
-        config = read_config((path if path.is_dir() else path.parent) / "config.json")
-    module = AutoencoderKL(config, module_dtype)
-    return _autoencoder(name, module, abstract_params(module, _image(config)), "")
-
-
-def _image(config: KLConfig) -> tuple[int, int, int, int]:
-    """Shape of the smallest image."""
-    return (1, config.downsampling, config.downsampling, config.in_channels)
-
-
-def _autoencoder(name: str, module: AutoencoderKL, params: Any, sha256: str) -> Autoencoder:
-    return Autoencoder(
-        name=name,
-        params=params,
-        encode=method(module, "encode"),
-        decode=method(module, "decode"),
+    path = pathlib.Path(weights).expanduser()
+    if not abstract:
+        path = weight_files.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
+    described = (path if path.is_dir() else path.parent) / "config.json"
+    config = read_config(described) if name == "kl" else KLConfig()
+    tensors, file = None, path
+    if not abstract:
+        if name != "kl" and path.is_dir() and described.is_file():
+            found = read_config(described)
+            if found != config:
+                raise ValueError(
+                    f"{described}: found {found}, expected {config}, which {name!r} is; set "
+                    "config.data.autoencoder to 'kl' for another model"
+                )
+        if path.is_dir():
+            file = weight_files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0]
+        tensors = _with_current_names(read_tensors(file))
+    return build(
+        name,
+        AutoencoderKL(config, dtype),
+        (1, config.downsampling, config.downsampling, config.in_channels),
+        tensors,
+        file,
         stochastic=True,
-        scale=module.config.scaling_factor,
-        shift=module.config.shift_factor,
-        weights_sha256=sha256,
+        scale=config.scaling_factor,
+        shift=config.shift_factor,
     )
 
 

@@ -15,19 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax.autoencoders import weights as weight_files
-from repulsor_jax.autoencoders.base import (
-    Autoencoder,
-    abstract_params,
-    check_image_size,
-    compute_dtype,
-    load_params,
-    method,
-    upsample,
-)
-from repulsor_jax.files.tensors import read_tensors, tensors_sha256
+from repulsor_jax.autoencoders.base import Autoencoder, build, check_image_size, upsample
+from repulsor_jax.files.tensors import read_tensors
 
 _DOWNSAMPLING = 8
-_IMAGE = (1, _DOWNSAMPLING, _DOWNSAMPLING, 3)  # the smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +131,7 @@ class TinyAutoencoder(nn.Module):
         return self.decode(self.encode(images))
 
 
-def load_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+def load_tiny(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencoder:
     """Builds a tiny autoencoder with pretrained weights.
 
     Args:
@@ -149,55 +140,40 @@ def load_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoen
         file, called `diffusion_pytorch_model.safetensors` or `<name>.safetensors`, or with the
         two files `<name>_encoder` and `<name>_decoder` (`.safetensors` or `.pth`); or a
         repository "org/name". Empty is madebyollin/<name>.
-      dtype: "float32" or "bfloat16", of parameters and of the computation.
+      dtype: of parameters and of the computation.
+      abstract: reads no file.
 
     Raises:
       FileNotFoundError: files are missing or cannot be downloaded; says which.
-      ValueError: an unknown dtype, a damaged file, or tensors that are missing, superfluous or of
-        another shape.
+      ValueError: a damaged file, or tensors that are missing, superfluous or of another shape.
     """
-    config, module_dtype = CONFIGS[name], compute_dtype(dtype)
+    tensors, source = (None, "") if abstract else _read(name, weights)
+    module = TinyAutoencoder(CONFIGS[name], dtype)
+    image = (1, _DOWNSAMPLING, _DOWNSAMPLING, 3)
+    return build(name, module, image, tensors, source, stochastic=False)
+
+
+def _read(name: str, weights: str) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors by their published names, and the files that they are from."""
     both = ["diffusion_pytorch_model.safetensors", f"{name}.safetensors"]
-    published = both[1] if config.pooled else both[0]  # diffusers has no model of the pooled one
+    # diffusers has no model of the pooled ones.
+    published = both[1] if CONFIGS[name].pooled else both[0]
     path = weight_files.locate(name, weights, f"madebyollin/{name}", [published])
-    found = [path]
+    files = [path]
     if path.is_dir():
         halves = [
             [f"{name}_{part}{suffix}" for part in ("encoder", "decoder")]
             for suffix in (".safetensors", ".pth")
         ]
-        found = weight_files.find(path, [[file] for file in both] + halves)
-    if len(found) == 1:
-        tensors = _with_published_names(read_tensors(found[0]), found[0])
-    else:
-        tensors = {
-            f"{part}.{key}": tensor
-            for part, file in zip(("encoder", "decoder"), found, strict=True)
-            for key, tensor in read_tensors(file).items()
-        }
-    source = " and ".join(str(file) for file in found)
-    module = TinyAutoencoder(config, module_dtype)
-    params = load_params(module, _IMAGE, tensors, source)
-    return _autoencoder(name, module, params, tensors_sha256(tensors))
-
-
-def abstract_tiny(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
-    """The same with shapes in place of weights, none of which is read; ValueError as there."""
-    del weights
-    module = TinyAutoencoder(CONFIGS[name], compute_dtype(dtype))
-    return _autoencoder(name, module, abstract_params(module, _IMAGE), "")
-
-
-def _autoencoder(name: str, module: TinyAutoencoder, params: Any, sha256: str) -> Autoencoder:
-    return Autoencoder(
-        name=name,
-        params=params,
-        encode=method(module, "encode"),
-        decode=method(module, "decode"),
-        stochastic=False,
-        scale=1.0,
-        weights_sha256=sha256,
-    )
+        files = weight_files.find(path, [[file] for file in both] + halves)
+    if len(files) == 1:
+        return _with_published_names(read_tensors(files[0]), files[0]), str(files[0])
+    tensors = {
+        f"{part}.{key}": tensor
+        for part, file in zip(("encoder", "decoder"), files, strict=True)
+        for key, tensor in read_tensors(file).items()
+    }
+    return tensors, " and ".join(map(str, files))
 
 
 def _with_published_names(

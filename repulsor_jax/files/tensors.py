@@ -1,39 +1,27 @@
-"""Reading pretrained tensors from files, and fitting them to Linen parameters.
+"""Files of tensors: safetensors, and those that `torch.save` wrote and others published.
 
-Nothing here imports torch. A `.pth` file is a zip of a pickle and raw storages: the pickle is read
-by an unpickler that knows how to build tensors and dictionaries, and refuses everything else. What
-it takes is bounded by the size of the file.
+Nothing here imports torch or jax, and nothing that a file holds is run.
 """
 
-import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
 import pickle
+import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
+import safetensors
 
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
-_STORAGE_DTYPES = {
+_DTYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -46,9 +34,8 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+# The published files have at most 20,000. Keys of 100,000 nested tuples overflow the C stack.
+_MAX_OPCODES = 2**16
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -56,7 +43,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Args:
       path: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file that holds a state dict, as
-        `torch.save` writes it, or wrote it before PyTorch 1.6. No code of the file is run.
+        `torch.save` writes it, or wrote it before PyTorch 1.6 (the FID Inception is so published).
 
     Returns:
       Names to arrays in the file's shapes and dtypes (bfloat16 as `ml_dtypes.bfloat16`).
@@ -70,13 +57,42 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: found no such file, expected a file of tensors")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in _TORCH_SUFFIXES:
-        return _read_torch(path)
-    raise ValueError(
-        f"{path}: found suffix {path.suffix!r}, expected .safetensors or one of "
-        f"{', '.join(_TORCH_SUFFIXES)}"
-    )
+        file = open_safetensors(path)
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}
+    if path.suffix not in _TORCH_SUFFIXES:
+        raise ValueError(
+            f"{path}: found suffix {path.suffix!r}, expected .safetensors or one of "
+            f"{', '.join(_TORCH_SUFFIXES)}"
+        )
+    try:
+        with path.open("rb") as stream:
+            is_zip = stream.read(2) == b"PK"
+        return _read_zip(path) if is_zip else _read_legacy(path)
+    except Exception as error:  # damage and malice raise nearly anything
+        reason = str(error)[:200] or type(error).__name__
+        raise ValueError(
+            f"{path}: damaged, or holds objects that are not tensors: {reason}. Fetch it again, or "
+            "save its state dict as .safetensors"
+        ) from error
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> Any:
+    """Maps a safetensors file; a tensor is read when it is asked for.
+
+    Returns:
+      safetensors' `safe_open` for NumPy: `keys()`, `get_tensor(name)` and `get_slice(name)`, with
+      bfloat16 as `ml_dtypes.bfloat16`.
+
+    Raises:
+      ValueError: the file cannot be read, or its header does not fit it; names the file.
+    """
+    try:
+        return safetensors.safe_open(path, "np").__enter__()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path}: damaged, cut short or no safetensors file ({error}): fetch it again"
+        ) from error
 
 
 def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
@@ -99,357 +115,160 @@ def check_tensors(
 ) -> None:
     """Raises ValueError unless `tensors` are those of `expected`: names and shapes.
 
-    The error names the file `source`, the first tensor at fault, the shape found and the one
-    expected, and says how many more there are.
+    The error names the file `source` and the first tensor at fault, and counts the others.
     """
     faults = []
-    for name, shape in expected.items():
-        if name not in tensors:
-            faults.append(f"{name}: found no such tensor, expected one of shape {list(shape)}")
-        elif tensors[name].shape != shape:
-            found = list(tensors[name].shape)
-            faults.append(f"{name}: found shape {found}, expected {list(shape)}")
-    for name in sorted(set(tensors) - set(expected)):
-        shape = tensors[name].shape
-        faults.append(f"{name}: found a tensor of shape {list(shape)}, expected none of this name")
+    for name in [*expected, *sorted(set(tensors) - set(expected))]:
+        found = f"shape {list(tensors[name].shape)}" if name in tensors else "no such tensor"
+        wanted = list(expected[name]) if name in expected else "none of this name"
+        if found != f"shape {wanted}":
+            faults.append(f"{name}: found {found}, expected {wanted}")
     if faults:
         others = f" (and {len(faults) - 1} more that do not fit)" if len(faults) > 1 else ""
         raise ValueError(f"{source}: {faults[0]}{others}")
 
 
-def to_linen(
-    tensors: Mapping[str, np.ndarray], abstract_params: Any, source: str | os.PathLike[str]
-) -> Any:
-    """Arranges PyTorch tensors as the parameters of Linen modules that bear PyTorch's names.
+class _Storage(NamedTuple):
+    """A flat array of the file."""
 
-    The path of a parameter, joined by dots, is its name in PyTorch, but that `kernel` and `scale`
-    are there called `weight`. Kernels of convolutions [O, I, kh, kw] become [kh, kw, I, O], those
-    of dense layers [O, I] become [I, O].
-
-    Args:
-      tensors: by PyTorch's names.
-      abstract_params: unboxed parameters or their abstract arrays, as of `jax.eval_shape`.
-      source: the file, for errors.
-
-    Returns:
-      A tree as `abstract_params`, of float32 NumPy arrays.
-
-    Raises:
-      ValueError: a tensor is missing, superfluous or of another shape, see `check_tensors`.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params)
-    names = [_torch_name([str(key.key) for key in path]) for path, _ in leaves]
-    shapes = [leaf.shape[::-1] if leaf.ndim != 4 else _oihw(leaf.shape) for _, leaf in leaves]
-    check_tensors(tensors, dict(zip(names, shapes, strict=True)), source)
-    arrays = (np.asarray(tensors[name], np.float32) for name in names)
-    arranged = [np.transpose(a, (2, 3, 1, 0)) if a.ndim == 4 else np.transpose(a) for a in arrays]
-    return jax.tree_util.tree_unflatten(structure, arranged)
+    dtype: np.dtype
+    key: str
+    size: int
 
 
-def _torch_name(path: list[str]) -> str:
-    leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
-    return ".".join([*path[:-1], leaf])
+class _Tensor(NamedTuple):
+    """A view of a storage; the offset counts elements, the strides bytes."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def _oihw(shape: tuple[int, ...]) -> tuple[int, ...]:
-    height, width, inputs, outputs = shape
-    return outputs, inputs, height, width
+class _StateDict(dict[str, Any]):
+    """Stands for OrderedDict, and drops the attributes in which PyTorch notes versions."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    # safetensors' own NumPy reader knows no bfloat16; its parser hands out the bytes.
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        entries = deserialize(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: found {path.stat().st_size} bytes that are not a whole safetensors file "
-            f"({error}); fetch it anew"
-        ) from error
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(
-                f"{path}: {name}: found dtype {entry['dtype']}, expected one of "
-                f"{', '.join(_SAFETENSORS_DTYPES)}"
-            )
-        flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
-
-
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    if not zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start[:1] == b"\x80":
-            return _read_legacy(path)
-        if start == b"PK":
-            raise ValueError(
-                f"{path}: found {size} bytes, the start of a zip without its end; the file is "
-                "truncated, fetch it anew"
-            )
-        raise ValueError(f"{path}: found {size} bytes that are no zip, expected a torch.save file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _unpickle(path, archive)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: the zip is damaged ({error}); fetch it anew") from error
-
-
-def _unpickle(path: pathlib.Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-    if len(pickles) != 1:
-        raise ValueError(f"{path}: found a zip without data.pkl, expected a torch.save file")
-    folder = pickles[0].removesuffix("data.pkl")
-    order = folder + "byteorder"
-    if order in archive.namelist():
-        with archive.open(_stored(archive, order)) as stream:
-            found = stream.read(16)
-        if found != b"little":
-            raise ValueError(f"{path}: found byte order {found!r}, expected little")
-    budget = _Budget(path.stat().st_size)
-
-    def read(key: str, size: int, dtype: np.dtype) -> np.ndarray:
-        entry = _stored(archive, f"{folder}data/{key}")
-        if entry.file_size != size * dtype.itemsize:
-            raise pickle.UnpicklingError(
-                f"found storage {key} with {entry.file_size // dtype.itemsize} x {dtype}, expected "
-                f"{size} x {dtype}"
-            )
-        budget.spend(entry.file_size)
-        return np.frombuffer(archive.read(entry), dtype)
-
-    try:
-        with archive.open(_stored(archive, pickles[0])) as stream:
-            value = _Unpickler(stream, budget.total, read).load()
-    except zipfile.BadZipFile:
-        raise
-    except Exception as error:
-        raise _not_tensors(path, error) from error
-    return _tensors_only(path, value)
-
-
-def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A member that takes no more memory than it takes in the file, as torch.save writes all."""
-    entry = archive.getinfo(name)
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise pickle.UnpicklingError(f"found {name} compressed, expected it stored as it is")
-    return entry
-
-
-@dataclasses.dataclass
-class _Budget:
-    """Bytes of storages that a file may ask for: as many as it has itself."""
-
-    total: int
-    spent: int = 0
-
-    def spend(self, size: int) -> None:
-        self.spent += size
-        if size < 0 or self.spent > self.total:
-            raise pickle.UnpicklingError(
-                f"found storages of {self.spent:,} bytes or more in a file of {self.total:,}"
-            )
-
-
-def _not_tensors(path: pathlib.Path, error: Exception) -> ValueError:
-    """What to say of a pickle: hostile or damaged ones make the unpickler raise nearly anything."""
-    reason = str(error) or ("it ends early" if type(error) is EOFError else type(error).__name__)
-    return ValueError(f"{path}: its pickle is not one of tensors: {reason}")
-
-
-def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads the format before PyTorch 1.6: pickles in a row, then the storages' bytes.
-
-    The pickles are a magic number, a version, the machine's sizes, the object, and the storages'
-    keys in the order of their bytes, each of which follows its length.
-    """
-    storages: dict[str, np.ndarray] = {}
-    budget = _Budget(path.stat().st_size)
-
-    def allocate(key: str, size: int, dtype: np.dtype) -> np.ndarray:
-        # Tensors are views of storages whose bytes come after them.
-        budget.spend(size * dtype.itemsize)
-        storages[key] = np.empty(size, dtype)
-        return storages[key]
-
-    with path.open("rb") as file:
-        try:
-            magic, _, machine, value, keys = (
-                _Unpickler(file, budget.total, allocate).load() for _ in range(5)
-            )
-            if magic != _LEGACY_MAGIC or not machine["little_endian"]:
-                raise pickle.UnpicklingError("found no little-endian file of torch.save")
-            for key in keys:
-                storage = storages[key]
-                length = int.from_bytes(file.read(8), "little")
-                data = storage.view(np.uint8).data
-                if length != storage.size or file.readinto(data) != len(data):
-                    raise pickle.UnpicklingError(
-                        f"storage {key} is not whole; the file is truncated, fetch it anew"
-                    )
-        except Exception as error:
-            raise _not_tensors(path, error) from error
-    if set(keys) != set(storages):
-        raise ValueError(f"{path}: found no bytes for some tensors, expected all; fetch it anew")
-    return _tensors_only(path, value)
-
-
-def _tensors_only(path: pathlib.Path, value: Any) -> dict[str, np.ndarray]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a {type(value).__name__}, expected a dict of tensors")
-    for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
-            raise ValueError(
-                f"{path}: found {name!r}: a {type(tensor).__name__}, expected only tensors by "
-                "name; save the state dict alone"
-            )
-    return dict(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """The flat array that tensors are views of; only `persistent_load` makes one."""
-
-    array: np.ndarray
-
-
-def _empty_dict() -> dict[str, Any]:
-    return {}
-
-
-def _tensor(
-    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-) -> np.ndarray:
-    # A view of a view could reach beyond the memory of the storage: no other array will do.
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError(f"found a tensor on a {type(storage).__name__}")
-    array = storage.array
-    if offset < 0 or min((*shape, *strides), default=0) < 0 or len(shape) != len(strides):
-        raise pickle.UnpicklingError(f"found offset {offset}, shape {shape}, strides {strides}")
+def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"found a tensor on a {type(storage).__name__}, or with odd strides")
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if math.prod(shape) and (last >= array.size or math.prod(shape) > array.size):
-        raise pickle.UnpicklingError(f"found shape {shape} beyond the storage's {array.size}")
-    steps = [stride * array.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(array[offset:], shape, steps, writeable=False)
+    if math.prod(shape) and max(last + 1, math.prod(shape)) > storage.size:
+        raise ValueError(f"found a tensor {shape} beyond the {storage.size} values it is part of")
+    itemsize = storage.dtype.itemsize
+    return _Tensor(storage, offset, tuple(shape), tuple(stride * itemsize for stride in strides))
 
 
-def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-    return data
+class _Unpickler(pickle.Unpickler):
+    """Builds dictionaries, tuples, numbers, strings and tensors, and calls nothing else.
 
-
-_GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _empty_dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGE_DTYPES.items()},
-}
-
-
-class _Opcodes(dict[int, Callable[[Any], None]]):
-    """The opcodes that a pickle of tensors needs; any other is refused."""
-
-    def __missing__(self, opcode: int) -> Callable[[Any], None]:
-        raise pickle.UnpicklingError(f"found the opcode {bytes([opcode])!r}, which is refused")
-
-
-# Python's own unpickler, not the one in C: that one allocates what a pickle of a few bytes asks
-# for, and its opcodes cannot be chosen.
-class _Unpickler(pickle._Unpickler):
-    """Builds dictionaries of tensors, and nothing else."""
-
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-
-    def __init__(
-        self, stream: IO[bytes], size: int, read_storage: Callable[[str, int, np.dtype], np.ndarray]
-    ):
-        super().__init__(_Clipped(stream, size))
-        self._read_storage = read_storage
-        self._storages: dict[str, _Storage] = {}
+    Each reference to a function gets a new one, so that a pickle that sets attributes of it
+    changes nothing that outlives the file.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few things a state dict refers to; raises UnpicklingError for any other."""
-        if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(
-                f"found {module}.{name}, which is refused; nothing was run"
-            )
-        return _GLOBALS[module, name]
+        """What a state dict refers to; raises ValueError for any other name."""
+        match f"{module}.{name}":
+            case "collections.OrderedDict":
+                return lambda: _StateDict()
+            case "torch._utils._rebuild_tensor_v2":
+                return lambda *arguments: _tensor(*arguments)
+            case "torch._utils._rebuild_parameter":
+                return lambda tensor, *_: tensor
+        if module == "torch" and name in _DTYPES:
+            return name
+        raise ValueError(f"found {module}.{name}, which is refused; nothing was run")
 
     def persistent_load(self, pid: Any) -> _Storage:
         """The storage that a tensor is a view of."""
-        kind, dtype, key, _, size, *view = pid
-        # The old format ends with a view into another storage, long unused and so None.
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
-            raise pickle.UnpicklingError(f"found a persistent {kind!r}, expected a storage")
+        _, kind, key, _, size, *_ = pid
         if type(key) is not str or type(size) is not int:
-            raise pickle.UnpicklingError("found a storage without a name and a size")
-        if key not in self._storages:
-            self._storages[key] = _Storage(self._read_storage(key, size, dtype))
-        array = self._storages[key].array
-        if array.dtype != dtype or array.size != size:
-            raise pickle.UnpicklingError(
-                f"found storage {key} with {array.size} x {array.dtype}, expected {size} x {dtype}"
-            )
-        return self._storages[key]
+            raise ValueError("found a storage without a name and a size")
+        return _Storage(np.dtype(_DTYPES[kind]), key, size)
 
-    def _set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # To hash another key can take any depth of recursion.
-            if type(target) is not dict or type(key) is not str:
-                raise pickle.UnpicklingError(
-                    f"found a {type(key).__name__} as key of a {type(target).__name__}, expected "
-                    "names of tensors"
-                )
-            target[key] = value
 
-    def _load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
+def _load(stream: io.BytesIO) -> Any:
+    """Unpickles the next value of a stream.
 
-    def _load_setitems(self) -> None:
-        self._set_items(self.pop_mark())
+    The opcodes are looked through first: before Python 3.12, one large index of the memo makes the
+    unpickler reserve gigabytes.
+    """
+    start = stream.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        index = int(argument or 0) if opcode.name in ("PUT", "LONG_BINPUT") else 0
+        if max(count, index) > _MAX_OPCODES:
+            raise ValueError(f"found a pickle of more than {_MAX_OPCODES:,} opcodes or objects")
+    stream.seek(start)
+    return _Unpickler(stream).load()
 
-    def _load_build(self) -> None:
-        """Drops the attributes of a state dict, PyTorch's notes on versions."""
-        self.stack.pop()
-        if type(self.stack[-1]) is not dict:
-            raise pickle.UnpicklingError(f"found attributes of a {type(self.stack[-1]).__name__}")
 
-    dispatch = _Opcodes(
-        {
-            opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
-            for opcode in (
-                *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE),
-                *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
-                *(pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
-                *(pickle.SHORT_BINSTRING, pickle.BINSTRING, pickle.EMPTY_TUPLE, pickle.TUPLE),
-                *(pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND),
-                *(pickle.APPENDS, pickle.EMPTY_DICT, pickle.BINPUT, pickle.LONG_BINPUT),
-                *(pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL),
-                *(pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BINPERSID),
-            )
+def _load_tensors(stream: io.BytesIO) -> dict[str, _Tensor]:
+    value = _load(stream)
+    if not isinstance(value, dict):
+        raise ValueError(f"found a {type(value).__name__}, expected a dict of tensors")
+    for name, tensor in value.items():
+        if type(name) is not str or not isinstance(tensor, _Tensor):
+            shown = name if type(name) is str else type(name).__name__
+            raise ValueError(f"found {shown!r}: a {type(tensor).__name__}, expected only tensors")
+    return value
+
+
+def _view(tensor: _Tensor, arrays: Mapping[_Storage, np.ndarray]) -> np.ndarray:
+    array = arrays[tensor.storage][tensor.offset :]
+    strided = np.lib.stride_tricks.as_strided
+    return strided(array, tensor.shape, tensor.strides, writeable=False)
+
+
+def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads a zip of a pickle and raw storages, none of them compressed."""
+    left = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        folders = [name[:-8] for name in names if name.split("/")[1:] == ["data.pkl"]]
+        if len(folders) != 1:
+            raise ValueError("found a zip without data.pkl, which torch.save writes")
+
+        def read(name: str) -> bytes:
+            # The file bounds the memory: its entries may be neither compressed nor overlap.
+            nonlocal left
+            entry = archive.getinfo(folders[0] + name)
+            left -= max(entry.file_size, entry.compress_size)
+            if entry.compress_type != zipfile.ZIP_STORED or left < 0:
+                raise ValueError(f"found {entry.filename} compressed, or larger than the file")
+            return archive.read(entry)
+
+        if folders[0] + "byteorder" in names and (order := read("byteorder")) != b"little":
+            raise ValueError(f"found byte order {order[:16]!r}, expected little")
+        tensors = _load_tensors(io.BytesIO(read("data.pkl")))
+        arrays = {
+            storage: np.frombuffer(read(f"data/{storage.key}"), storage.dtype, storage.size)
+            for storage in {tensor.storage for tensor in tensors.values()}
         }
-        | {
-            pickle.SETITEM[0]: _load_setitem,
-            pickle.SETITEMS[0]: _load_setitems,
-            pickle.BUILD[0]: _load_build,
-        }
-    )
+    return {name: _view(tensor, arrays) for name, tensor in tensors.items()}
 
 
-class _Clipped:
-    """A stream that is asked for no more than the file has: who asks may allocate it first."""
+def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the format before PyTorch 1.6: five pickles in a row, then the storages' bytes.
 
-    def __init__(self, stream: IO[bytes], size: int):
-        self._stream, self._size = stream, size
-
-    def read(self, size: int) -> bytes:
-        return self._stream.read(min(size, self._size))
-
-    def readline(self) -> bytes:
-        return self._stream.readline(self._size)
+    The pickles are a magic number, a version, the machine's sizes, the state dict, and the
+    storages' keys in the order of their bytes, each of which follow their number of elements.
+    """
+    content = path.read_bytes()
+    stream = io.BytesIO(content)
+    magic, _, machine = (_load(stream) for _ in range(3))
+    if magic != 0x1950A86A20F9469CFC6C or machine["little_endian"] is not True:
+        raise ValueError("found no little-endian file of torch.save")
+    tensors, keys = _load_tensors(stream), _load(stream)
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    arrays = {}
+    for storage in (storages[key] for key in keys):
+        if int.from_bytes(stream.read(8), "little") != storage.size:
+            raise ValueError(f"found no storage {storage.key} of {storage.size} values")
+        array = np.frombuffer(content, storage.dtype, storage.size, stream.tell())
+        stream.seek(array.nbytes, io.SEEK_CUR)
+        arrays[storage] = array
+    return {name: _view(tensor, arrays) for name, tensor in tensors.items()}

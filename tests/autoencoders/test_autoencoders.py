@@ -1,4 +1,4 @@
-"""The registry, where weights are looked for, and decoding in slices and tiles."""
+"""The registry, where weights are looked for, PyTorch's layouts, and decoding in slices."""
 
 import sys
 import types
@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from safetensors.numpy import save_file
 
-from repulsor_jax.autoencoders import (
-    AUTOENCODERS,
-    decode_in_slices,
-    decode_in_tiles,
-    get_autoencoder,
-    kl,
-    weights,
-)
-from repulsor_jax.autoencoders.base import method, upsample
+from repulsor_jax.autoencoders import AUTOENCODERS, decode_in_slices, get_autoencoder, kl, weights
+from repulsor_jax.autoencoders.base import to_linen, upsample
 from repulsor_jax.planning import hlo
 from repulsor_jax.sharding import batch_sharding, create_mesh, replicated, use_mesh
 
@@ -39,7 +33,9 @@ def test_names():
     with pytest.raises(ValueError, match=r"autoencoder_weights: found none.*config\.json"):
         get_autoencoder("kl")
     for name in ("kl", "taesd"):
-        with pytest.raises(ValueError, match="dtype: found 'float16', expected one of float32"):
+        with pytest.raises(
+            ValueError, match="dtype: found 'float16', expected float32 or bfloat16"
+        ):
             get_autoencoder(name, weights="x/y", dtype="float16")
 
 
@@ -119,6 +115,29 @@ def test_every_name_is_known(monkeypatch):
             get_autoencoder(name)
 
 
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.GroupNorm(1, name="norm.0")(nn.Conv(4, (3, 2), name="conv")(x))
+        return nn.Dense(5, name="out")(x)
+
+
+def test_pytorch_tensors_as_linen_parameters():
+    abstract = jax.eval_shape(Layers().init, jax.random.key(0), np.zeros((1, 6, 6, 3)))["params"]
+    shapes = {"conv.weight": (4, 3, 3, 2), "norm.0.weight": (4,), "out.weight": (5, 4)}
+    shapes |= {"conv.bias": (4,), "norm.0.bias": (4,), "out.bias": (5,)}
+    tensors = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    params = to_linen(tensors, abstract, "file")
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda a: a.shape, abstract)
+    assert params["conv"]["kernel"][2, 1, 0, 3] == tensors["conv.weight"][3, 0, 2, 1]
+    np.testing.assert_array_equal(params["out"]["kernel"], tensors["out.weight"].T)
+    np.testing.assert_array_equal(params["norm.0"]["scale"], tensors["norm.0.weight"])
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def small_decode(params, latents):
     """A decoder that is quick to compile: each image is normed, and looks at itself alone."""
     mean, var = (f(latents, axis=(1, 2, 3), keepdims=True) for f in (jnp.mean, jnp.var))
@@ -127,17 +146,15 @@ def small_decode(params, latents):
     return jax.lax.conv_general_dilated(x, params, (1, 1), "SAME", dimension_numbers=dimensions)
 
 
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 KERNEL = normal(9, 3, 3, 3, 3)
 
 
 @pytest.fixture(scope="module")
 def kl_model():
     """A small KL decoder with its own random parameters."""
-    config = kl.KLConfig((4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=3)
+    config = kl.KLConfig(
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=3
+    )
     module = kl.AutoencoderKL(config)
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     rng = np.random.default_rng(0)
@@ -148,7 +165,10 @@ def kl_model():
             return (1 + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
         return (rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5).astype(np.float32)
 
-    return method(module, "decode"), jax.tree.map(draw, abstract)
+    def decode(params, latents):
+        return module.apply({"params": params}, latents, method="decode")
+
+    return decode, jax.tree.map(draw, abstract)
 
 
 @pytest.mark.parametrize(("batch", "slice_size"), [(5, 2), (6, 3), (3, 8), (5, 1)])
@@ -204,86 +224,3 @@ def test_slices_on_a_mesh_move_nothing(fsdp, batch, slice_size, rows):
 
 def test_slices_of_the_kl_decoder_on_a_mesh_move_nothing(kl_model):
     assert_slices_move_nothing(*kl_model, fsdp=2, batch=32, slice_size=16, rows=2)
-
-
-def triple(params, latents):
-    """A decoder without surroundings: every position becomes 3 x 3 pixels of its own values."""
-    columns = jnp.repeat(jnp.repeat(latents, 3, 1), 3, 2)
-    pixels = np.tile(np.arange(9.0, dtype=np.float32).reshape(3, 3), latents.shape[1:3])
-    return columns * pixels[None, :, :, None]
-
-
-@pytest.mark.parametrize(
-    ("size", "tile", "overlap"),
-    [((9, 7), 4, 1), ((6, 5), 4, 3), ((9, 6), 5, 0), ((3, 8), 5, 2), ((4, 4), 8, 2)],
-)
-def test_tiles_of_a_pointwise_decoder_are_exact(size, tile, overlap):
-    latents = normal(3, 2, *size, 3)
-    found = jax.jit(lambda x: decode_in_tiles(triple, {}, x, tile, overlap))(latents)
-    expected = np.kron(latents, np.arange(9.0).reshape(1, 3, 3, 1))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def averaging(params, latents):
-    """A decoder that sees two positions to every side, and a border of zeros: a 5 x 5 mean."""
-    mean = jax.lax.reduce_window(latents, 0.0, jax.lax.add, (1, 5, 5, 1), (1, 1, 1, 1), "SAME") / 25
-    return jnp.repeat(jnp.repeat(mean, 2, 1), 2, 2)
-
-
-def test_tiles_of_a_convolution_are_exact_away_from_overlaps():
-    latents = normal(4, 1, 14, 14, 2)
-    tile, overlap = 8, 2
-
-    @jax.jit
-    def both(x):
-        return decode_in_tiles(averaging, {}, x, tile, overlap), averaging({}, x)
-
-    found, expected = map(np.asarray, both(latents))
-    error = np.abs(found - expected).max(axis=(0, 3))
-    # Tiles cover 0 to 7 and 6 to 13: positions 6 and 7 are in both, pixels 12 to 15.
-    away = [i for i in range(28) if not 12 <= i < 16]
-    assert error[np.ix_(away, away)].max() < 1e-6
-    assert error[12:16].max() > 1e-2
-
-
-def test_tiles_blend_linearly():
-    # Tiles of constant value: what is seen in an overlap is the weight of the second.
-    latents = np.arange(10, dtype=np.float32).reshape(1, 1, 10, 1)
-
-    def constant(params, part):
-        return jnp.broadcast_to(part[:, :, :1], part.shape).repeat(2, 1).repeat(2, 2)
-
-    found = jax.jit(lambda x: decode_in_tiles(constant, {}, x, 6, 2))(latents)[0, 0, :, 0]
-    # Tiles begin at 0 and 4; pixels 8 to 11 are shared.
-    expected = [0.0] * 8 + [4 * (i + 0.5) / 4 for i in range(4)] + [4.0] * 8
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_tiles_of_the_kl_decoder_are_near(kl_model):
-    decode, params = kl_model
-    latents = normal(5, 1, 24, 24, 3)
-    whole = jax.jit(decode)(params, latents)
-    found = jax.jit(lambda p, x: decode_in_tiles(decode, p, x, 16, 8))(params, latents)
-    assert found.shape == whole.shape
-    # Group norm and attention see the tile alone: near, not equal.
-    found, whole = np.asarray(found), np.asarray(whole)
-    error = np.sqrt(np.mean((found - whole) ** 2)) / whole.std()
-    assert 1e-3 < error < 0.2, error
-
-
-def test_tiles_of_slices():
-    latents = normal(6, 4, 6, 6, 3)
-    sliced = lambda p, x: decode_in_slices(small_decode, p, x, 2)
-
-    @jax.jit
-    def both(params, x):
-        return [decode_in_tiles(decode, params, x, 4, 2) for decode in (sliced, small_decode)]
-
-    found, expected = both(KERNEL, latents)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("overlap", [-1, 4, 5])
-def test_overlap_is_less_than_a_tile(overlap):
-    with pytest.raises(ValueError, match=f"overlap: found {overlap} with tiles of 4"):
-        decode_in_tiles(triple, {}, jnp.zeros((1, 8, 8, 1)), 4, overlap)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from repulsor_jax.autoencoders import get_autoencoder, tiny
-from repulsor_jax.autoencoders.base import load_params, method
+from repulsor_jax.autoencoders.base import build
 from repulsor_jax.files.tensors import read_tensors
 from tests.conftest import SHARED
 from tests.oracles import autoencoders as oracles
@@ -44,9 +44,9 @@ def test_recorded_values(values, dtype, bound):
     state = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
     width, channels = state["decoder.1.weight"].shape[:2]
     module = tiny.TinyAutoencoder(tiny.TinyConfig(channels, pooled=True, width=width), dtype)
-    params = load_params(module, (1, 8, 8, 3), state, "the fixture")
-    encoded = jax.jit(method(module, "encode"))(params, values["images"])
-    decoded = jax.jit(method(module, "decode"))(params, values["tiny/latents"])
+    ours = build("tiny", module, (1, 8, 8, 3), state, "the fixture", stochastic=False)
+    encoded = jax.jit(ours.encode)(ours.params, values["images"])
+    decoded = jax.jit(ours.decode)(ours.params, values["tiny/latents"])
     assert encoded.dtype == decoded.dtype == jnp.float32
     assert relative_error(encoded, values["tiny/encoded"]) < bound
     assert relative_error(decoded, values["tiny/decoded"]) < bound

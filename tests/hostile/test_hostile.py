@@ -29,7 +29,7 @@ from PIL import Image
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import main
-from repulsor_jax.autoencoders import kl
+from repulsor_jax.autoencoders import get_autoencoder, kl
 from repulsor_jax.autoencoders import weights as weight_files
 from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
 from repulsor_jax.data import latents
@@ -40,9 +40,9 @@ from repulsor_jax.evaluation import reference
 from repulsor_jax.files import pictures, tensors, untrusted
 from repulsor_jax.files.checksums import values_sha256
 from repulsor_jax.inference import run as run_lib
-from tests.files.test_tensors import Call, Global, TorchPickler, tensor, write_torch
 from tests.oracles import tiny
 from tests.oracles.latent_sets import edit, random_latents, write
+from tests.oracles.torch_files import Call, dumps, tensor, write_legacy, write_zip
 
 MARGIN = 96 * 2**20  # bytes
 HUGE = 160 * 2**20
@@ -109,23 +109,17 @@ def read_error(source, index=0):
 # Weights.
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pth_that_calls_a_function(tmp_path, zipped):
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_a_pth_that_calls_a_function(tmp_path, write):
     path, marker = tmp_path / "evil.pth", tmp_path / "ran"
-    value = {"x": Call(Global("os", "system"), f"touch {marker}")}
-    write_torch(path, value, {})
-    with zipfile.ZipFile(path) as archive:
-        content = archive.read("archive/data.pkl")
+    content = dumps({"x": Call("os", "system", f"touch {marker}")})
     pickle.loads(content)
     assert marker.exists()
     marker.unlink()
-    if not zipped:
-        sizes = {"little_endian": True, "type_sizes": {}, "protocol_version": 1001}
-        lead = [0x1950A86A20F9469CFC6C, 1001, sizes]
-        path.write_bytes(b"".join(pickle.dumps(each, 2) for each in lead) + content)
-    for read in (tensors.read_tensors, lambda file: kl.load_kl("kl", weights=str(file.parent))):
-        path.with_name("config.json").write_text("{}")
-        path.with_name("diffusion_pytorch_model.bin").write_bytes(path.read_bytes())
+    write(path, content)
+    path.with_name("config.json").write_text("{}")
+    path.with_name("diffusion_pytorch_model.bin").write_bytes(path.read_bytes())
+    for read in (tensors.read_tensors, lambda x: get_autoencoder("kl", weights=str(x.parent))):
         with pytest.raises(ValueError, match=r"\.(pth|bin): .*os\.system, which is refused"):
             read(path)
         assert not marker.exists()
@@ -138,33 +132,20 @@ def test_a_view_of_a_view_does_not_read_other_memory(tmp_path):
     beyond = np.lib.stride_tricks.as_strided(view[9:], (50,), (4,))
     assert view.size > 9 + 49
     assert beyond[-1] == 139
-    rebuild = Global("torch._utils", "_rebuild_tensor_v2")
     inner = tensor("0", memory[:100], (10, 10), (10, 1))
-    value = {"x": Call(rebuild, inner, 9, (50,), (1,), False, {})}
-    with pytest.raises(ValueError, match=r"x\.pth: .*a tensor on a ndarray"):
-        tensors.read_tensors(write_torch(tmp_path / "x.pth", value, {"0": memory[:100]}))
+    value = {"x": Call("torch._utils", "_rebuild_tensor_v2", inner, 9, (50,), (1,), False, {})}
+    with pytest.raises(ValueError, match=r"x\.pth: .*a tensor on a _Tensor"):
+        tensors.read_tensors(write_zip(tmp_path / "x.pth", dumps(value), {"0": memory[:100]}))
 
 
 def test_tensors_take_no_more_than_the_file(tmp_path):
     one = np.ones(1, np.float32)
-    path = write_torch(tmp_path / "x.pth", {"x": tensor("0", one, (10**12,), (0,))}, {"0": one})
-    with pytest.raises(ValueError, match=r"x\.pth: .*beyond the storage's 1"):
+    value = {"x": tensor("0", one, (10**12,), (0,))}
+    path = write_zip(tmp_path / "y.pth", dumps(value), {"0": one})
+    with pytest.raises(ValueError, match=r"y\.pth: .*beyond the 1 values"):
         tensors.read_tensors(path)
-    # In the format before the zip, storages are made before their bytes are looked for.
-    many = np.broadcast_to(one, 2**18)
-    lead = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
-    with path.with_name("y.pth").open("wb") as file:
-        for value in (*lead, {k: tensor(k, many, strides=(1,)) for k in "abc"}, list("abc")):
-            TorchPickler(file, protocol=2).dump(value)
-        file.write(bytes(2 * many.nbytes // 4 * 4))
-    path = path.with_name("y.pth")
-    with pytest.raises(
-        ValueError, match=r"y\.pth: .*found storages of 3,145,728 bytes or more in a"
-    ):
-        tensors.read_tensors(path)
-    size = HUGE // 4
-    value = {"x": tensor("0", np.broadcast_to(one, size), (size,), (1,))}
-    write_torch(path, value, {})
+    value = {"x": tensor("0", np.broadcast_to(one, HUGE // 4), strides=(1,))}
+    write_zip(path, dumps(value))
     with (
         zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("archive/data/0", "w") as member,
@@ -177,6 +158,10 @@ def test_tensors_take_no_more_than_the_file(tmp_path):
             archive.read("archive/data/0")
         with pytest.raises(ValueError, match=r"y\.pth: .*found archive/data/0 compressed"):
             tensors.read_tensors(path)
+    # Storages of the older format lie in one file, too.
+    write_legacy(path, dumps(value), {"0": one})
+    with little_memory(), pytest.raises(ValueError, match=r"y\.pth: .*found no storage 0 of 41,?9"):
+        tensors.read_tensors(path)
 
 
 PICKLES = {
@@ -198,11 +183,7 @@ PICKLES = {
 @pytest.mark.parametrize("content", PICKLES.values(), ids=PICKLES)
 def test_pickles_of_tensors_that_are_none(tmp_path, content, legacy):
     path = tmp_path / "x.pth"
-    if legacy:
-        path.write_bytes(content if content[:1] == b"\x80" else b"\x80\x02" + content)
-    else:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", content)
+    (write_legacy if legacy else write_zip)(path, content)
     with little_memory(), pytest.raises(ValueError, match=r"x\.pth: ") as error:
         tensors.read_tensors(path)
     assert len(str(error.value)) < 500
@@ -211,20 +192,19 @@ def test_pickles_of_tensors_that_are_none(tmp_path, content, legacy):
 def test_a_small_pickle_takes_little_memory(tmp_path):
     """The unpickler in C makes room for the highest index at once, or did."""
     content = b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b"."
-    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
-        archive.writestr("archive/data.pkl", content)
+    write_zip(tmp_path / "x.pth", content)
     with little_memory():
         if sys.version_info < (3, 12):
             with pytest.raises(MemoryError):
                 pickle.loads(content)
-        assert tensors.read_tensors(tmp_path / "x.pth") == {}
+        with pytest.raises(ValueError, match="a pickle of more than 65,536"):
+            tensors.read_tensors(tmp_path / "x.pth")
 
 
 def test_attributes_of_a_state_dict_are_dropped(tmp_path):
     content = b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb."
     assert pickle.loads(content).items == 1
-    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
-        archive.writestr("archive/data.pkl", content)
+    write_zip(tmp_path / "x.pth", content)
     assert tensors.read_tensors(tmp_path / "x.pth") == {}
 
 
@@ -247,7 +227,7 @@ SAFETENSORS = {
 def test_safetensors_that_lie(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with little_memory(), pytest.raises(ValueError, match=r"x\.safetensors: found \d+ bytes"):
+    with little_memory(), pytest.raises(ValueError, match=r"x\.safetensors: damaged, cut"):
         tensors.read_tensors(path)
 
 
@@ -256,18 +236,18 @@ def test_safetensors_that_lie(tmp_path, content):
     [
         ("[" * 10**6, "nested too deeply"),
         ("3", "found int, expected a JSON object"),
-        ('{"block_out_channels": 7}', "block_out_channels: found 7, expected 1 to 8 whole numbers"),
-        ('{"block_out_channels": [1000000000]}', "block_out_channels: found"),
-        (json.dumps({"block_out_channels": [8] * 60}), "block_out_channels: found"),
-        ('{"layers_per_block": 1000000000}', "layers_per_block: .*whole number from 1 to 8"),
-        ('{"in_channels": "3"}', "in_channels: found '3', expected a whole number"),
-        ('{"scaling_factor": 1e999}', "scaling_factor: found inf"),
+        ('{"block_out_channels": 7}', "block_out_channels: expected a valid array, found 7"),
+        ('{"block_out_channels": [1000000000]}', "less than or equal to 8192, found 1000000000"),
+        (json.dumps({"block_out_channels": [8] * 60}), "block_out_channels: .* at most 8 items"),
+        ('{"layers_per_block": 1000000000}', "layers_per_block: expected less than or equal to 8"),
+        ('{"in_channels": "3"}', "in_channels: expected a valid integer, found '3'"),
+        ('{"scaling_factor": 1e999}', "scaling_factor: .*, found inf"),
         ('{"act_fn": {"a": 1}}', "act_fn: found"),
     ],
 )
 def test_config_json_of_an_autoencoder(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
         kl.read_config(tmp_path / "config.json")
 
 
