@@ -158,7 +158,6 @@ def get_config() -> ml_collections.ConfigDict:
     # they are gathered in every evaluation of every block: many times the traffic.
     c.sampling.gather_params = True  # once a batch
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
-    c.sampling.decode_tile = 0  # decode tiles of this side: least memory, close images; 0: whole
     c.sampling.seed = 0  # sample i depends on (seed, i) alone
     c.sampling.grid_every_steps = 10_000  # a grid of samples, and at the end; 0 is never
     c.sampling.grid_samples = 64

@@ -206,7 +206,6 @@ class SamplingConfig:
     save_png: bool
     gather_params: bool
     decode_slice: int = _at_least(0)
-    decode_tile: int = _at_least(0)
     seed: int = _at_least(0)
     grid_every_steps: int = _at_least(0)
     grid_samples: int = _at_least(1)

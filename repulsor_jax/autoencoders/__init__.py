@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from repulsor_jax.autoencoders.base import IDENTITY, Autoencoder
 from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, load_kl
-from repulsor_jax.autoencoders.slices import decode_in_slices, decode_in_tiles
+from repulsor_jax.autoencoders.slices import decode_in_slices
 from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Autoencoder",
     "abstract_autoencoder",
     "decode_in_slices",
-    "decode_in_tiles",
     "get_autoencoder",
     "latent_scale",
 ]

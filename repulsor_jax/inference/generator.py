@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax import sharding
-from repulsor_jax.autoencoders import Autoencoder, decode_in_slices, decode_in_tiles
+from repulsor_jax.autoencoders import Autoencoder, decode_in_slices
 from repulsor_jax.config import Config, SamplingConfig
 from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
@@ -133,7 +133,9 @@ def make_batch_fn(
     c = config.sampling
     if experiment.autoencoder is None:
         raise ValueError("the experiment was prepared without an autoencoder to decode with")
-    decode = _decoder(experiment.autoencoder, c.decode_slice, c.decode_tile)
+    decode = experiment.autoencoder.decode
+    if c.decode_slice:
+        decode = functools.partial(decode_in_slices, decode, slice_size=c.decode_slice)
     solve = make_latent_sampler(config, experiment.model, guiding_model)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     num_classes = len(experiment.class_names)  # a model may have room for more
@@ -229,18 +231,6 @@ def generate_images(
         images.append(samples.images[: len(numbers)])
         labels.append(samples.labels[: len(numbers)])
     return np.concatenate(images), np.concatenate(labels)
-
-
-def _decoder(
-    autoencoder: Autoencoder, slice_size: int, tile: int
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """Returns the decoder, made to take less memory where a slice or tile size is not 0."""
-    decode = autoencoder.decode
-    if tile:
-        decode = functools.partial(decode_in_tiles, decode, tile=tile, overlap=tile // 4)
-    if slice_size:
-        decode = functools.partial(decode_in_slices, decode, slice_size=slice_size)
-    return decode
 
 
 def write_grid(

@@ -260,7 +260,6 @@ def protocol(
         "autoencoder": autoencoder.name,
         "autoencoder_sha256": autoencoder.weights_sha256[:_SHOWN_DIGITS],
         "autoencoder_dtype": config.data.autoencoder_dtype,
-        "decode_tile": c.decode_tile,
         "rounding": c.rounding,
         "latent_shift": np.asarray(experiment.latent_format.shift).tolist(),
         "latent_factor": np.asarray(experiment.latent_format.factor).tolist(),

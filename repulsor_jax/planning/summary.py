@@ -161,7 +161,7 @@ def _advise_sampling(program: Program, config: Config, topology: Topology) -> li
     if config.sampling.batch_size > shards:
         half = max(config.sampling.batch_size // 2 // shards, 1) * shards
         advice.append(f"--config.sampling.batch_size={half}")
-    return advice or ["--config.sampling.decode_tile, or more chips"]
+    return advice or ["more chips"]
 
 
 def _advise_encoding(program: Program, config: Config, topology: Topology) -> list[str]:

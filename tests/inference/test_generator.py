@@ -130,9 +130,8 @@ def test_seed_guidance_and_labels_change_the_samples():
         assert (generate(TOY, 6, **change)[0] != base).any(), change
 
 
-def test_memory_saving_decoders_change_nothing_here():
-    """The identity decodes each value by itself, so that slices and tiles are exact."""
+def test_decoding_in_slices_changes_nothing():
     images, _ = generate(TOY, 16, sampling__batch_size=16)
-    for change in ({"sampling.decode_slice": 4}, {"sampling.decode_tile": 3}):
-        other, _ = generate(TOY, 16, tiny.mesh(2), sampling__batch_size=16, **change)
-        assert np.abs(other.astype(int) - images).max() <= 1, change
+    change = {"sampling.decode_slice": 4}
+    other, _ = generate(TOY, 16, tiny.mesh(2), sampling__batch_size=16, **change)
+    assert np.abs(other.astype(int) - images).max() <= 1
