@@ -160,8 +160,8 @@ def _compiled_bytes(args: argparse.Namespace, batch_size: int) -> tuple[int | No
     """Bytes that the device has for us, and those that the compiled step needs."""
     import jax
 
-    compiled, _, _, _ = step_benchmark.compile_jax("repulsor", _with_batch(args, batch_size))
-    found = compiled.memory_analysis()
+    program, _ = step_benchmark.compile_jax("repulsor", _with_batch(args, batch_size))
+    found = program.step.memory_analysis()
     needs = found.argument_size_in_bytes + found.temp_size_in_bytes
     needs += found.output_size_in_bytes - found.alias_size_in_bytes
     stats = jax.devices()[0].memory_stats() or {}

@@ -29,15 +29,9 @@ from repulsor_jax import sharding
 from repulsor_jax.checkpoints import integrity
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.data.latents import LatentFormat
-from repulsor_jax.method import registry
-from repulsor_jax.train_state import (
-    TrainState,
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    create_train_state,
-)
-from repulsor_jax.train_step import compile_train_step, make_train_step
+from repulsor_jax.experiment import make_trainer
+from repulsor_jax.train_state import TrainState
+from repulsor_jax.train_step import compile_training
 
 BATCH = 8
 KEPT = 2  # checkpoints
@@ -62,26 +56,20 @@ class Loop:
             }
         )
         config = config_lib.parse(c)
-        parts = (config, build_model(config.model), registry.build(config))
-        everything = (*parts, build_optimizer(config))
         self.record = c.to_dict()
         mesh = sharding.create_mesh()
         latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))
-        self._step = compile_train_step(
-            make_train_step(*everything, latent_format),
-            abstract_train_state(*everything, mesh)[0],
-            _SHAPE,
-            "float32",
-            BATCH,
-            mesh,
+        program = compile_training(
+            make_trainer(config, mesh), latent_format, _SHAPE, "float32", mesh
         )
+        self._step = program.step
         draw = np.random.default_rng(0)
         batch = {
             "latents": draw.standard_normal((BATCH, *_SHAPE), np.float32),
             "labels": draw.integers(10, size=BATCH, dtype=np.int32),
         }
         self._batch = sharding.to_global(batch, mesh)
-        self.state: TrainState = create_train_state(*everything, mesh)
+        self.state: TrainState = program.create_state()
         self.number = 0
 
     def run(self, steps: int, checkpointer: Checkpointer | None = None) -> tuple[list[float], int]:

@@ -99,10 +99,10 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     from repulsor_jax import config as config_lib
     from repulsor_jax import main as main_lib  # all that the program imports
     from repulsor_jax import sharding
-    from repulsor_jax.method import registry
+    from repulsor_jax.experiment import make_trainer
     from repulsor_jax.planning import programs
     from repulsor_jax.planning.topology import open_topology
-    from repulsor_jax.train_state import build_optimizer, create_train_state
+    from repulsor_jax.train_state import create_train_state
 
     del main_lib
     if not args.topology:
@@ -121,8 +121,8 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     step = built.compile()
     phase("trace and compile")
     if not args.topology:
-        parts = (config, experiment.model, registry.build(config), build_optimizer(config))
-        state = jax.block_until_ready(create_train_state(*parts, experiment.mesh))
+        trainer = make_trainer(config, experiment.mesh)
+        state = jax.block_until_ready(create_train_state(trainer, experiment.mesh))
         phase("state")
         latents, labels = built.kinds["batch"]
         rng = np.random.default_rng(0)

@@ -33,14 +33,8 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints import integrity
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
-from repulsor_jax.method import registry
-from repulsor_jax.train_state import (
-    TrainState,
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    create_train_state,
-)
+from repulsor_jax.experiment import make_trainer
+from repulsor_jax.train_state import TrainState, abstract_train_state, create_train_state
 
 OLD, NEW = 1, 2
 BATCH = 8
@@ -68,12 +62,14 @@ def small_config() -> config_lib.Config:
 
 def abstract_state(config: config_lib.Config) -> TrainState:
     """Shapes of the state on all devices."""
-    return abstract_train_state(*_parts(config), sharding.create_mesh())[0]
+    mesh = sharding.create_mesh()
+    return abstract_train_state(make_trainer(config, mesh), mesh)
 
 
 def save_two(folder: pathlib.Path, config: config_lib.Config) -> dict[int, TrainState]:
     """Saves two states of other values everywhere; returns them."""
-    fresh = create_train_state(*_parts(config), sharding.create_mesh())
+    mesh = sharding.create_mesh()
+    fresh = create_train_state(make_trainer(config, mesh), mesh)
     states = {}
     with Checkpointer(folder) as checkpointer:
         for step in (OLD, NEW):
@@ -166,10 +162,6 @@ def measure(megabytes: int) -> str:
         f"{total / middle:,.0f} MB/s ({total / high:,.0f} to {total / low:,.0f}), "
         f"{middle / saved:.1%} of the {saved:.2f} s of saving"
     )
-
-
-def _parts(config: config_lib.Config) -> tuple[Any, Any, Any, Any]:
-    return config, build_model(config.model), registry.build(config), build_optimizer(config)
 
 
 def _random(leaf: jax.Array, rng: np.random.Generator) -> jax.Array:

@@ -55,7 +55,7 @@ def samples(options: dict, shape: tuple[int, int, int], batch_size: int) -> np.n
     from repulsor_jax.config import parse
     from repulsor_jax.flows import sampler, solvers
     from repulsor_jax.inference.generator import make_latent_sampler
-    from repulsor_jax.train_state import build_model, init_model_params
+    from repulsor_jax.models.build import build_model, init_model_params
 
     config = parse(config_dict(options))
     devices = jax.devices()[: int(np.prod(shape))]

@@ -202,7 +202,7 @@ def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
 
     from repulsor_jax import config as config_lib
     from repulsor_jax.inference.generator import make_latent_sampler
-    from repulsor_jax.train_state import build_model
+    from repulsor_jax.models.build import build_model
 
     c = model_config(args)
     c.sampling.solver = "euler"
@@ -255,7 +255,7 @@ def random_params(model: Any) -> Any:
     import flax.linen as nn
     import jax
 
-    from repulsor_jax.train_state import init_model_params
+    from repulsor_jax.models.build import init_model_params
 
     shapes = jax.eval_shape(lambda key: nn.unbox(init_model_params(model, key)), jax.random.key(0))
     leaves, structure = jax.tree.flatten(shapes)
@@ -317,7 +317,7 @@ def build_sweep(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     from repulsor_jax.data.latents import LatentFormat
     from repulsor_jax.experiment import Experiment
     from repulsor_jax.inference.generator import Guidance, generate_images, make_generator
-    from repulsor_jax.train_state import build_model
+    from repulsor_jax.models.build import build_model
 
     c = default.get_config()
     c.model.update(latent_size=8, in_channels=3, hidden_size=32, depth=2, num_heads=2)

@@ -184,19 +184,16 @@ def model_config(args: argparse.Namespace) -> Any:
     return c
 
 
-def compile_jax(
-    regularizer: str, args: argparse.Namespace
-) -> tuple[Any, Any, tuple[Any, Any, Any, Any], Any]:
-    """The compiled step, its abstract state, what else the state is made from, and the mesh."""
+def compile_jax(regularizer: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    """The compiled training program, and the mesh."""
     os.environ["JAX_PLATFORMS"] = args.platform
     import numpy as np
 
     from repulsor_jax import config as config_lib
     from repulsor_jax import sharding
     from repulsor_jax.data.latents import LatentFormat
-    from repulsor_jax.method import registry
-    from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
-    from repulsor_jax.train_step import compile_train_step, make_train_step
+    from repulsor_jax.experiment import make_trainer
+    from repulsor_jax.train_step import compile_training
 
     c = model_config(args)
     c.batch_size = args.batch_size
@@ -206,32 +203,22 @@ def compile_jax(
     c.regularizer.bank_dtype = args.dtype
     config = config_lib.parse(c)
     mesh = sharding.create_mesh()
-    model = build_model(config.model, mesh.devices.flat[0])
-    parts = (config, model, registry.build(config), build_optimizer(config))
-    abstract, _ = abstract_train_state(*parts, mesh)
     latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))
-    compiled = compile_train_step(
-        make_train_step(*parts, latent_format),
-        abstract,
-        (32, 32, 4),
-        "float16",
-        args.batch_size,
-        mesh,
-    )
-    return compiled, abstract, parts, mesh
+    trainer = make_trainer(config, mesh)
+    return compile_training(trainer, latent_format, (32, 32, 4), "float16", mesh), mesh
 
 
 def build_jax(regularizer: str, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     started = time.perf_counter()
-    compiled, abstract, parts, mesh = compile_jax(regularizer, args)
+    program, mesh = compile_jax(regularizer, args)
+    compiled, abstract = program.step, program.abstract_state
     compile_seconds = time.perf_counter() - started
     import jax
     import numpy as np
 
     from repulsor_jax import sharding
-    from repulsor_jax.train_state import create_train_state
 
-    state = create_train_state(*parts, mesh)
+    state = program.create_state()
     rng = np.random.default_rng(0)
     batch = sharding.to_global(
         {

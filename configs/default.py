@@ -118,7 +118,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.divergence.max_events = 10  # refused at one place before "skip" and "rollback" stop too
     c.divergence.max_loss = 0.0  # 0: no limit
     c.divergence.max_grad_norm = 0.0  # before clipping; 0: no limit
-    c.divergence.keep_batches = True  # in <workdir>/divergence, for --mode=replay
 
     c.log = ml_collections.ConfigDict()
     c.log.every_steps = 100  # scalars are means over this many steps

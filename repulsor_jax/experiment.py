@@ -1,6 +1,7 @@
 """Builds, from a checked configuration, the parts that the modes share; refuses bad input early."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import latents
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
-from repulsor_jax.flows import sampler
+from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
+from repulsor_jax.models.build import build_model
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.train_state import build_model
+from repulsor_jax.optimizer import build_optimizer
+from repulsor_jax.train_state import Objective, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,40 @@ def prepare(
     return experiment, dataset
 
 
+def make_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """Builds model, objective and optimizer, by name, for the devices of a mesh."""
+    return Trainer(
+        config=config,
+        model=build_model(config.model, mesh.devices.flat[0]),
+        objective=_make_objective(config),
+        optimizer=build_optimizer(config),
+    )
+
+
+def _make_objective(config: Config) -> Objective:
+    f = config.flow
+    path = paths.get_path(f.path)
+    t0, t1 = paths.time_interval(path, f.prediction)
+    regularizer = registry.build(
+        config.regularizer, hidden_size=config.model.hidden_size, batch_size=config.batch_size
+    )
+    return Objective(
+        path=path,
+        flow_loss=functools.partial(paths.flow_loss, path, f.prediction, weighting=f.weighting),
+        sample_times=functools.partial(
+            paths.sample_timesteps,
+            distribution=f.time_distribution,
+            t0=t0,
+            t1=t1,
+            location=f.logit_normal_location,
+            scale=f.logit_normal_scale,
+        ),
+        tap=None if regularizer is None else config_lib.tap_block(config),
+        regularizer=regularizer,
+        weight=functools.partial(registry.weight, config.regularizer),
+    )
+
+
 def latents_record(experiment: Experiment) -> dict[str, Any]:
     """What sampling needs to know of the latents, as plain values: kept in checkpoints."""
     return {
@@ -167,8 +204,6 @@ def checked_mesh(
       devices: others than those here.
       trains: whether it is to train with, and not to sample or evaluate alone.
     """
-    config_lib.check_choice("sampling.solver", config.sampling.solver, sampler.SOLVERS)
-    registry.check(config)
     try:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     except ValueError as error:

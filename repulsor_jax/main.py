@@ -3,9 +3,11 @@
 python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
+import contextlib
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -18,6 +20,7 @@ from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoints import places
 from repulsor_jax.checkpoints.checkpointer import CheckpointError, checkpoint_directory
 from repulsor_jax.checkpoints.verify import verify
+from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
@@ -26,9 +29,9 @@ from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.generator import SamplingError
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.topology import describe_machine
-from repulsor_jax.replay import replay
 from repulsor_jax.runtime import distributed, preemption
 from repulsor_jax.runtime.guard import DivergedError
+from repulsor_jax.runtime.metrics import draw_curves
 from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 
@@ -44,13 +47,12 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate", "plan", "replay", "verify"],
+    ["train", "encode", "sample", "evaluate", "plan", "verify"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
     "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). plan: memory, "
-    "FLOPs, collectives and estimated time on --topology, which need not be here. replay: a batch "
-    "that training refused (--event), once more. verify: reads every checkpoint and says which are "
-    "whole.",
+    "FLOPs, collectives and estimated time on --topology, which need not be here. verify: reads "
+    "every checkpoint and says which are whole.",
 )
 _FORCE = flags.DEFINE_bool(
     "force",
@@ -63,7 +65,6 @@ _CHECKPOINT_STEP = flags.DEFINE_string(
     "Which checkpoint to sample from or evaluate; the newest by default. evaluate also takes "
     "several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
 )
-_EVENT = flags.DEFINE_string("event", "", "replay: a file of <workdir>/divergence.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",
@@ -125,7 +126,7 @@ def main(argv: list[str]) -> None:
     if _MODE.value != "train":
         # It would hear SIGTERM and end nothing; what these modes have made is kept without it.
         jax.config.update("jax_enable_preemption_service", False)
-    try:
+    with _one_line_errors(distributed.JoinError):
         joined = distributed.join(
             _DISTRIBUTED.value,
             _COORDINATOR.value,
@@ -133,39 +134,19 @@ def main(argv: list[str]) -> None:
             _PROCESS_ID.value,
             _JOIN_TIMEOUT.value,
         )
-    except distributed.JoinError as error:
-        sys.exit(f"error: {error}")
     if joined:
         print(joined, flush=True)
     if _CACHE_DIR.value:
         jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
-    try:
+    with _one_line_errors(ValueError, OSError, SamplingError):
         config = config_lib.parse(_CONFIG.value)
         if any(map(places.is_bucket, (config.checkpoint.directory, config.sampling.guiding_run))):
             places.bound_waiting()
         workdir.mkdir(parents=True, exist_ok=True)
-        if _MODE.value == "plan":
-            plan(_CONFIG.value, workdir, _plan_options())
-            return
-        if _MODE.value == "encode":
-            encode(config, workdir)
-            if jax.process_index() == 0:
-                print(f"latents: {experiment_lib.data_directory(config, workdir)}")
-            return
-        if _MODE.value == "sample":
-            sample(config, workdir, _sample_step())
-            return
-        if _MODE.value == "evaluate":
-            evaluate(config, workdir, _CHECKPOINT_STEP.value)
-            return
-        if _MODE.value == "replay":
-            replay(config, workdir, pathlib.Path(_EVENT.value).expanduser())
-            return
-        if _MODE.value == "verify":
-            if not verify(checkpoint_directory(config.checkpoint, workdir)):
-                _stop("error: some checkpoints are damaged, see above", 1)
+        if _MODE.value != "train":
+            _MODES[_MODE.value](config, workdir)
             return
         if config.data.encode_if_missing:
             experiment_lib.checked_mesh(config)  # refuses what training would refuse, hours earlier
@@ -173,28 +154,27 @@ def main(argv: list[str]) -> None:
         pictures = experiment_lib.draws_pictures(config)
         experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
         monitor = make_monitor(experiment) if pictures else None
-    except (ValueError, OSError, SamplingError) as error:
-        _stop(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from here", 130)
-
-    try:
+    # An error of any other kind is a fault of the program, and keeps its traceback.
+    with _one_line_errors(DivergedError, DamagedDataError, CheckpointError, ConfigError, OSError):
         train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)
+        if jax.process_index() == 0:
+            draw_curves(workdir)
         preemption.settle()
-    except (
-        DivergedError,
-        CheckpointError,
-        DamagedDataError,
-        config_lib.ConfigError,
-        OSError,
-    ) as error:
+
+
+@contextlib.contextmanager
+def _one_line_errors(*errors: type[Exception]) -> Iterator[None]:
+    """Ends the program with one line where one of these errors, or an interruption, comes."""
+    try:
+        yield
+    except errors as error:
         _stop(f"error: {error}", 1)
     except preemption.Preempted as told:
-        # In order, for the others may still be saving: the launcher is to run the job again.
+        # In order, for the other processes may still be saving.
         print(f"{told}; the same command goes on from there", file=sys.stderr, flush=True)
         sys.exit(preemption.EXIT_CODE)
     except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from the newest checkpoint", 130)
+        _stop("interrupted; the same command goes on from what is saved", 130)
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -210,26 +190,50 @@ def _stop(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _plan_options() -> Options:
+def _encode(config: Config, workdir: pathlib.Path) -> None:
+    encode(config, workdir)
+    if jax.process_index() == 0:
+        print(f"latents: {experiment_lib.data_directory(config, workdir)}")
+
+
+def _sample(config: Config, workdir: pathlib.Path) -> None:
+    text = _CHECKPOINT_STEP.value
+    if text and not text.isdecimal():
+        raise ConfigError(f"--checkpoint_step={text!r}: --mode=sample takes one step")
+    sample(config, workdir, int(text) if text else None)
+
+
+def _evaluate(config: Config, workdir: pathlib.Path) -> None:
+    evaluate(config, workdir, _CHECKPOINT_STEP.value)
+
+
+def _verify(config: Config, workdir: pathlib.Path) -> None:
+    if not verify(checkpoint_directory(config.checkpoint, workdir)):
+        raise CheckpointError("some checkpoints are damaged, see above")
+
+
+def _plan(config: Config, workdir: pathlib.Path) -> None:
     if _TOPOLOGY.value != "local":
         jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
         # What is compiled for devices elsewhere can be written to the cache, and not read.
         jax.config.update("jax_enable_compilation_cache", False)
-    return Options(
+    options = Options(
         topology=_TOPOLOGY.value,
         num_slices=_NUM_SLICES.value,
         compare=_COMPARE.value,
         price_per_chip_hour=_PRICE.value,
         largest_batch=_LARGEST_BATCH.value,
     )
+    plan(_CONFIG.value, workdir, options)
 
 
-def _sample_step() -> int | None:
-    """The one step that --mode=sample takes; None is the newest."""
-    text = _CHECKPOINT_STEP.value
-    if text and not text.isdecimal():
-        raise config_lib.ConfigError(f"--checkpoint_step={text!r}: --mode=sample takes one step")
-    return int(text) if text else None
+_MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
+    "encode": _encode,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "verify": _verify,
+}
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -225,6 +225,14 @@ def agree(value: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
 
 
+def agree_numbers(values: Sequence[int]) -> list[int]:
+    """The whole numbers that the first process passes, however many, on every process."""
+    count = int(agree(len(values)))
+    padded = np.zeros(count, np.int64)
+    padded[: len(values)] = values[:count]
+    return agree(padded).tolist()
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; the same answer on all, which ask together."""
     if jax.process_count() == 1:

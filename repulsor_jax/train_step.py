@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
-from repulsor_jax.flows import paths
-from repulsor_jax.method import memory_bank, registry
+from repulsor_jax.flows.paths import interpolate
+from repulsor_jax.method import memory_bank
 from repulsor_jax.method.memory_bank import MemoryBank
-from repulsor_jax.method.registry import Regularizer
-from repulsor_jax.models.dit import DiT, drop_labels
-from repulsor_jax.train_state import TrainState, learning_rate
+from repulsor_jax.models.dit import drop_labels
+from repulsor_jax.optimizer import learning_rate
+from repulsor_jax.train_state import Trainer, TrainState, abstract_train_state, create_train_state
 
 Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class Inputs(NamedTuple):
@@ -43,14 +43,12 @@ class Inputs(NamedTuple):
     labels: Array
 
 
-def make_train_step(
-    config: config_lib.Config,
-    model: DiT,
-    regularizer: Regularizer | None,
-    optimizer: optax.GradientTransformation,
-    latent_format: LatentFormat,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
     """Builds the step.
+
+    Args:
+      trainer: model, objective and optimizer.
+      latent_format: how stored latents become the model's.
 
     Returns:
       A pure function of the state and one global batch, `{"latents": [B, H, W, C] (or
@@ -58,21 +56,18 @@ def make_train_step(
       scalars. A step whose loss or gradient is not finite, or above the configured limits, leaves
       the state as it was, and has the metric "refused" at 1.
     """
-    path = paths.get_path(config.flow.path)
-    tap = None if regularizer is None else config_lib.tap_block(config)
-    schedule = learning_rate(config)
+    config, model, objective, optimizer = trainer
+    regularizer, schedule = objective.regularizer, learning_rate(config)
 
     def loss_fn(
         params: dict, inputs: Inputs, bank: MemoryBank | None, weight: Array
     ) -> tuple[Array, tuple[Metrics, Array | None]]:
         data, noise, t, labels = inputs
-        x_t = paths.interpolate(path, data, noise, t)
-        output: Any = model.apply({"params": params["model"]}, x_t, t, labels, tap=tap)
+        x_t = interpolate(objective.path, data, noise, t)
+        output: Any = model.apply({"params": params["model"]}, x_t, t, labels, tap=objective.tap)
         if regularizer is not None:
             output, tokens = output
-        flow_loss = paths.flow_loss(
-            path, config.flow.prediction, output, data, noise, t, config.flow.weighting
-        ).mean()
+        flow_loss = objective.flow_loss(output, data, noise, t).mean()
         if regularizer is None:
             return flow_loss, ({"loss": flow_loss, "flow_loss": flow_loss}, None)
         penalty, z = regularizer.loss(params["regularizer"], tokens, bank)
@@ -81,8 +76,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        inputs = draw_inputs(rng, batch, config, latent_format)
-        weight = registry.weight(config.regularizer, state.step)
+        inputs = draw_inputs(rng, batch, trainer, latent_format)
+        weight = objective.weight(state.step)
         grad_fn = jax.grad(loss_fn, has_aux=True)
         grads, (metrics, z) = accumulate(
             lambda rows: grad_fn(state.params, rows, state.bank, weight),
@@ -106,6 +101,7 @@ def make_train_step(
             )
 
         # A branch, and not a select on every array: that would read and write the state once more.
+        # The bank stays outside of the branch, which would copy it.
         good = _within(metrics["loss"], config.divergence.max_loss)
         good &= _within(grad_norm, config.divergence.max_grad_norm)
         metrics["refused"] = 1.0 - good
@@ -121,9 +117,7 @@ def _within(value: Array, limit: float) -> Array:
     return jnp.isfinite(value) & (value <= limit if limit else True)
 
 
-def draw_inputs(
-    rng: Array, batch: Batch, config: config_lib.Config, latent_format: LatentFormat
-) -> Inputs:
+def draw_inputs(rng: Array, batch: Batch, trainer: Trainer, latent_format: LatentFormat) -> Inputs:
     """Draws all that is random in a step: posterior, noise, times, dropped labels.
 
     A row's numbers depend on the key and its place in the global batch alone, so every mesh and
@@ -132,7 +126,7 @@ def draw_inputs(
     Args:
       rng: the key of this step.
       batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`.
-      config: the configuration.
+      trainer: whose objective draws the times.
       latent_format: how stored latents become the model's.
     """
     posterior_key, noise_key, time_key, label_key = jax.random.split(rng, 4)
@@ -140,17 +134,9 @@ def draw_inputs(
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
     data = normalize(latents, latent_format)
-    t0, t1 = paths.time_interval(paths.get_path(config.flow.path), config.flow.prediction)
-    t = paths.sample_timesteps(
-        time_key,
-        data.shape[0],
-        config.flow.time_distribution,
-        t0=t0,
-        t1=t1,
-        location=config.flow.logit_normal_location,
-        scale=config.flow.logit_normal_scale,
-    )
-    labels = drop_labels(label_key, labels, config.model.num_classes, config.model.label_dropout)
+    t = trainer.objective.sample_times(time_key, data.shape[0])
+    c = trainer.config.model
+    labels = drop_labels(label_key, labels, c.num_classes, c.label_dropout)
     return Inputs(data, jax.random.normal(noise_key, data.shape), t, labels)
 
 
@@ -190,7 +176,7 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
 
 
 def compile_train_step(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    train_step: Step,
     abstract_state: TrainState,
     record_shape: tuple[int, ...],
     record_dtype: str,
@@ -221,3 +207,37 @@ def compile_train_step(
     )
     with sharding.use_mesh(mesh):
         return jitted.lower(abstract_state, batch).compile()
+
+
+class TrainingProgram(NamedTuple):
+    """What a run executes, ready on its mesh.
+
+    Attributes:
+      abstract_state: shapes of the state, with shardings: what a restore asks for.
+      create_state: makes the first state.
+      step: the compiled step; it donates the state.
+    """
+
+    abstract_state: TrainState
+    create_state: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def compile_training(
+    trainer: Trainer,
+    latent_format: LatentFormat,
+    record_shape: tuple[int, ...],
+    record_dtype: str,
+    mesh: Mesh,
+) -> TrainingProgram:
+    """Compiles the step of a trainer; see `make_train_step` and `compile_train_step`."""
+    abstract_state = abstract_train_state(trainer, mesh)
+    step = compile_train_step(
+        make_train_step(trainer, latent_format),
+        abstract_state,
+        record_shape,
+        record_dtype,
+        trainer.config.batch_size,
+        mesh,
+    )
+    return TrainingProgram(abstract_state, lambda: create_train_state(trainer, mesh), step)

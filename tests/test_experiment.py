@@ -27,7 +27,7 @@ def prepare(workdir, **overrides):
         ({"model.in_channels": 3}, r"shape \(8, 8, 1\).*config.model.in_channels"),
         ({"model.num_classes": 9}, "has 10 classes.*config.model.num_classes=9"),
         ({"data.autoencoder": "taesd"}, "taesd"),
-        ({"sampling.solver": "rk9"}, "config.sampling.solver='rk9' must be one of"),
+        ({"sampling.solver": "rk9"}, "config.sampling.solver: expected one of dopri5"),
         ({"mesh.data": 3}, "config.mesh.data=3.*number of devices, 8"),
         (
             {"batch_size": 12, "regularizer.bank_rows": 24},

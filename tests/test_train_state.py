@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from repulsor_jax.train_state import build_model
+from repulsor_jax.models.build import build_model
 from tests.oracles import tiny
 
 WIDE = {"model__hidden_size": 144, "model__num_heads": 2}  # heads of 72, as XL's

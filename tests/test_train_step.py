@@ -6,13 +6,8 @@ import pytest
 
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.method import memory_bank, registry
-from repulsor_jax.train_state import (
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    create_train_state,
-    learning_rate,
-)
+from repulsor_jax.optimizer import learning_rate
+from repulsor_jax.train_state import abstract_train_state, create_train_state
 from repulsor_jax.train_step import make_train_step
 from tests.oracles import tiny
 
@@ -38,11 +33,10 @@ def test_one_step_is_what_its_parts_say():
         optimizer__weight_decay=0.1,
     )
     latent_format = LatentFormat(True, np.float32([0.5, -0.3]), np.float32([2.0, 0.5]))
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((tiny.SLOTS, tiny.BATCH, tiny.DIM)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-    fresh = create_train_state(*parts, tiny.mesh())
+    fresh = create_train_state(tiny.trainer(c), tiny.mesh())
     # As trained: the zero-initialised output layers would hide most of the gradient.
     shaken = jax.tree.map(
         lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32),
@@ -55,7 +49,7 @@ def test_one_step_is_what_its_parts_say():
     )
     moments = rng.standard_normal((tiny.BATCH, 4, 4, 4)).astype(np.float16)
     labels = rng.integers(0, 3, tiny.BATCH).astype(np.int32)
-    train_step = jax.jit(make_train_step(*parts, latent_format))
+    train_step = jax.jit(make_train_step(tiny.trainer(c), latent_format))
     after, metrics = train_step(before, {"latents": moments, "labels": labels})
 
     keys = jax.random.split(jax.random.fold_in(before.rng, 2), 4)
@@ -68,7 +62,7 @@ def test_one_step_is_what_its_parts_say():
 
     def loss_fn(params):
         ts = t[:, None, None, None]
-        out, tokens = parts[1].apply(
+        out, tokens = tiny.trainer(c).model.apply(
             {"params": params["model"]}, ts * data + (1 - ts) * noise, t, labels, tap=1
         )
         flow_loss = jnp.mean((out - (data - noise)) ** 2)
@@ -171,8 +165,8 @@ def test_learning_rate_warms_up_then_stays_or_falls_to_zero():
 def test_parameters_and_their_mirrors_are_sharded_alike():
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     c = tiny.config(model__hidden_size=64)
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    abstract, shardings = abstract_train_state(*parts, mesh)
+    abstract = abstract_train_state(tiny.trainer(c), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     kernel = shardings.params["model"]["block_0"]["qkv"]["kernel"]
     assert kernel.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
     adam = next(s for s in jax.tree.leaves(shardings.opt_state, is_leaf=_is_adam) if _is_adam(s))

@@ -109,7 +109,9 @@ def parse(schema: type[T], values: Any, where: str) -> T:
         raise ValueError(f"{key}: unknown key; expected one of {known}")
     if problem["type"] == "missing":
         raise ValueError(f"{key}: missing")
-    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # a validator's own words, which say what was found
+        raise ValueError(f"{key}: {problem['ctx']['error']}")
+    expected = problem["msg"].removeprefix("Input should be ")
     shown = repr(problem["input"])
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     raise ValueError(f"{key}: expected {expected}, found {shown}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax import sharding
-from repulsor_jax.autoencoders import Autoencoder, decode_in_slices
+from repulsor_jax.autoencoders import decode_in_slices
 from repulsor_jax.config import Config, SamplingConfig
 from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment

@@ -26,8 +26,8 @@ from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, has_controls, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.train_state import build_model, init_model_params
 
 _SHOWN_DIGITS = 16  # of a SHA-256, in reports
 
@@ -202,7 +202,7 @@ def load_guide(experiment: Experiment) -> Guide | None:
                     f"config.sampling.guiding_run={run!r}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
-        model_config = config_lib.parse_section(
+        model_config = parse(
             config_lib.ModelConfig, checkpointer.records(step)[0]["model"], f"{run}: config.model"
         )
         model = build_model(model_config, experiment.mesh.devices.flat[0])

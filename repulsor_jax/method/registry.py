@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repulsor_jax import config as config_lib
-from repulsor_jax.method import memory_bank, repulsion
+from repulsor_jax.method import memory_bank
 from repulsor_jax.method.dispersive import dispersive_loss
+from repulsor_jax.method.head import ProjectionHead, pool
 from repulsor_jax.method.memory_bank import MemoryBank
+from repulsor_jax.method.repulsion import repulsion_loss
 
 Array = jax.Array
 
@@ -35,65 +36,61 @@ class Regularizer:
     loss: Callable[[Any, Array, MemoryBank | None], tuple[Array, Array | None]]
 
 
-def build(config: config_lib.Config) -> Regularizer | None:
+def build(config: Any, *, hidden_size: int, batch_size: int) -> Regularizer | None:
     """Returns the configured regulariser, or None when it is off ("none", or weight 0).
 
-    Raises:
-      ConfigError: unknown name.
+    Args:
+      config: the section `regularizer` of a configuration; its `name` is one of `REGULARIZERS`.
+      hidden_size: D, the width of the tokens.
+      batch_size: B, of the global batch.
     """
-    check(config)
-    if not config_lib.regularizer_is_on(config):
+    builder = REGULARIZERS[config.name]
+    if builder is None or config.weight == 0:
         return None
-    return REGULARIZERS[config.regularizer.name](config)
+    return builder(config, hidden_size, batch_size)
 
 
-def check(config: config_lib.Config) -> None:
-    """Raises ConfigError unless the configured name is one of `REGULARIZERS`."""
-    config_lib.check_choice("regularizer.name", config.regularizer.name, REGULARIZERS)
-
-
-def weight(config: config_lib.RegularizerConfig, step: Array) -> Array:
+def weight(config: Any, step: Array) -> Array:
     """Lambda at an optimizer step: linear from 0 over `warmup_steps`, then constant; float32."""
     progress = (step.astype(jnp.float32) + 1.0) / max(config.warmup_steps, 1)
     return config.weight * jnp.minimum(progress, 1.0)
 
 
-def _build_repulsor(config: config_lib.Config) -> Regularizer:
-    c = config.regularizer
-    head = repulsion.ProjectionHead(c.projection_dim, config.model.hidden_size)
+def _build_repulsor(config: Any, hidden_size: int, batch_size: int) -> Regularizer:
+    head = ProjectionHead(config.projection_dim, hidden_size)
 
     def init(key: Array, tokens: jax.ShapeDtypeStruct) -> Any:
-        pooled = jax.eval_shape(lambda x: repulsion.pool(x, c.pooling), tokens)
+        pooled = jax.eval_shape(lambda x: pool(x, config.pooling), tokens)
         return head.init(key, jnp.zeros(pooled.shape, pooled.dtype))["params"]
 
     def create_bank() -> MemoryBank:
-        num_slots = c.bank_rows // config.batch_size
-        dtype = jnp.dtype(c.bank_dtype)
-        return memory_bank.create(num_slots, config.batch_size, c.projection_dim, dtype)
+        num_slots = config.bank_rows // batch_size
+        dtype = jnp.dtype(config.bank_dtype)
+        return memory_bank.create(num_slots, batch_size, config.projection_dim, dtype)
 
     def loss(params: Any, tokens: Array, bank: MemoryBank | None) -> tuple[Array, Array]:
-        z: Any = head.apply({"params": params}, repulsion.pool(tokens, c.pooling))
-        value = repulsion.repulsion_loss(z, bank, temperature=c.temperature, distance=c.distance)
+        z: Any = head.apply({"params": params}, pool(tokens, config.pooling))
+        value = repulsion_loss(z, bank, temperature=config.temperature, distance=config.distance)
         return value, z
 
-    return Regularizer(init, create_bank if c.bank_rows else None, loss)
+    return Regularizer(init, create_bank if config.bank_rows else None, loss)
 
 
-def _build_dispersive(config: config_lib.Config) -> Regularizer:
-    c = config.regularizer
-
+def _build_dispersive(config: Any, hidden_size: int, batch_size: int) -> Regularizer:
     def loss(params: Any, tokens: Array, bank: MemoryBank | None) -> tuple[Array, None]:
-        del params, bank
         value = dispersive_loss(
-            tokens, variant=c.variant, temperature=c.temperature, margin=c.margin
+            tokens,
+            variant=config.variant,
+            temperature=config.temperature,
+            margin=config.margin,
         )
         return value, None
 
     return Regularizer(lambda key, tokens: {}, None, loss)
 
 
-REGULARIZERS: dict[str, Callable[[config_lib.Config], Regularizer | None]] = {
-    "none": lambda config: None,
+REGULARIZERS: dict[str, Callable[[Any, int, int], Regularizer] | None] = {
+    "none": None,
     "dispersive": _build_dispersive,
     "repulsor": _build_repulsor,
 }

@@ -21,18 +21,13 @@ from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
-from repulsor_jax.experiment import Experiment, checked_mesh
+from repulsor_jax.experiment import Experiment, checked_mesh, make_trainer
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
-from repulsor_jax.method import registry
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.runtime.chips import GIB
-from repulsor_jax.train_state import (
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    init_model_params,
-)
+from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import compile_train_step, make_train_step
 
 PROGRAMS = ("train", "sample", "encode")
@@ -152,8 +147,8 @@ def build(name: str, experiment: Experiment, topology: Topology) -> Built:
 def _train(experiment: Experiment, topology: Topology) -> Built:
     del topology
     config, mesh = experiment.config, experiment.mesh
-    parts = (config, experiment.model, registry.build(config), build_optimizer(config))
-    state, _ = abstract_train_state(*parts, mesh)
+    trainer = make_trainer(config, mesh)
+    state = abstract_train_state(trainer, mesh)
     size, channels = config.model.latent_size, config.model.in_channels
     record = (size, size, channels * (2 if experiment.latent_format.stochastic else 1))
     rows = sharding.batch_sharding(mesh)
@@ -171,7 +166,7 @@ def _train(experiment: Experiment, topology: Topology) -> Built:
     }
     features: Any = state.bank and state.bank.features
     bank_shape = features.sharding.shard_shape(features.shape) if features else ()
-    step = make_train_step(*parts, experiment.latent_format)
+    step = make_train_step(trainer, experiment.latent_format)
 
     def compile_it() -> jax.stages.Compiled:
         return compile_train_step(step, state, record, config.data.dtype, config.batch_size, mesh)

@@ -4,29 +4,52 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
-import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from PIL import Image
 from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from repulsor_jax.files import atomic
-from repulsor_jax.runtime.guard import Refusal
+from repulsor_jax.files import pictures
+from repulsor_jax.files.atomic import Appender
 from repulsor_jax.runtime.throughput import Throughput
 
 JSONL_NAME = "metrics.jsonl"
+_CURVES = ("flow_loss", "regularizer_loss", "fid_", "frechet_")  # starts of their names
+_FLUSH_SECONDS = 10.0  # between two writes of the event file
+
+
+class Refusal(NamedTuple):
+    """A step that was refused.
+
+    Attributes:
+      step: the number that the step would have had.
+      batch: number of its batch in the data's sequence, from 0.
+      values: its metrics: "loss", "grad_norm" and others.
+    """
+
+    step: int
+    batch: int
+    values: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: loss {self.values['loss']:.6g}, grad_norm "
+            f"{self.values['grad_norm']:.6g} (batch {self.batch})"
+        )
 
 
 class MetricWriter:
-    """Writes scalars and pictures of one run; on processes but the first it does nothing."""
+    """Writes scalars and pictures of one run; on processes but the first it does nothing.
+
+    What cannot be written now, for the disk is full or away, is kept and written later.
+    """
 
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, enabled: bool = True):
         """Opens the writers to go on after `first_step`.
@@ -40,21 +63,20 @@ class MetricWriter:
         if not enabled:
             return
         path = pathlib.Path(workdir) / JSONL_NAME
-        self._lines = atomic.Appender(path)
+        self._lines = Appender(path)
         self._ends = _ends(path)
-        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{socket.gethostname()}"
-        self._events = atomic.Appender(path.parent / "tensorboard" / name)
-        version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
-        self._events.append_or_keep(_record(version))
+        self._folder = path.parent / "tensorboard"
+        self._events: EventsWriter | None = None
+        self._kept_events: list[event_pb2.Event] = []
         self.rewind(first_step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._enabled:
-            for file in (self._lines, self._events):
-                file.append_or_keep(b"")  # what is kept, if that works now
+        self.flush()
+        if self._enabled and self._events is not None:
+            self._events.close()
 
     def rewind(self, step: int) -> None:
         """Drops what was written after a step, to go on from there."""
@@ -63,10 +85,10 @@ class MetricWriter:
         while self._ends and self._ends[-1][0] > step:
             self._ends.pop()
         self._lines.cut(self._ends[-1][1] if self._ends else 0)
-        self._lines.append_or_keep(b"")
+        # TensorBoard then hides what this and other files have from that step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        hides = event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start)
-        self._events.append_or_keep(_record(hides))  # what this and other files have after the step
+        self._add(event_pb2.Event(step=step + 1, session_log=start))
+        self.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per scalar; `step` counts finished optimizer steps."""
@@ -74,32 +96,49 @@ class MetricWriter:
             return
         self._lines.append_or_keep((json.dumps({"step": step, **values}) + "\n").encode())
         self._ends.append((step, self._lines.size()))
-        self._add(step, [summary.scalar(name, value) for name, value in values.items()])
+        for name, value in values.items():
+            self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes a text, as it stands, to the event file."""
         if self._enabled:
-            self._add(step, [summary.text(name, f"```\n{text}\n```")])
+            shown = summary.text(name, f"```\n{text}\n```")
+            self._add(event_pb2.Event(step=step, summary=shown))
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
         """Writes a picture file to the event file."""
         if self._enabled:
             picture = np.asarray(Image.open(path).convert("RGB"))
-            self._add(step, [summary.image(name, picture, dataformats="HWC")])
+            shown = summary.image(name, picture, dataformats="HWC")
+            self._add(event_pb2.Event(step=step, summary=shown))
 
-    def _add(self, step: int, summaries: Iterable[Any]) -> None:
-        events = [
-            event_pb2.Event(wall_time=time.time(), step=step, summary=each) for each in summaries
-        ]
-        self._events.append_or_keep(b"".join(map(_record, events)))
+    def _add(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._kept_events.append(event)
 
+    def flush(self) -> None:
+        """Writes all that was kept, and waits until the disk has it.
 
-def _record(event: Any) -> bytes:
-    """An event as an event file holds it: length, checksum, content, checksum."""
-    content = event.SerializeToString()
-    length = struct.pack("<Q", len(content))
-    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-    return length + sums[0] + content + sums[1]
+        The event file is written here and not by `SummaryWriter`, whose thread ends when the disk
+        is full: its queue then blocks the training loop.
+        """
+        if not self._enabled:
+            return
+        self._flushed = time.monotonic()
+        self._lines.append_or_keep(b"")
+        try:
+            if self._events is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                suffix = f".{os.getpid()}.{time.time_ns()}"
+                self._events = EventsWriter(str(self._folder / "events"), suffix)
+            for event in self._kept_events:
+                self._events.write_event(event)
+            self._events.flush()
+            self._kept_events.clear()
+        except OSError:  # the file may end in a torn event: the next attempt opens another
+            self._events = None
 
 
 def _ends(path: pathlib.Path) -> list[tuple[int, int]]:
@@ -115,7 +154,7 @@ def _ends(path: pathlib.Path) -> list[tuple[int, int]]:
     return ends
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, float]]:
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yields the lines of a metrics file; an absent file is empty, a torn last line is dropped."""
     path = pathlib.Path(path)
     if not path.is_file():
@@ -222,11 +261,12 @@ class StepRecorder:
     def flush(self) -> None:
         """Writes the means of the steps since the last ones written, if any.
 
-        Called, when all is settled, before a checkpoint: no mean spans it, and a resumed run writes
-        the same.
+        Called before a checkpoint, when all is settled: no mean spans a checkpoint, so that a
+        resumed run writes the same.
         """
         if self._count:
             self._write_means(self._step)
+        self._writer.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -255,3 +295,16 @@ class StepRecorder:
             )
         self._count, self._sums = 0, {}
         self._started, self._paused_seconds = now, 0.0
+
+
+def draw_curves(workdir: pathlib.Path) -> None:
+    """Draws losses and distances over the steps as `<workdir>/loss_curve.png`, if there are any."""
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for line in read_jsonl(workdir / JSONL_NAME):
+        for name in line:
+            if name.startswith(_CURVES):
+                steps, values = curves.setdefault(name, {}).setdefault("", ([], []))
+                steps.append(line["step"])
+                values.append(line[name])
+    if curves:
+        pictures.save_curves(workdir / "loss_curve.png", curves, "training step")

@@ -17,12 +17,9 @@ from repulsor_jax.checkpoints.checkpointer import (
     DamagedCheckpointError,
 )
 from repulsor_jax.method import memory_bank, registry
-from repulsor_jax.train_state import (
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    create_train_state,
-)
+from repulsor_jax.models.build import build_model
+from repulsor_jax.optimizer import build_optimizer
+from repulsor_jax.train_state import abstract_train_state, create_train_state
 from tests.oracles import tiny
 
 
@@ -34,7 +31,7 @@ def parts(c):
 def saved(tmp_path_factory):
     """A checkpoint of step 2 made on 8 devices, with a bfloat16 bank of two batches."""
     c = tiny.config(regularizer__bank_dtype="bfloat16")
-    state, rng = create_train_state(*parts(c), tiny.mesh(2, 4)), np.random.default_rng(0)
+    state, rng = create_train_state(tiny.trainer(c), tiny.mesh(2, 4)), np.random.default_rng(0)
     bank = state.bank
     for _ in range(2):
         bank = memory_bank.enqueue(bank, jnp.asarray(rng.normal(size=(tiny.BATCH, tiny.DIM))))
@@ -55,13 +52,13 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 1, 1), (1, 2, 2)], ids=str)
 def test_comes_back_exactly_on_any_mesh(saved, shape):
     c, folder, expected = saved
-    abstract, shardings = abstract_train_state(*parts(c), tiny.mesh(*shape))
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh(*shape))
     with Checkpointer(folder) as checkpointer:
         state, data_state, notes = checkpointer.restore(abstract, tiny.BATCH)
     assert data_state == {"next_index": 2}
     assert notes == []
     assert state.bank.features.dtype == jnp.bfloat16
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(tiny.raw(state)), expected)
 
 
@@ -90,7 +87,7 @@ def test_another_batch_size_or_bank_keeps_the_newest_rows(
         regularizer__bank_rows=slots * batch_size,
         regularizer__bank_dtype="bfloat16",
     )
-    abstract, shardings = abstract_train_state(*parts(c), tiny.mesh(*mesh))
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh(*mesh))
     with Checkpointer(folder) as checkpointer:
         state, data_state, said = checkpointer.restore(abstract, batch_size)
     assert len(said) == len(notes)
@@ -103,7 +100,7 @@ def test_another_batch_size_or_bank_keeps_the_newest_rows(
         found[:filled].reshape(-1, tiny.DIM), rows[-filled * batch_size :]
     )
     assert not found[filled:].any()
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), expected.params)
 
 
@@ -111,12 +108,12 @@ def test_inference_restores_ema_alone_and_needs_no_regulariser(saved):
     """Invariant 5: the tree that inference asks for is that of a model trained without one."""
     _, folder, expected = saved
     without = tiny.config(regularizer__name="none")
-    abstract, _ = abstract_train_state(*parts(without), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(without), tiny.mesh())
     with Checkpointer(folder) as checkpointer:
         params, step = checkpointer.restore_ema(abstract.ema_params)
     assert step == 2
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected.ema_params)
-    fresh = create_train_state(*parts(without), tiny.mesh())
+    fresh = create_train_state(tiny.trainer(without), tiny.mesh())
     assert jax.tree.structure(params) == jax.tree.structure(fresh.params["model"])
 
 
@@ -132,7 +129,7 @@ def test_inference_restores_ema_alone_and_needs_no_regulariser(saved):
 )
 def test_another_configuration_is_refused_by_name(saved, overrides, expected):
     _, folder, _ = saved
-    abstract, _ = abstract_train_state(*parts(tiny.config(**overrides)), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(tiny.config(**overrides)), tiny.mesh())
     with Checkpointer(folder) as checkpointer, pytest.raises(CheckpointError, match=expected):
         checkpointer.restore(abstract, tiny.BATCH)
 
@@ -152,7 +149,7 @@ def test_missing_checkpoints_are_named(saved, tmp_path):
 
 def test_saving_a_step_twice_is_no_error(tmp_path):
     c = tiny.config()
-    state = create_train_state(*parts(c), tiny.mesh())
+    state = create_train_state(tiny.trainer(c), tiny.mesh())
     with Checkpointer(tmp_path) as checkpointer:
         for _ in range(2):
             checkpointer.save(0, state, {"next_index": 0}, {}, {})
@@ -178,7 +175,7 @@ def test_records_are_read_without_arrays_and_missed_by_name(saved, tmp_path):
 
 def test_another_dtype_of_the_bank_is_cast_and_any_other_refused(saved):
     _, folder, expected = saved
-    abstract, _ = abstract_train_state(*parts(tiny.config()), tiny.mesh(2, 4))
+    abstract = abstract_train_state(tiny.trainer(tiny.config()), tiny.mesh(2, 4))
     with Checkpointer(folder) as checkpointer:
         state, _, notes = checkpointer.restore(abstract, tiny.BATCH)
         assert notes == ["bank: 3 slots of 16 in bfloat16 re-slotted to 3 slots of 16 in float32"]
@@ -248,7 +245,7 @@ def saved_twice(saved, tmp_path_factory):
     """Steps 1 and 2 with different values."""
     c, _, _ = saved
     folder = tmp_path_factory.mktemp("twice")
-    state = create_train_state(*parts(c), tiny.mesh())
+    state = create_train_state(tiny.trainer(c), tiny.mesh())
     with Checkpointer(folder) as checkpointer:
         for step in (1, 2):
             state = state.replace(step=jnp.int32(step))
@@ -264,7 +261,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(
     damaging, message = DAMAGE[damage]
     shutil.copytree(folder, tmp_path / "copy")
     damaging(tmp_path / "copy" / "2")
-    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh())
     # One who only looks says so, and moves nothing; the position in the data is not looked at.
     with (
         Checkpointer(tmp_path / "copy", read_only=True, read_delay=0) as checkpointer,
@@ -291,7 +288,7 @@ def test_a_state_that_is_not_finite_is_none_to_go_on_from(saved, tmp_path):
     """As an older version saved it: training takes the one before, sampling reads its EMA."""
     c, folder, _ = saved
     shutil.copytree(folder, tmp_path / "run")
-    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh())
     with Checkpointer(tmp_path / "run") as checkpointer:
         state, *_ = checkpointer.restore(abstract, tiny.BATCH)
         features = state.bank.features.at[0, 3, 5].set(jnp.nan)
@@ -310,7 +307,7 @@ def test_nothing_is_moved_where_no_whole_checkpoint_is_left(saved_twice, tmp_pat
     shutil.copytree(folder, tmp_path / "copy")
     for step in ("1", "2"):
         flip(tmp_path / "copy" / step / "manifest" / "metadata")
-    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh())
     with (
         Checkpointer(tmp_path / "copy", read_delay=0) as checkpointer,
         pytest.raises(DamagedCheckpointError, match="copy/2.*copy/1.*nothing was moved"),
@@ -322,7 +319,7 @@ def test_nothing_is_moved_where_no_whole_checkpoint_is_left(saved_twice, tmp_pat
 def test_a_checkpoint_that_does_not_fit_is_not_damaged(saved_twice, tmp_path):
     _, folder = saved_twice
     shutil.copytree(folder, tmp_path / "copy")
-    other, _ = abstract_train_state(*parts(tiny.config(model__hidden_size=64)), tiny.mesh())
+    other = abstract_train_state(tiny.trainer(tiny.config(model__hidden_size=64)), tiny.mesh())
     with (
         Checkpointer(tmp_path / "copy") as checkpointer,
         pytest.raises(CheckpointError, match="copy/2 does not fit this configuration") as error,
@@ -334,7 +331,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_damaged(saved_twice, tmp_path):
 
 def test_the_saved_records_are_checked_before_arrays_are_read(saved_twice, tmp_path):
     c, folder = saved_twice
-    abstract, _ = abstract_train_state(*parts(c), tiny.mesh())
+    abstract = abstract_train_state(tiny.trainer(c), tiny.mesh())
 
     def refuse(config, latents):
         assert (config, latents) == ({"batch_size": tiny.BATCH}, {})

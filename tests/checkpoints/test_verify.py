@@ -8,8 +8,7 @@ import pytest
 from repulsor_jax.checkpoints import verify as verify_lib
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.checkpoints.verify import verify
-from repulsor_jax.method import registry
-from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
+from repulsor_jax.train_state import abstract_train_state
 from tests.checkpoints.test_checkpointer import flip, spoil
 from tests.oracles import tiny
 
@@ -21,8 +20,7 @@ def test_every_checkpoint_is_read_and_what_is_damaged_named(tmp_path, capsys, mo
     monkeypatch.setattr(verify_lib, "_GROUP_BYTES", 20_000)  # in many parts
     assert verify(tmp_path / "checkpoints")
     said = capsys.readouterr().out
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    count = len(jax.tree.leaves(abstract_train_state(*parts, tiny.mesh())[0]))
+    count = len(jax.tree.leaves(abstract_train_state(tiny.trainer(c), tiny.mesh())))
     assert re.search(rf"^ +3  whole    {count} arrays, 0\.\d MB.*\n +5  whole ", said, re.M)
 
     before = sorted(str(path) for path in tmp_path.rglob("*"))

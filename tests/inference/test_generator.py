@@ -12,7 +12,7 @@ from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.inference.generator import configured_guidance, generate_images, make_generator
-from repulsor_jax.train_state import build_model, init_model_params
+from repulsor_jax.models.build import build_model, init_model_params
 from tests.oracles import tiny
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from repulsor_jax import sharding
-from repulsor_jax.method import memory_bank, registry, repulsion
+from repulsor_jax.method import memory_bank, repulsion
+from repulsor_jax.method.head import ProjectionHead
 from repulsor_jax.planning import hlo
-from repulsor_jax.train_state import abstract_train_state, build_model, build_optimizer
+from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import draw_inputs
 from tests.oracles import tiny
 
@@ -136,7 +137,7 @@ def test_the_bank_holds_the_last_batches_row_by_row():
 
     @jax.jit
     def features(params, key, batch):
-        inputs = draw_inputs(key, batch, c, tiny.FORMAT)
+        inputs = draw_inputs(key, batch, tiny.trainer(c), tiny.FORMAT)
         t = inputs.t[:, None, None, None]
         _, tokens = step.model.apply(
             {"params": params["model"]},
@@ -145,7 +146,7 @@ def test_the_bank_holds_the_last_batches_row_by_row():
             inputs.labels,
             tap=c.model.depth // 4,
         )
-        head = repulsion.ProjectionHead(tiny.DIM, c.model.hidden_size)
+        head = ProjectionHead(tiny.DIM, c.model.hidden_size)
         return head.apply({"params": params["regularizer"]}, tokens.mean(1))
 
     for number, batch in enumerate(tiny.batches(2 * tiny.SLOTS + 1)):
@@ -186,7 +187,6 @@ def test_weight_zero_compiles_to_the_program_without_a_regulariser():
     assert zero.cost_analysis()["flops"] == none.cost_analysis()["flops"]
     assert on.cost_analysis()["flops"] > none.cost_analysis()["flops"]
     c = tiny.config(regularizer__weight=0.0)
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    state, _ = abstract_train_state(*parts, tiny.mesh())
+    state = abstract_train_state(tiny.trainer(c), tiny.mesh())
     assert state.bank is None
     assert state.params["regularizer"] == {}

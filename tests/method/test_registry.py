@@ -6,23 +6,28 @@ import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
-from repulsor_jax.method import memory_bank, registry, repulsion
+from repulsor_jax.method import head, memory_bank, registry, repulsion
 from repulsor_jax.method.dispersive import dispersive_loss
 from tests.oracles import tiny
 
 
+def build(c):
+    return registry.build(c.regularizer, hidden_size=c.model.hidden_size, batch_size=c.batch_size)
+
+
 @pytest.mark.parametrize("off", [{"regularizer.name": "none"}, {"regularizer.weight": 0.0}])
 def test_off_is_none(off):
-    assert registry.build(tiny.config(**off)) is None
+    assert build(tiny.config(**off)) is None
 
 
 def test_an_unknown_name_is_refused_with_the_names():
-    with pytest.raises(config_lib.ConfigError, match="'dispersive', 'none', 'repulsor'"):
-        registry.build(tiny.config(regularizer__name="attraction"))
+    message = "config.regularizer.name: expected one of dispersive, none, repulsor, found 'attr"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        tiny.config(regularizer__name="attraction")
 
 
 def test_repulsor_is_pool_head_and_loss():
-    r = registry.build(
+    r = build(
         tiny.config(
             regularizer__pooling="flatten",
             regularizer__temperature=0.2,
@@ -37,11 +42,11 @@ def test_repulsor_is_pool_head_and_loss():
     )
     bank = r.create_bank()
     assert bank.features.shape == (tiny.SLOTS, tiny.BATCH, tiny.DIM)
-    head = repulsion.ProjectionHead(tiny.DIM, hidden_size=32)
+    projection = head.ProjectionHead(tiny.DIM, hidden_size=32)
 
     @jax.jit
     def run(params, tokens, bank):
-        z = head.apply({"params": params}, tokens.reshape(tiny.BATCH, -1))
+        z = projection.apply({"params": params}, tokens.reshape(tiny.BATCH, -1))
         bank = memory_bank.enqueue(bank, z[::-1])
         expected = repulsion.repulsion_loss(z, bank, temperature=0.2, distance="cosine")
         return r.loss(params, tokens, bank), (expected, z)
@@ -53,7 +58,7 @@ def test_repulsor_is_pool_head_and_loss():
 
 @pytest.mark.parametrize("variant", ["l2", "hinge"])
 def test_dispersive_is_its_loss_without_parameters_or_bank(variant):
-    r = registry.build(
+    r = build(
         tiny.config(
             regularizer__name="dispersive",
             regularizer__variant=variant,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from repulsor_jax import sharding
+from repulsor_jax.method import head as head_lib
 from repulsor_jax.method import memory_bank, repulsion
 from repulsor_jax.method.dispersive import dispersive_loss
 from repulsor_jax.planning import hlo
@@ -126,7 +127,7 @@ def test_dispersive_loss_is_the_empty_bank_limit():
     tokens = np.random.default_rng(3).standard_normal((6, 4, 5)).astype(np.float32)
 
     def from_repulsion(tokens):
-        z = repulsion.pool(tokens, "flatten")
+        z = head_lib.pool(tokens, "flatten")
         z = z / jnp.sqrt(z.shape[1])  # Dispersive divides squared distances by the feature size
         terms = repulsion.repulsion_per_sample(z, empty_bank(2, *z.shape), temperature=0.5)
         batch_size = z.shape[0]
@@ -183,7 +184,7 @@ def test_unknown_distance_and_pooling_are_refused():
     with pytest.raises(ValueError, match="squared_l2"):
         evaluate(z, distance="manhattan")
     with pytest.raises(ValueError, match="flatten"):
-        repulsion.pool(jnp.ones((2, 2, 2)), "max")
+        head_lib.pool(jnp.ones((2, 2, 2)), "max")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         evaluate(z, empty_bank(3, 2, 2), chunk_slots=0)
 
@@ -352,7 +353,7 @@ def test_a_bank_is_gone_through_in_chunks_past_max_logits():
 def test_head_gives_unit_vectors_of_its_dense_silu_dense():
     rng = np.random.default_rng(7)
     pooled = rng.standard_normal((5, 6)).astype(np.float32)
-    head = repulsion.ProjectionHead(3, hidden_size=7)
+    head = head_lib.ProjectionHead(3, hidden_size=7)
     params = jax.tree.map(
         lambda x: rng.standard_normal(x.shape).astype(np.float32),
         jax.eval_shape(head.init, jax.random.key(0), pooled)["params"],

@@ -14,17 +14,11 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.data.latents import Description, LatentFormat
-from repulsor_jax.method import registry
+from repulsor_jax.experiment import make_trainer
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
-from repulsor_jax.train_state import (
-    TrainState,
-    abstract_train_state,
-    build_model,
-    build_optimizer,
-    create_train_state,
-    init_model_params,
-)
-from repulsor_jax.train_step import compile_train_step, make_train_step
+from repulsor_jax.train_state import Trainer, TrainState, create_train_state
+from repulsor_jax.train_step import compile_training
 
 BATCH, DIM, SLOTS = 16, 8, 3
 FORMAT = LatentFormat(False, np.zeros(2, np.float32), np.ones(2, np.float32))
@@ -115,8 +109,7 @@ def random_params(c: config_lib.Config, seed: int = 0) -> Any:
 def save_run(workdir: pathlib.Path, values: Any, steps: dict[int, Any], **record: Any) -> None:
     """A run's checkpoints as training leaves them, with given EMA parameters for each step."""
     c = config_lib.parse(values)
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    state = create_train_state(*parts, mesh())
+    state = create_train_state(trainer(c), mesh())
     channels = c.model.in_channels
     latents = {
         "autoencoder": "identity",
@@ -149,17 +142,17 @@ class Step(NamedTuple):
         return state, history
 
 
+def trainer(c: config_lib.Config) -> Trainer:
+    return make_trainer(c, mesh())
+
+
 def compile_only(c: config_lib.Config, on: Mesh) -> jax.stages.Compiled:
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    abstract, _ = abstract_train_state(*parts, on)
-    return compile_train_step(
-        make_train_step(*parts, FORMAT), abstract, SHAPE, "float16", c.batch_size, on
-    )
+    return compile_training(trainer(c), FORMAT, SHAPE, "float16", on).step
 
 
 def build(c: config_lib.Config, on: Mesh) -> Step:
-    parts = (c, build_model(c.model), registry.build(c), build_optimizer(c))
-    return Step(c, parts[1], create_train_state(*parts, on), compile_only(c, on), on)
+    program = compile_training(trainer(c), FORMAT, SHAPE, "float16", on)
+    return Step(c, trainer(c).model, program.create_state(), program.step, on)
 
 
 def batches(count: int, batch_size: int = BATCH, seed: int = 0) -> list[dict[str, np.ndarray]]:

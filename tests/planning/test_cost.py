@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import program_cost
 from repulsor_jax.runtime import flops
-from repulsor_jax.train_state import build_model, init_model_params
 from tests.oracles import tiny
 
 

@@ -122,8 +122,8 @@ def kill_at_work(tmp_path, pattern, *arguments):
 BAD_FLAGS = {
     "--config.model.depht=3": "error: config.model.depht: unknown key 'depht'",
     "--config.optimizer.learning_rate=fast": "optimizer.learning_rate",
-    "--config.model.patch_size=3": "error: config.model.patch_size=3 must divide",
-    "--config.regularizer.name=attract": "error: config.regularizer.name='attract'",
+    "--config.model.patch_size=3": "error: config.model.patch_size: found 3, expected a divisor",
+    "--config.regularizer.name=attract": "error: config.regularizer.name: expected one",
     "--config.data.source_path=https://me:hunter2@host/x": "error: config.data.source_path: f",
 }
 BAD_PLANS = {

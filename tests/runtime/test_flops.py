@@ -7,8 +7,8 @@ import pytest
 
 from configs import imagenet256
 from repulsor_jax import config as config_lib
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.runtime import flops
-from repulsor_jax.train_state import build_model, init_model_params
 from tests.oracles import tiny
 
 

@@ -1,0 +1,56 @@
+"""Which network a configuration names, and its initial parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from repulsor_jax.models.dit import DiT
+
+
+def build_model(config: Any, device: jax.Device | None = None) -> DiT:
+    """Returns the transformer that the configuration describes.
+
+    Args:
+      config: the section `model` of a configuration.
+      device: one of those that will run it, for what is chosen by platform; None is a CPU.
+    """
+    attention: Any = config.attention
+    if attention == "auto":
+        attention = "cudnn" if _has_cudnn_attention(config, device) else None
+    return DiT(
+        latent_size=config.latent_size,
+        in_channels=config.in_channels,
+        patch_size=config.patch_size,
+        hidden_size=config.hidden_size,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+        learn_sigma=config.learn_sigma,
+        qk_norm=config.qk_norm,
+        scan_blocks=config.scan_blocks,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+        attention=attention,
+    )
+
+
+def _has_cudnn_attention(config: Any, device: jax.Device | None) -> bool:
+    """Whether cuDNN's fused attention runs this model: NVIDIA from Ampere on, half precision."""
+    capability = getattr(device, "compute_capability", None)  # as "9.0"; ROCm says "gfx90a"
+    head_size = config.hidden_size // config.num_heads
+    return (
+        isinstance(capability, str)
+        and capability[0].isdigit()
+        and float(capability) >= 8.0
+        and jnp.dtype(config.dtype).itemsize == 2
+        and head_size % 8 == 0
+        and head_size <= 128
+    )
+
+
+def init_model_params(model: DiT, key: jax.Array) -> Any:
+    """Returns the model's initial parameters, boxed with their logical axis names."""
+    x = jnp.zeros((1, model.latent_size, model.latent_size, model.in_channels))
+    return model.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
