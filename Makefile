@@ -26,10 +26,11 @@ test-fast: $(READY)  ## The suite without its slow tests.
 drill: $(READY)  ## Kill training at random moments, over and over: an hour or more.
 	$(BIN)/python -m benchmarks.drill
 
-check: $(READY)  ## Format, lint, types, shell scripts.
+check: $(READY)  ## Format, lint, types, direction of imports, shell scripts.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 format: $(READY)  ## Put the format right.
