@@ -24,6 +24,7 @@ from repulsor_jax.data.listing import (
     shorten,
     subfolders,
 )
+from repulsor_jax.files.tensors import open_safetensors
 from repulsor_jax.files.untrusted import read_json
 
 KINDS = ("fast-dit", "lightning-dit", "npy", "npy:moments", "npy:scaled", "repa")
@@ -339,7 +340,7 @@ class _OpenFiles:
 
     def get(self, path: str) -> Any:
         if path not in self._files:
-            self._files[path] = _open_shard(path)
+            self._files[path] = open_safetensors(path)
         return self._files[path]
 
 
@@ -362,7 +363,7 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     labels: list[np.ndarray] = []
     shape: list[int] = []
     for shard in paths:
-        file = _open_shard(shard)
+        file = open_safetensors(shard)
         missing = {"latents", "latents_flip", "labels"} - set(file.keys())
         if missing:
             raise ValueError(
@@ -392,18 +393,6 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     class_names = _numbered_classes(root, joined)
     ends = np.cumsum([len(values) for values in labels], dtype=np.int64)
     return _Shards(tuple(paths), ends, joined.astype(np.int32), class_names, _OpenFiles())
-
-
-def _open_shard(path: str) -> Any:
-    import ml_dtypes  # noqa: F401  # makes NumPy know bfloat16
-    import safetensors
-
-    try:
-        return safetensors.safe_open(path, "np").__enter__()
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{path}: damaged, cut short or no safetensors file ({error}): fetch it again"
-        ) from error
 
 
 def _scan_arrays(root: str) -> Files:
