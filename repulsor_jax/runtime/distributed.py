@@ -1,8 +1,8 @@
-"""Joining the other processes of a job: whether there are any, who started them, how long to wait.
+"""Joins the other processes of a job: finds their launcher, and limits how long to wait for them.
 
-JAX finds the coordinator and the numbers itself (`jax.distributed.initialize`); what it does not
-say is whether there is anything to join. A variable that a launcher left in the environment of a
-lone process must not make it wait for others.
+JAX finds the coordinator and the numbers itself (`jax.distributed.initialize`), but not whether
+there is anything to join. A single process must not wait for others because of a variable that a
+launcher left in its environment.
 """
 
 import contextlib
@@ -19,22 +19,22 @@ import jax
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _METADATA_TIMEOUT = 5  # seconds
-# JAX gives up by aborting the process with a stack trace; this later than we do.
+# JAX's own timeout aborts the process with a stack trace: let it come after ours.
 _LATER = 60  # seconds
 
 
 class JoinError(RuntimeError):
-    """The other processes of the job cannot be joined; says why."""
+    """The other processes of the job cannot be joined; the message says why."""
 
 
 class Launcher(NamedTuple):
-    """What started the processes of a job.
+    """The program that started the processes of a job.
 
     Attributes:
       name: for messages.
-      method: what `jax.distributed.initialize` calls it.
-      sees_own_devices: whether this process drives every device that it sees. JAX otherwise takes
-        one for each process of a host on Slurm and Open MPI.
+      method: its name for `jax.distributed.initialize`.
+      sees_own_devices: whether this process drives every device that it sees. By default, JAX gives
+        each process of a host one device on Slurm and Open MPI.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Launcher(NamedTuple):
 def detect(
     environ: Mapping[str, str], tpu_vm_workers: Callable[[], int] | None = None
 ) -> Launcher | None:
-    """Finds what started this process together with others; None for a process of its own.
+    """Finds the launcher of a job of several processes; None for a single process.
 
     Args:
       environ: the environment.
-      tpu_vm_workers: the number of processes of a Cloud TPU job, which is not in the environment;
-        asked where nothing else answers. None takes it for 1.
+      tpu_vm_workers: returns the number of processes of a Cloud TPU job, which the environment does
+        not hold; called only if the environment names no launcher. None stands for 1 process.
 
     Raises:
       JoinError: a variable does not hold a number.
@@ -60,8 +60,8 @@ def detect(
     if "OMPI_MCA_orte_hnp_uri" in e and _number(e, "OMPI_COMM_WORLD_SIZE") > 1:
         alone = _number(e, "OMPI_COMM_WORLD_LOCAL_SIZE", 0) == 1
         return Launcher("Open MPI", "ompi", alone or len(visible) == 1)
-    # All that JAX needs. A shell of salloc or a login to a node has a part of them, or one task in
-    # its step though the job was granted several.
+    # JAX needs all of these. A shell of salloc and a login to a node have some of them, or one task
+    # in their step although the job was granted several.
     needed = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
     if all(f"SLURM_{name}" in e for name in needed):
         tasks = _number(e, "SLURM_NTASKS")
@@ -74,7 +74,7 @@ def detect(
     hosts = e.get("TPU_PROCESS_ADDRESSES", e.get("TPU_WORKER_HOSTNAMES", ""))
     if hosts:
         return Launcher("GKE", "gketpu") if len(hosts.split(",")) * slices > 1 else None
-    # JAX sets the variable where it finds no TPU chips.
+    # JAX sets the variable on a machine without TPU chips.
     if tpu_vm_workers is None or "TPU_SKIP_MDS_QUERY" in e:
         return None
     return Launcher("Cloud TPU", "gcetpu") if max(slices, tpu_vm_workers()) > 1 else None
@@ -87,18 +87,18 @@ def join(
     process_id: int | None = None,
     timeout_seconds: int = 300,
 ) -> str | None:
-    """Joins the other processes of the job where there are any; to be called before any array.
+    """Joins the other processes of the job, if there are any; to be called before any array exists.
 
     Args:
-      mode: "auto" joins where a launcher started several processes or the next arguments say so,
-        "on" whatever JAX finds, "off" nothing.
-      coordinator_address: host:port of process 0, where no launcher knows it.
+      mode: "auto" joins if a launcher started several processes or the next arguments say so, "on"
+        joins the processes that JAX finds, "off" joins nothing.
+      coordinator_address: host:port of process 0, for a job without a known launcher.
       num_processes: likewise.
       process_id: likewise; from 0.
-      timeout_seconds: how long to wait for the others. The process ends after it.
+      timeout_seconds: how long to wait for the others. After it the process ends.
 
     Returns:
-      A line that says what was joined; None for a process of its own, and for one that has joined
+      A line that says what was joined; None for a single process, and for a process that has joined
       already.
 
     Raises:
@@ -114,13 +114,15 @@ def join(
         raise JoinError(f"--distributed=off contradicts {', '.join(named)}")
     if mode == "off" or jax.distributed.is_initialized():
         return None
-    launcher = detect(os.environ, _tpu_vm_workers)
+    launcher = detect(os.environ, tpu_vm_workers)
     if launcher is None and named and len(named) < len(given):
         missing = ", ".join(flag for flag in given if flag not in named)
         raise JoinError(f"found {', '.join(named)}, but not {missing}, and no launcher knows them")
     if mode == "auto" and launcher is None and not named:
         return None
     how = "flags" if len(named) == len(given) else launcher.name if launcher else "JAX's detection"
+    # None leaves the choice of devices to JAX, and an empty list takes all devices.
+    local_devices: list[int] | None = [] if launcher is None or launcher.sees_own_devices else None
     where = f" at {coordinator_address}" if coordinator_address else ""
     with _deadline(timeout_seconds, f"{how}{where}"):
         try:
@@ -128,8 +130,8 @@ def join(
                 coordinator_address,
                 num_processes,
                 process_id,
-                # None lets JAX choose, and an empty list leaves all.
-                local_device_ids=_local_devices(os.environ, launcher),
+                # JAX reads the variable itself.
+                local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local_devices,
                 cluster_detection_method=launcher.method if launcher else None,
                 initialization_timeout=timeout_seconds + _LATER,
                 # The first process writes and measures at the end, while the others wait to leave.
@@ -152,19 +154,13 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     return int(text)
 
 
-def _local_devices(environ: Mapping[str, str], launcher: Launcher | None) -> list[int] | None:
-    if "JAX_LOCAL_DEVICE_IDS" in environ:  # which JAX reads
-        return None
-    return [] if launcher is None or launcher.sees_own_devices else None
-
-
 @contextlib.contextmanager
-def _deadline(seconds: int, what: str) -> Iterator[None]:
-    """Ends the process with one line after so many seconds; JAX would abort with a stack trace."""
+def _deadline(seconds: int, how: str) -> Iterator[None]:
+    """Ends the process with one line of error if the block takes longer than `seconds`."""
 
     def end() -> None:
         print(
-            f"error: joining by {what} took more than {seconds} s: process 0 cannot be reached, "
+            f"error: joining by {how} took more than {seconds} s: process 0 cannot be reached, "
             "or not every process was started; --join_timeout sets how long to wait",
             file=sys.stderr,
             flush=True,
@@ -180,26 +176,34 @@ def _deadline(seconds: int, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _tpu_vm_workers() -> int:
-    """Processes of this Cloud TPU job by its metadata server; 1 on any other machine.
-
-    Only a machine that has TPU chips and libtpu asks: elsewhere nobody would answer.
-    """
-    has_chips = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-    if not has_chips or importlib.util.find_spec("libtpu") is None:
-        return 1
-    try:
-        hosts = _metadata("worker-network-endpoints").split(",")
-        about = dict(
-            line.split(":", 1) for line in _metadata("tpu-env").splitlines() if ":" in line
-        )
-        return len(hosts) * int(about.get("MEGASCALE_NUM_SLICES", "1").strip(" '"))
-    except (OSError, ValueError):
-        return 1
+def has_tpu_chips() -> bool:
+    """Whether this machine has TPU chips, and libtpu to drive them."""
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _metadata(key: str) -> str:
+def read_metadata(key: str) -> str:
+    """Asks the metadata server of a Cloud TPU machine."""
     request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
     with urllib.request.urlopen(request, timeout=_METADATA_TIMEOUT) as reply:
         text: str = reply.read().decode()
     return text
+
+
+def tpu_vm_workers(
+    has_chips: Callable[[], bool] = has_tpu_chips, read: Callable[[str], str] = read_metadata
+) -> int:
+    """Processes of this Cloud TPU job by its metadata server; 1 on any other machine.
+
+    Only a machine with TPU chips asks: on other machines there is no such server, and the question
+    would cost its timeout.
+    """
+    if not has_chips():
+        return 1
+    try:
+        hosts = read("worker-network-endpoints").split(",")
+        lines = [line.partition(":") for line in read("tpu-env").splitlines()]
+        about = {key: value.strip(" '") for key, _, value in lines}
+        return len(hosts) * int(about.get("MEGASCALE_NUM_SLICES", "1"))
+    except (OSError, ValueError):
+        return 1

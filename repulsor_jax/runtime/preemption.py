@@ -1,13 +1,15 @@
-"""Being told to stop: SIGTERM of a preempted machine, SIGUSR1 of a Slurm job near its time limit.
+"""Stops a run in order: SIGTERM of a preempted machine, SIGUSR1 of a Slurm job near its time limit.
 
-The training loop asks after every step. With one process, a handler of ours keeps the word; with
-several, JAX's preemption service hears SIGTERM on any of them, and all learn of the same step.
+The training loop asks after every step. In a single process, our handler remembers the signal. With
+several processes, JAX's preemption service hears SIGTERM in any of them, and all processes agree on
+the step after which they stop.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
@@ -17,7 +19,7 @@ from jax.experimental import multihost_utils
 from repulsor_jax import sharding
 
 EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
-_LOOKS_EVERY = 1.0  # seconds, of JAX's service for the signal
+_SERVICE_PERIOD = 1.0  # seconds between two looks of JAX's service for the signal
 _ONE_REQUEST = 1.0  # seconds; `timeout` and some launchers signal a process and then its group
 
 
@@ -26,14 +28,24 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Hears the signals while it is entered; the second one ends the process at once.
+    """Listens for the signals while it is entered; the second signal ends the process at once.
 
-    Of several processes each hears the second one once all have agreed on the step. Python lets the
-    main thread alone handle signals: in another, as of a notebook or a test, nothing is heard.
+    With several processes, "second" counts from the agreed step. Outside the main thread, as in a
+    notebook or a test, nothing is heard: Python handles signals only in the main thread.
     """
 
-    def __init__(self) -> None:
-        """Nothing is installed before it is entered."""
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        """Installs nothing; entering the context does.
+
+        Args:
+          clock: returns seconds.
+          end: ends the process with an exit code.
+        """
+        self._clock, self._end = clock, end
         self._told_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -43,13 +55,13 @@ class Preemption:
         if jax.process_count() == 1:
             self._listen(signal.SIGTERM, self._remember)
             self._listen(signal.SIGUSR1, self._remember)
-        else:  # SIGTERM is the service's own
+        else:  # JAX's service has a handler of SIGTERM
             self._listen(signal.SIGUSR1, _as_sigterm)
         return self
 
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._before.items():
-            # None is a handler of native code, which Python cannot give back.
+            # None stands for a handler of native code, which Python cannot install again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def reached(self, step: int) -> bool:
@@ -57,7 +69,8 @@ class Preemption:
         if jax.process_count() == 1:
             return self._told_at is not None
         reached = multihost_utils.reached_preemption_sync_point(step)
-        if reached and self._before:  # the service has done its work, and would swallow the next
+        if reached and self._before:
+            # The service has done its work; left in place, it would swallow the second signal.
             self._listen(signal.SIGTERM, signal.SIG_DFL)
             self._listen(signal.SIGUSR1, signal.SIG_DFL)
         return reached
@@ -67,27 +80,25 @@ class Preemption:
         self._before.setdefault(number, before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._told_at is not None:
-            if time.monotonic() - self._told_at > _ONE_REQUEST:
-                # What is being saved is not listed until it is whole: nothing is harmed.
-                os._exit(128 + number)
-            return
-        self._told_at = time.monotonic()
-        os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
+        if self._told_at is None:
+            self._told_at = self._clock()
+            os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
+        elif self._clock() - self._told_at > _ONE_REQUEST:
+            # A checkpoint is listed when it is complete: ending now harms none.
+            self._end(128 + number)
 
 
 def settle() -> None:
-    """Call at the end of a program that has saved all, on every process: it must still end.
+    """Avoids a deadlock at exit; call it on every process, after all is saved.
 
-    JAX's service, told to stop in the last moment, has all processes agree on a step. One that is
-    about to leave waits in its own shutdown for the others to agree, and they in theirs for it. It
-    looks for the signal once a second: here all wait until it has looked, and agreed. From now on
-    the signal ends a process at once.
+    If SIGTERM arrives now, JAX's service waits for all processes to agree on a step, and `shutdown`
+    waits for the service. So every process waits here until the service has looked for the signal
+    once more, and agreed. From now on SIGTERM ends the process at once.
     """
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sharding.any_process(False)
-        time.sleep(_LOOKS_EVERY + 1.0)
+        time.sleep(_SERVICE_PERIOD + 1.0)
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:

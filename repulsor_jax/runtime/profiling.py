@@ -1,55 +1,53 @@
-"""A profile of some steps, for XProf or Perfetto: what the devices did, and when they waited."""
+"""Records a profile of some training steps, for XProf or Perfetto."""
 
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 import jax
 from tqdm import tqdm
 
 
 def step_annotation(step: int) -> jax.profiler.StepTraceAnnotation:
-    """Marks what is dispatched inside as one step, where a profile is being recorded."""
+    """Marks the work dispatched inside as one step of the profile."""
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
 
 class Profiler:
-    """Records steps a to b of a training run into `<workdir>/profile`, on the first process."""
+    """Records a range of steps into `<workdir>/profile`, on the first process."""
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, ...]) -> None:
         """Plans the recording; nothing is started yet.
 
         Args:
           workdir: of the run.
-          steps: the first and the last step to record; () is none.
+          steps: the first and the last step to record; () records nothing.
         """
         self._directory = workdir / "profile"
-        self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
-        self._enabled, self._recording = jax.process_index() == 0, False
+        enabled = steps and jax.process_index() == 0
+        self._steps = range(steps[0], steps[1] + 1) if enabled else range(0)
+        self._recording = False
 
-    def __enter__(self) -> "Profiler":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused: object) -> None:
         if self._recording:
-            self._stop()
+            jax.profiler.stop_trace()
 
     def before(self, step: int, state: Any) -> None:
-        """Starts before the first of the steps, when those before it are done."""
-        if step in self._steps and self._enabled and not self._recording:
+        """Starts before the first of the steps, after the devices finished the earlier steps."""
+        if step in self._steps and not self._recording:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._directory)
             self._recording = True
 
     def after(self, step: int, state: Any) -> None:
-        """Stops after the last of the steps, when it is done."""
+        """Stops after the last of the steps, when the devices finished it."""
         if self._recording and step + 1 not in self._steps:
             jax.block_until_ready(state)
-            self._stop()
+            jax.profiler.stop_trace()
+            self._recording = False
             tqdm.write(
                 f"profile of steps to {step}: {self._directory}; look at it with "
                 f"`pip install xprof` and `xprof {self._directory}`"
             )
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        self._recording = False

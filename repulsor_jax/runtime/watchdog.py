@@ -1,4 +1,4 @@
-"""A watchdog: says which process hangs, in which phase, and where in the code."""
+"""A watchdog: reports which process hangs, in which phase, and where in the code."""
 
 import faulthandler
 import pathlib
@@ -14,15 +14,15 @@ class Watchdog:
     """A thread that reports when the loop has not moved for some minutes; a context manager.
 
     The report goes to standard error and, with the stack of every thread, to
-    `<workdir>/hangs/process_<k>.txt`. It repeats as long as nothing moves; it stops nothing.
+    `<workdir>/hangs/process_<k>.txt`. It repeats while nothing moves; the process goes on.
     """
 
     def __init__(self, workdir: pathlib.Path, minutes: float) -> None:
-        """Nothing is watched before it is entered.
+        """Plans the watch; entering the context starts it.
 
         Args:
           workdir: of the run.
-          minutes: without a beat before there is a report; 0 watches nothing.
+          minutes: time without a beat until a report; 0 watches nothing.
         """
         self._path = workdir / "hangs" / f"process_{jax.process_index()}.txt"
         self._who = f"process {jax.process_index()} of {jax.process_count()}"
@@ -42,7 +42,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, phase: str, step: int) -> None:
-        """Says that a phase begins, as "data", "step" or "save"; costs nothing."""
+        """Notes that a phase begins, as "data", "step" or "save"; costs nothing."""
         self._beat = (phase, step, time.monotonic())
 
     def _watch(self) -> None:

@@ -1,4 +1,4 @@
-"""One of two processes that are told to stop when they have done all and are about to end.
+"""One of two processes that are told to stop when their work is done and they are about to end.
 
 python -m tests.program.run_leaving_process ADDRESS RANK
 """
@@ -16,7 +16,7 @@ from repulsor_jax.runtime import preemption
 
 def main(address, rank):
     jax.distributed.initialize(address, 2, int(rank))
-    sharding.any_process(False)  # as a run does, which has long met the others
+    sharding.any_process(False)  # as in a run, the processes have met before
     with preemption.Preemption() as told:
         assert not told.reached(1)
         if rank == "0":

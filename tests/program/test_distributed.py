@@ -3,7 +3,7 @@
 import pytest
 
 from repulsor_jax.runtime import distributed
-from repulsor_jax.runtime.distributed import JoinError, Launcher, detect
+from repulsor_jax.runtime.distributed import JoinError, Launcher, detect, tpu_vm_workers
 
 # What srun sets in each of 16 tasks on 2 nodes of 8 GPUs.
 SRUN = {
@@ -34,11 +34,11 @@ def without(environ, *names):
     [
         ({}, None),  # a laptop
         (SRUN, Launcher("Slurm", "slurm", False)),
-        # One task for each node drives all its GPUs; so does one that was given its own alone.
+        # One task on each node drives all its GPUs; a task that sees one GPU drives it.
         (SRUN | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}, Launcher("Slurm", "slurm")),
         (SRUN | {"CUDA_VISIBLE_DEVICES": "3"}, Launcher("Slurm", "slurm")),
         (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Launcher("Slurm", "slurm", False)),
-        # srun -n 1; the shell of salloc -n 16, in a step of its own or in none; ssh to a node.
+        # srun -n 1; the shell of salloc -n 16, in its own step or outside steps; ssh to a node.
         (SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         (without(SRUN, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), None),
@@ -56,7 +56,7 @@ def without(environ, *names):
         (GKE | {"JAX_PLATFORMS": ""}, Launcher("GKE", "gketpu")),
     ],
 )
-def test_what_started_the_process(environ, expected):
+def test_the_launcher_is_known_by_the_environment(environ, expected):
     assert detect(environ) == expected
     assert detect(environ, lambda: 1) == expected
 
@@ -66,7 +66,7 @@ def test_a_tpu_vm_asks_for_the_number_of_its_workers():
     assert detect({}, lambda: 1) is None
 
     def never():
-        raise AssertionError("nobody would answer")
+        pytest.fail("asked a server that is not there")
 
     assert detect({"TPU_SKIP_MDS_QUERY": "1"}, never) is None
     assert detect({"JAX_PLATFORMS": "cpu"}, never) is None
@@ -81,24 +81,17 @@ def test_a_tpu_vm_asks_for_the_number_of_its_workers():
         ("10.0.0.1", "X: 'y'\nMEGASCALE_NUM_SLICES: '2'\n", 2),
     ],
 )
-def test_the_metadata_server_counts_workers_and_slices(monkeypatch, endpoints, about, expected):
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"])
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object())
+def test_the_metadata_server_counts_workers_and_slices(endpoints, about, expected):
     answers = {"worker-network-endpoints": endpoints, "tpu-env": about}
-    monkeypatch.setattr(distributed, "_metadata", answers.__getitem__)
-    assert distributed._tpu_vm_workers() == expected
+    assert tpu_vm_workers(lambda: True, answers.__getitem__) == expected
 
+
+def test_a_machine_without_chips_or_without_an_answer_is_alone():
     def unreachable(key):
         raise OSError("no route")
 
-    monkeypatch.setattr(distributed, "_metadata", unreachable)
-    assert distributed._tpu_vm_workers() == 1
-
-
-def test_without_chips_no_server_is_asked(monkeypatch):
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
-    monkeypatch.setattr(distributed, "_metadata", lambda key: pytest.fail("asked"))
-    assert distributed._tpu_vm_workers() == 1
+    assert tpu_vm_workers(lambda: True, unreachable) == 1
+    assert tpu_vm_workers(lambda: False, lambda key: pytest.fail("asked")) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,12 +106,12 @@ def test_flags_that_contradict_or_miss_each_other(arguments, message):
         distributed.join(**arguments)
 
 
-def test_a_variable_that_is_no_number_is_named():
+def test_a_variable_without_a_number_is_named():
     with pytest.raises(JoinError, match="SLURM_NTASKS='many'"):
         detect(SRUN | {"SLURM_NTASKS": "many"})
 
 
-def test_a_process_of_its_own_joins_nothing():
-    """The environment of the tests is one; no backend is touched, no server waited for."""
+def test_a_single_process_joins_nothing():
+    """The tests are a single process: join neither touches a backend nor waits for a server."""
     assert distributed.join() is None
     assert distributed.join("off") is None
