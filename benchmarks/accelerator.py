@@ -86,7 +86,8 @@ def print_rows(args: argparse.Namespace, rows: dict[str, Row]) -> None:
     kind = rows["none"]["device_kind"]
     chip = chips.find(kind)
     product = rows["matmul"]["flops"] / statistics.median(rows["matmul"]["times"])
-    peak, of = (chip.peak_flops_per_device, "published") if chip else (product, "matrix product's")
+    published = chip and chip.peak_flops / chip.devices_per_chip
+    peak, of = (published, "published") if published else (product, "matrix product's")
     flops = 3 * step_benchmark.forward_flops(args)
     print(
         f"\nDiT-{args.size}/{args.patch_size}, 32x32x4, batch {args.batch_size}, {args.dtype}, "

@@ -10,7 +10,6 @@ minute to compile on two quiet cores; --size=s_2 is quicker.
 
 import argparse
 import pathlib
-import time
 from typing import Any
 
 from repulsor_jax.files import pictures
@@ -64,21 +63,21 @@ def measure(args: argparse.Namespace, count: int, batch: int, name: str) -> dict
     jax.config.update("jax_platforms", "cpu")
     from configs import imagenet256
     from repulsor_jax import config as config_lib
-    from repulsor_jax.plan import plan_values
+    from repulsor_jax.planning.programs import abstract_experiment, compile_program
+    from repulsor_jax.planning.summary import describe_program
     from repulsor_jax.planning.topology import open_topology
 
     c = imagenet256.get_config(f"{args.size},{name}")
     c.batch_size, c.sampling.batch_size = batch, count
     c.mesh.fsdp, c.regularizer.bank_rows = args.fsdp, args.bank_rows
     c.model.remat = "full"  # the whole batch fits 8 chips, and the gradients stay what they are
-    started = time.perf_counter()
-    values = plan_values(
-        config_lib.parse(c), pathlib.Path(), open_topology(SLICES[count]), ("train",)
-    )
-    train = values["programs"]["train"]
-    if not train["fits"]:
-        raise SystemExit(f"{SLICES[count]}, batch {batch}: {train['refusal']}")
-    print(f"{SLICES[count]}, batch {batch}, {name}: {time.perf_counter() - started:.0f} s")
+    config, topology = config_lib.parse(c), open_topology(SLICES[count])
+    experiment = abstract_experiment(config, pathlib.Path(), topology)
+    program = compile_program("train", experiment, topology)
+    if program.refusal:
+        raise SystemExit(f"{SLICES[count]}, batch {batch}: {program.refusal}")
+    print(f"{SLICES[count]}, batch {batch}, {name}: {program.seconds:.0f} s")
+    train = describe_program(program, config, topology)
     return {
         "bytes": train["collective_bytes_per_device"],
         "sent": sum(row["sent_bytes"] for row in train["collectives"]),

@@ -122,9 +122,9 @@ def matmul_peak(info: dict[str, dict], times: dict[str, list[float]]) -> float:
 def forward_flops(args: argparse.Namespace) -> float:
     """FLOPs of one forward pass of the transformer on a batch, 2 per multiply-add."""
     from repulsor_jax import config as config_lib
-    from repulsor_jax.runtime import flops
+    from repulsor_jax.runtime import throughput
 
-    return args.batch_size * flops.forward_flops(config_lib.parse(model_config(args)).model)
+    return args.batch_size * throughput.forward_flops(config_lib.parse(model_config(args)).model)
 
 
 class Worker:

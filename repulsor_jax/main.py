@@ -79,7 +79,7 @@ _COMPARE = flags.DEFINE_string(
 )
 _PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "plan: prints what the run would cost.")
 _LARGEST_BATCH = flags.DEFINE_bool(
-    "largest_batch", False, "plan: also find the largest batch that fits, by 2 to 4 compilations."
+    "largest_batch", False, "plan: also find a batch that fits, by doubling or halving it."
 )
 
 

@@ -1,17 +1,15 @@
 """The plan mode: what a run would need and how fast it could be, on devices that need not be here.
 
-The programs of the run are compiled for a TPU slice, and read: memory, FLOPs, collectives.
+The programs of the run are compiled for a TPU slice and read: memory, FLOPs, collectives.
 """
 
 import ast
-import contextlib
 import copy
 import dataclasses
 import json
 import pathlib
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,8 +20,13 @@ from repulsor_jax import config as config_lib
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.files import atomic
 from repulsor_jax.planning import report
-from repulsor_jax.planning.largest_batch import largest_batch
-from repulsor_jax.planning.programs import PROGRAMS, Program, abstract_experiment, compile_program
+from repulsor_jax.planning.programs import (
+    PROGRAMS,
+    Program,
+    abstract_experiment,
+    compile_program,
+    largest_batch,
+)
 from repulsor_jax.planning.summary import describe_program, describe_run, describe_topology
 from repulsor_jax.planning.topology import Topology, open_topology
 
@@ -32,7 +35,7 @@ _TITLES = {"train": "train step", "sample": "sampler", "encode": "encoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to plan for beside the configuration.
+    """The devices to plan for, and what to print beside the plan.
 
     Attributes:
       topology: as "v5e:16x16", or "local".
@@ -40,7 +43,7 @@ class Options:
       compare: variants, separated by ";", each `key=value` pairs separated by ","; keys are those
         of the configuration, `topology` and `num_slices`.
       price_per_chip_hour: in any currency; 0 prints no cost.
-      largest_batch: whether to look for it, by a few more compilations.
+      largest_batch: whether to look for the largest batch, by a few more compilations.
     """
 
     topology: str
@@ -62,9 +65,9 @@ class Variant:
 def plan(
     config_dict: ml_collections.ConfigDict, workdir: pathlib.Path, options: Options
 ) -> pathlib.Path:
-    """Plans, prints, and writes `plan.json`, `plan.html` and `plan.png`.
+    """Plans, prints, and writes `plan.json` and `plan.html`.
 
-    With variants to compare, train steps alone are compiled, and `compare` is the files' name.
+    With variants to compare, only train steps are compiled, and the files are called `compare`.
 
     Args:
       config_dict: the configuration.
@@ -76,100 +79,80 @@ def plan(
 
     Raises:
       ConfigError: the configuration does not fit the devices, libtpu is missing, or an option is
-        not what it should be; one message that names the key or the flag.
+        wrong; one message that names the key or the flag.
     """
     if options.price_per_chip_hour < 0:
         raise ConfigError(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
-    variants = _variants(config_dict, options)
-    programs = {"none": ("train",), "identity": ("train", "sample")}.get(
+    variants = _variants(config_dict.to_dict(), options)
+    names = {"none": ("train",), "identity": ("train", "sample")}.get(
         variants[0].config.data.autoencoder, PROGRAMS
     )
-    programs = programs if len(variants) == 1 else ("train",)
-    for variant in variants:  # what can be refused is refused before the first compilation
+    names = names if len(variants) == 1 else ("train",)
+    for variant in variants:  # errors come before the first compilation
         abstract_experiment(variant.config, workdir, variant.topology)
-    found = [_plan_one(variant, workdir, programs, options) for variant in variants]
-    folder = workdir / "plan" / re.sub(r"\W+", "-", variants[0].topology.name)
-    name = "plan" if len(variants) == 1 else "compare"
-    for values in found if len(found) == 1 else []:
-        print(f"\n{report.plan_text(values)}")
-    if len(found) > 1:
+    found = [_plan_one(variant, workdir, names, options) for variant in variants]
+    if len(found) == 1:
+        print(f"\n{report.plan_text(found[0])}")
+    else:
         print(f"\n{report.table_text(report.comparison_rows(found))}")
         for values in found:
             for line in values["programs"]["train"].get("advice", []):
                 print(f"{values['label']} does not fit; {line}")
+    folder = workdir / "plan" / re.sub(r"\W+", "-", variants[0].topology.name)
+    page = folder / ("plan.html" if len(found) == 1 else "compare.html")
     made_by = {"repulsor_jax": __version__, "jax": jax.__version__}
     record = {"made_by": made_by, "times_are": "estimates from published rates", "variants": found}
-    atomic.write_text(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    page = folder / f"{name}.html"
+    atomic.write_text(page.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     report.write_page(page, f"Plan for {variants[0].topology.name}", found)
     print(f"\nplan: {page}")
     return page
 
 
-def plan_values(
-    config: Config, workdir: pathlib.Path, topology: Topology, programs: tuple[str, ...]
-) -> dict[str, Any]:
-    """Compiles programs for a topology and describes them: what `plan.json` holds of a variant."""
-    options = Options(topology.name)
-    return _plan_one(Variant("", config, topology), workdir, programs, options, quiet=True)
-
-
 def _plan_one(
-    variant: Variant,
-    workdir: pathlib.Path,
-    programs: tuple[str, ...],
-    options: Options,
-    quiet: bool = False,
+    variant: Variant, workdir: pathlib.Path, names: tuple[str, ...], options: Options
 ) -> dict[str, Any]:
+    """Compiles the programs of a variant and describes them, as `plan.json` holds them."""
     config, topology = variant.config, variant.topology
 
     def compiled(name: str, config: Config) -> Program:
-        experiment = abstract_experiment(config, workdir, topology)
-        what = f"{_TITLES[name]}, batch {config.batch_size:,}" if name == "train" else _TITLES[name]
-        what = f"{what} ({variant.label})" if variant.label else what
-        with _said(f"compiling for {topology.name}: {what}", quiet) as say:
-            program = compile_program(name, experiment, topology)
-            say("it does not fit" if program.refusal else "done")
+        batch = f", batch {config.batch_size:,}" if name == "train" else ""
+        label = f" ({variant.label})" if variant.label else ""
+        text = f"compiling for {topology.name}: {_TITLES[name]}{batch}{label}"
+        print(text, end=" ... ", flush=True)
+        program = compile_program(name, abstract_experiment(config, workdir, topology), topology)
+        outcome = "it does not fit" if program.refusal else "done"
+        print(f"{outcome} in {program.seconds:.1f} s", flush=True)
         return program
 
-    made = {name: compiled(name, config) for name in programs}
+    programs = {name: compiled(name, config) for name in names}
+    described = {name: describe_program(p, config, topology) for name, p in programs.items()}
     values: dict[str, Any] = {
         "label": variant.label or "as configured",
         "topology": describe_topology(topology),
+        "mesh": described["train"]["mesh"],
         "batch_size": config.batch_size,
-        "programs": {name: describe_program(p, config, topology) for name, p in made.items()},
+        "programs": described,
+        "run": describe_run(described["train"], config, topology, options.price_per_chip_hour),
     }
-    values["mesh"] = values["programs"][programs[0]]["mesh"]
-    train = values["programs"].get("train", {})
-    values["run"] = describe_run(train, config, topology, options.price_per_chip_hour)
-    if options.largest_batch and "train" in made:
-        values["largest_batch"] = largest_batch(
-            config, topology, made["train"], lambda config: compiled("train", config)
+    if options.largest_batch and topology.device_bytes is not None:
+        best = largest_batch(
+            config, programs["train"], topology.device_bytes, lambda c: compiled("train", c)
         )
+        if best:
+            values["largest_batch"] = {
+                "batch_size": best.images,
+                "total_bytes_per_chip": topology.devices_per_chip * best.total_bytes,
+            }
     return values
 
 
-@contextlib.contextmanager
-def _said(what: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    if not quiet:
-        print(f"{what} ...", end=" ", flush=True)
-    started = time.perf_counter()
-
-    def say(outcome: str) -> None:
-        if not quiet:
-            print(f"{outcome} in {time.perf_counter() - started:.1f} s", flush=True)
-
-    yield say
-
-
-def _variants(config_dict: ml_collections.ConfigDict, options: Options) -> list[Variant]:
-    """The configuration as it is, then each of `options.compare`."""
+def _variants(values: dict[str, Any], options: Options) -> list[Variant]:
+    """The configuration as it is, then each variant of `options.compare`."""
     opened: dict[tuple[str, int], Topology] = {}
 
     def make(label: str, changes: dict[str, str]) -> Variant:
-        changes = dict(changes)
         name = changes.pop("topology", options.topology)
         slices = changes.pop("num_slices", str(options.num_slices))
         if not slices.isdecimal():
@@ -178,7 +161,7 @@ def _variants(config_dict: ml_collections.ConfigDict, options: Options) -> list[
         if key not in opened:
             opened[key] = open_topology(*key)
         try:
-            config = config_lib.parse(_changed(config_dict, changes))
+            config = config_lib.parse(_changed(values, changes))
         except ConfigError as error:
             raise ConfigError(f"--compare={label!r}: {error}" if label else str(error)) from error
         return Variant(label, config, opened[key])
@@ -200,27 +183,19 @@ def _pairs(text: str) -> dict[str, str]:
     return pairs
 
 
-def _changed(
-    config_dict: ml_collections.ConfigDict, changes: dict[str, str]
-) -> ml_collections.ConfigDict:
-    """A copy with some values changed, given as text."""
-    changed = copy.deepcopy(config_dict)
+def _changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of the configuration's values with some replaced by values given as text."""
+    changed = copy.deepcopy(dict(values))
     for key, text in changes.items():
-        section, _, last = key.rpartition(".")
+        *sections, last = key.split(".")
+        parent: Any = changed
+        for section in sections:
+            parent = parent.get(section) if isinstance(parent, dict) else None
+        if not isinstance(parent, dict):
+            raise ConfigError(f"config.{key}: unknown key")
         try:
-            parent = changed
-            for part in section.split(".") if section else []:
-                parent = parent[part]
-            current = parent[last]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"config.{key}: unknown key") from error
-        value: Any = text
-        if not isinstance(current, str):
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError) as error:
-                kind = type(current).__name__
-                raise ConfigError(f"config.{key}: expected {kind}, found {text!r}") from error
-        with parent.unlocked(), parent.ignore_type():
-            parent[last] = value
+            value = text if isinstance(parent.get(last), str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        parent[last] = value  # `config.parse` refuses an unknown key and another type
     return changed

@@ -1,12 +1,13 @@
-"""What one run of a compiled program costs a device, read from its HLO, loops multiplied out.
+"""What one run of a compiled program costs a device, read from its HLO.
 
 XLA's own `cost_analysis()` counts the body of a loop once. Here every instruction counts as often
-as it runs. Counted are
+as it runs:
 
-- FLOPs of matrix products and convolutions, 2 per multiply-add, and, apart, one per element of
-  what is computed element by element in floating point;
-- bytes that pass to and from the device's main memory: operands and results of each instruction
-  that is not inside a fusion, of a sliced operand the slice, of one updated in place the update;
+- FLOPs of matrix products and convolutions, 2 per multiply-add; elementwise floating-point
+  operations are counted apart, 1 per element;
+- bytes read from and written to the device's main memory: the operands and results of every
+  instruction outside fusions. A slice of an operand counts the slice, and an update in place counts
+  the update;
 - collectives, with the groups of devices that take part.
 """
 
@@ -15,12 +16,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from repulsor_jax.planning import hlo
-from repulsor_jax.planning.hlo import Array, Collective, Instruction, Module
+from repulsor_jax.planning.hlo import Array, Collective, Instruction, Module, numbers
 
-# Instructions that move nothing: they name, or wait for, what others made.
+# Instructions that move no data.
 _FREE = {
     "after-all",
     "bitcast",
@@ -32,7 +35,8 @@ _FREE = {
     "replica-id",
     "tuple",
 }
-# Custom calls that compute: kernels written by hand, and libraries of GPUs and CPUs.
+_SLICES = ("slice", "dynamic-slice", "gather")
+# Custom calls that compute: handwritten kernels, and libraries of GPUs and CPUs.
 _KERNELS = re.compile(r"tpu_custom_call|mosaic|triton|__cu|__onednn")
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _ELEMENTWISE = {
@@ -42,8 +46,7 @@ _ELEMENTWISE = {
     *("subtract", "tan", "tanh", "cbrt", "round-nearest-even"),
 }
 _FLOATS = ("f", "bf", "c")
-
-# Passes of a bfloat16 matrix unit that a product of float32 operands takes at a given precision.
+# Passes of a bfloat16 matrix unit for a product of float32 operands, by precision.
 _PASSES = {"highest": 6, "high": 3}
 
 
@@ -52,14 +55,13 @@ class Cost:
     """What one run of a program, or of a part of it, costs one device.
 
     Attributes:
-      matmul_flops: of matrix products and convolutions.
-      mxu_flops: the same with every pass counted that a bfloat16 matrix unit makes for float32
-        operands at higher precision.
-      other_flops: of what is computed element by element.
-      bytes_accessed: to and from main memory.
+      matmul_flops: FLOPs of matrix products and convolutions.
+      mxu_flops: the same, times the passes of a bfloat16 matrix unit for float32 operands.
+      other_flops: elementwise operations.
+      bytes_accessed: bytes read from and written to main memory.
       collectives: each with the number of times that it runs.
-      unknown_loops: loops whose number of rounds is not known before they run, counted once.
-      unknown_calls: calls of kernels that the text says nothing of, by name, with their number.
+      unknown_loops: loops whose number of turns depends on the data; their bodies count once.
+      unknown_calls: calls of kernels that do not state their FLOPs, by name.
     """
 
     matmul_flops: float = 0.0
@@ -71,7 +73,7 @@ class Cost:
     unknown_calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:
-        """Adds another cost so many times."""
+        """Adds another cost, `times` times."""
         self.matmul_flops += times * other.matmul_flops
         self.mxu_flops += times * other.mxu_flops
         self.other_flops += times * other.other_flops
@@ -83,7 +85,7 @@ class Cost:
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes that the collectives yield on one device."""
+        """Bytes of the collectives' results on one device."""
         return sum(count * each.num_bytes for each, count in self.collectives)
 
 
@@ -92,8 +94,8 @@ def program_cost(hlo_text: str, num_devices: int = 1) -> Cost:
 
     Args:
       hlo_text: from `compiled.as_text()`.
-      num_devices: of the mesh. The text of a mesh of several slices is the program of one; the
-        groups of the collectives are completed to those of all.
+      num_devices: number of devices of the mesh. For a mesh of several slices, the text is the
+        program of one slice, and the groups of its collectives are extended to all slices.
     """
     module = hlo.parse(hlo_text)
     cost = _Counter(module).computation(module.entry)
@@ -105,10 +107,9 @@ def program_cost(hlo_text: str, num_devices: int = 1) -> Cost:
 
 
 def _on_all(each: Collective, size: int, offsets: range) -> Collective:
-    """A collective of one slice's program with the groups of all slices."""
     if each.groups:
         groups = [tuple(i + k for i in group) for k in offsets for group in each.groups]
-    else:  # between slices: each device with those in its place
+    else:  # between slices: devices at the same place in their slices form a group
         groups = [tuple(i + k for k in offsets) for i in range(size)]
     return dataclasses.replace(each, groups=tuple(groups))
 
@@ -121,10 +122,10 @@ class _Counter:
         self._costs: dict[str, Cost] = {}
 
     def computation(self, name: str) -> Cost:
-        """Cost of one run of a computation that is not a fusion's."""
+        """Cost of one run of a computation outside fusions."""
         if name not in self._costs:
             total = Cost()
-            parts: set[object] = set()  # of collectives that several fusions make together
+            parts: set[object] = set()  # keys of collectives that several fusions share
             for instruction in self._module.computations[name].values():
                 self._add(total, name, instruction, parts)
             self._costs[name] = total
@@ -135,10 +136,10 @@ class _Counter:
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return
         if opcode == "while":
-            rounds = self._module.trip_count(instruction)
-            total.unknown_loops += rounds is None
+            turns = self._module.trip_count(instruction)
+            total.unknown_loops += turns is None
             for called in instruction.called:
-                total.add(self.computation(called), 1 if rounds is None else rounds)
+                total.add(self.computation(called), 1 if turns is None else turns)
         elif opcode == "conditional":
             branches = [self.computation(called) for called in instruction.called]
             total.add(max(branches, key=lambda c: (c.bytes_accessed, c.matmul_flops)))
@@ -158,7 +159,7 @@ class _Counter:
             total.bytes_accessed += self._bytes(scope, instruction)
 
     def _fused(self, name: str) -> Cost:
-        """Cost of a fused computation but for its bytes, which do not leave the chip."""
+        """Cost of a fused computation without bytes: its values do not leave the chip."""
         if name not in self._costs:
             total = Cost()
             for instruction in self._module.computations[name].values():
@@ -170,48 +171,45 @@ class _Counter:
         return self._costs[name]
 
     def _operation(self, scope: str, instruction: Instruction) -> Cost:
-        opcode, cost = instruction.opcode, Cost()
+        opcode, result = instruction.opcode, Cost()
         if each := hlo.collective(instruction):
-            cost.collectives.append((each, 1))
+            result.collectives.append((each, 1))
         elif opcode in ("dot", "convolution"):
             operands = [self._operand(scope, instruction, k) for k in range(2)]
             count = _dot_flops if opcode == "dot" else _convolution_flops
-            cost.matmul_flops = count(instruction, *operands)
+            result.matmul_flops = count(instruction, *operands)
             precision = re.findall(r"highest|high", instruction.attribute("operand_precision"))
             wide = any(operand.dtype == "f32" for operand in operands)
             passes = max((_PASSES[p] for p in precision), default=1) if wide else 1
-            cost.mxu_flops = passes * cost.matmul_flops
+            result.mxu_flops = passes * result.matmul_flops
         elif opcode == "custom-call":
             flops = self._kernel_flops(scope, instruction)
-            cost.matmul_flops = cost.mxu_flops = flops or 0.0
+            result.matmul_flops = result.mxu_flops = flops or 0.0
             if flops is None:
-                cost.unknown_calls[_target(instruction)] += 1
-        elif opcode == "reduce":
-            array = self._operand(scope, instruction, 0)
-            cost.other_flops = array.size if array.dtype.startswith(_FLOATS) else 0
-        elif opcode in _ELEMENTWISE and instruction.arrays[0].dtype.startswith(_FLOATS):
-            cost.other_flops = instruction.arrays[0].size
-        return cost
+                result.unknown_calls[_target(instruction)] += 1
+        elif opcode == "reduce" or opcode in _ELEMENTWISE:
+            reduced = opcode == "reduce"
+            array = self._operand(scope, instruction, 0) if reduced else instruction.arrays[0]
+            result.other_flops = array.size if array.dtype.startswith(_FLOATS) else 0
+        return result
 
     def _kernel_flops(self, scope: str, call: Instruction) -> float | None:
-        """FLOPs of a custom call; None for a kernel that does not say."""
+        """FLOPs of a custom call; None for a kernel that does not state them."""
         if not _KERNELS.match(_target(call)):
             return 0.0
-        stated = re.search(r'"flops":"?(\d+)', call.attributes)
-        if stated:
+        if stated := re.search(r'"flops":"?(\d+)', call.attributes):
             return float(stated[1])
         product = _CONTRACTED.search(call.attributes)
         if not product or not _target(call).startswith("__cublas"):
             return None
-        axes = [int(n) for n in re.findall(r"\d+", product[1])]
         left = self._operand(scope, call, 0)
-        return 2.0 * call.arrays[0].size * math.prod(left.shape[k] for k in axes)
+        return 2.0 * call.arrays[0].size * math.prod(left.shape[k] for k in numbers(product[1]))
 
     def _operand(self, scope: str, instruction: Instruction, k: int) -> Array:
         return self._module.computations[scope][instruction.operands[k]].arrays[0]
 
     def _bytes(self, scope: str, instruction: Instruction) -> float:
-        """Bytes to and from main memory of an instruction that is not fused."""
+        """Bytes of main memory that an instruction outside fusions reads and writes."""
         opcode, results = instruction.opcode, instruction.arrays
         if opcode == "custom-call" and not _KERNELS.match(_target(instruction)):
             return 0
@@ -221,139 +219,99 @@ class _Counter:
             # (destination, source, flag) or ((source), destination, flag)
             moved = results[0] if opcode == "copy-start" else results[len(operands)]
             return _in_hbm([moved]) + (moved.num_bytes if operands[0].space == hlo.HBM else 0)
-        if opcode in ("slice", "dynamic-slice", "gather"):
+        if opcode in _SLICES:
             read = results[0].num_bytes if operands[0].space == hlo.HBM else 0
             return read + _in_hbm(results)
         if opcode in ("dynamic-update-slice", "scatter"):
             update = operands[1] if opcode == "dynamic-update-slice" else operands[-1]
             written = update.num_bytes if results[0].space == hlo.HBM else 0
             return _in_hbm([update]) + written
-        if each := hlo.collective(instruction):
-            results = each.arrays
-        return _in_hbm(operands) + _in_hbm(results)
+        each = hlo.collective(instruction)
+        return _in_hbm(operands) + _in_hbm(each.arrays if each else results)
 
     def _fusion_bytes(self, scope: str, fusion: Instruction) -> float:
         computation, called = self._module.computations[scope], fusion.called[0]
-        read = 0.0
-        for k, name in enumerate(fusion.operands):
-            arrays = computation[name].arrays
-            if _in_hbm(arrays):
-                read += min(_in_hbm(arrays), self._read(called, k))
-        written = self._written(called)
+        sizes = [_in_hbm(computation[name].arrays) for name in fusion.operands]
+        read = sum(min(size, self._read(called, k)) for k, size in enumerate(sizes) if size)
+        written = itertools.zip_longest(fusion.arrays, self._written(called), fillvalue=math.inf)
         return read + sum(
             min(array.num_bytes, size)
-            for array, size in itertools.zip_longest(fusion.arrays, written, fillvalue=math.inf)
+            for array, size in written
             if isinstance(array, Array) and array.space == hlo.HBM
         )
 
     def _read(self, called: str, k: int) -> float:
-        """Bytes of its k-th parameter that a fused computation reads; inf for all of them."""
-        computation = self._module.computations[called]
-        parameter = next(
-            i for i in computation.values() if i.opcode == "parameter" and int(i.argument) == k
-        )
-        return self._read_by_users(called, parameter)
+        """Bytes that a fused computation reads of its k-th parameter; inf for all of them."""
+        inside = self._module.computations[called].values()
+        parameters = (i for i in inside if i.opcode == "parameter")
+        return self._read_of(called, next(i for i in parameters if int(i.argument) == k))
 
-    def _read_by_users(self, called: str, source: Instruction) -> float:
+    def _read_of(self, called: str, source: Instruction) -> float:
         total = 0.0
-        for user in self._users(called, source):
-            if user.opcode in ("slice", "dynamic-slice", "gather"):
-                first = user.operands[0] == source.name
-                total += user.arrays[0].num_bytes if first else math.inf
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
-                total += 0  # updated in place
+        for user in self._module.computations[called].values():
+            places = [k for k, name in enumerate(user.operands) if name == source.name]
+            if not places:
+                continue
+            if user.opcode in _SLICES and places[0] == 0:
+                total += user.arrays[0].num_bytes
             elif user.opcode == "bitcast":
-                total += self._read_by_users(called, user)
+                total += self._read_of(called, user)
             elif user.opcode == "fusion":
-                places = [k for k, name in enumerate(user.operands) if name == source.name]
                 total += sum(self._read(user.called[0], k) for k in places)
-            else:
+            elif user.opcode != "dynamic-update-slice" or places[0] != 0:  # updated in place
                 return math.inf
         return total
 
-    def _users(self, called: str, source: Instruction) -> Iterator[Instruction]:
-        for instruction in self._module.computations[called].values():
-            if source.name in instruction.operands:
-                yield instruction
-
-    def _written(self, called: str) -> list[float]:
-        """Bytes that a fused computation writes of each of its results; inf for all of one."""
-        computation = self._module.computations[called]
-        root = self._module.root(called)
-        ends = [computation[n] for n in root.operands] if root.opcode == "tuple" else [root]
-        sizes: list[float] = []
-        for end in ends:
+    def _written(self, called: str) -> Iterator[float]:
+        """Bytes that a fused computation writes of each result; inf for all of one."""
+        computation, root = self._module.computations[called], self._module.root(called)
+        for end in [computation[n] for n in root.operands] if root.opcode == "tuple" else [root]:
             while end.opcode == "bitcast":
                 end = computation[end.operands[0]]
             if end.opcode == "dynamic-update-slice":
-                sizes.append(computation[end.operands[1]].arrays[0].num_bytes)
+                yield computation[end.operands[1]].arrays[0].num_bytes
             elif end.opcode == "fusion":
-                sizes += self._written(end.called[0])
+                yield from self._written(end.called[0])
             else:
-                sizes += [math.inf] * len(end.arrays)
-        return sizes
+                yield from [math.inf] * len(end.arrays)
 
 
 def _target(call: Instruction) -> str:
     return call.attribute("custom_call_target").strip('"')
 
 
-def _in_hbm(arrays: tuple[Array, ...] | list[Array]) -> float:
+def _in_hbm(arrays: Iterable[Array]) -> float:
     return sum(array.num_bytes for array in arrays if array.space == hlo.HBM)
 
 
 def _dot_flops(dot: Instruction, left: Array, right: Array) -> float:
-    contracted = math.prod(left.shape[k] for k in dot.integers("lhs_contracting_dims"))
-    return 2.0 * dot.arrays[0].size * contracted
+    contracted = numbers(dot.attribute("lhs_contracting_dims"))
+    return 2.0 * dot.arrays[0].size * math.prod(left.shape[k] for k in contracted)
 
 
 def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> float:
-    """2 per multiply-add with an element that is really there, not padding or dilation."""
-    labels = convolution.attribute("dim_labels")
-    left_labels, right_labels, out_labels = re.match(r"(\w+)_(\w+)->(\w+)", labels).groups()  # type: ignore[union-attr]
+    """2 per multiply-add with an element of the input; padding and dilation count nothing."""
+    labels = re.split(r"_|->", convolution.attribute("dim_labels"))
+    shapes = (left.shape, right.shape, convolution.arrays[0].shape)
+    inputs, taps, outputs = (
+        dict(zip(axes, shape, strict=True)) for axes, shape in zip(labels, shapes, strict=True)
+    )
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
-    result = convolution.arrays[0]
-    spatial = sorted(c for c in out_labels if c.isdigit())
-    pairs = 1
-    for k, label in enumerate(spatial):
-        pairs *= _window_pairs(
-            inputs=left.shape[left_labels.index(label)],
-            outputs=result.shape[out_labels.index(label)],
-            size=right.shape[right_labels.index(label)],
-            stride=_field(fields, "stride", k, 1),
-            pad=_field(fields, "pad", k, 0),
-            left_dilation=_field(fields, "lhs_dilate", k, 1),
-            right_dilation=_field(fields, "rhs_dilate", k, 1),
+    pairs = 1.0
+    for k, axis in enumerate(sorted(filter(str.isdigit, outputs))):
+        stride, right_dilation, dilation = (
+            _field(fields, key, k, 1) for key in ("stride", "rhs_dilate", "lhs_dilate")
         )
-    features = result.shape[out_labels.index("f")]
-    batch = result.shape[out_labels.index("b")]
-    per_output = right.shape[right_labels.index("i")]  # of one group already
-    return 2.0 * batch * features * per_output * pairs
+        # The place in the dilated input that each tap of the window meets for each output.
+        places = np.arange(outputs[axis]) * stride - _field(fields, "pad", k, 0)
+        places = places + np.arange(taps[axis])[:, None] * right_dilation
+        inside = (places >= 0) & (places <= (inputs[axis] - 1) * dilation)
+        pairs *= int((inside & (places % dilation == 0)).sum())
+    # `i` of the window is already that of one feature group.
+    return 2.0 * outputs["b"] * outputs["f"] * taps["i"] * pairs
 
 
 def _field(fields: dict[str, str], key: str, k: int, default: int) -> int:
-    """The k-th number of a window's field `3x3`; of `pad` `1_1x0_1` the padding before."""
-    if key not in fields:
-        return default
-    return int(fields[key].split("x")[k].split("_")[0])
-
-
-def _window_pairs(
-    *,
-    inputs: int,
-    outputs: int,
-    size: int,
-    stride: int,
-    pad: int,
-    left_dilation: int,
-    right_dilation: int,
-) -> int:
-    """Pairs of an output and a tap of the window that meet an element of the input, in one axis."""
-    last = (inputs - 1) * left_dilation
-    count = 0
-    for tap in range(size):
-        for place in range(outputs):
-            at = place * stride + tap * right_dilation - pad
-            count += 0 <= at <= last and at % left_dilation == 0
-    return count
+    """The k-th number of a window's field `3x3`; of `pad`'s `1_1x0_1` the padding before."""
+    return int(fields[key].split("x")[k].split("_")[0]) if key in fields else default

@@ -33,13 +33,18 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}"
+)
 
-HBM = 0  # memory space of ordinary arrays; on a TPU, 1 is the vector memory beside the units
+HBM = 0  # the memory space of ordinary arrays; on a TPU, space 1 is the on-chip vector memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array on one device: dtype, shape and the memory space that it lies in."""
+    """One array on one device: dtype, shape and the memory space that holds it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,7 +58,8 @@ class Array:
     @property
     def num_bytes(self) -> int:
         """Bytes, without the padding of tiled layouts."""
-        return math.ceil(self.size * _bits(self.dtype) / 8)
+        bits = 8 if self.dtype == "pred" else int(re.findall(r"\d+", self.dtype)[0])
+        return math.ceil(self.size * bits / 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +69,10 @@ class Instruction:
     Attributes:
       name: unique in its program.
       opcode: as "fusion" or "all-reduce-start".
-      arrays: what it yields; the arrays of a tuple in their order.
-      operands: names of what it reads.
-      argument: what stands in its parentheses.
-      attributes: all that follows them.
+      arrays: the results; the arrays of a tuple in their order.
+      operands: names of the instructions whose results it reads.
+      argument: the text between its parentheses.
+      attributes: the text after them.
       is_root: whether it is the result of its computation.
     """
 
@@ -81,17 +87,19 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it calls, in the order of the text."""
-        found = (group for group in _CALLED.findall(self.attributes))
-        return tuple(name for group in found for name in _OPERAND.findall(group))
+        groups = _CALLED.findall(self.attributes)
+        return tuple(name for group in groups for name in _OPERAND.findall(group))
 
     def attribute(self, key: str) -> str:
-        """The value of an attribute without blanks in it; "" where there is none."""
+        """The value of an attribute that contains no blank; "" without that attribute."""
         match = re.search(rf"(?<![\w]){key}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
         return match[1] if match else ""
 
-    def integers(self, key: str) -> tuple[int, ...]:
-        """The value of an attribute as `{0,1}`; () where there is none."""
-        return tuple(int(n) for n in re.findall(r"\d+", self.attribute(key)))
+    @property
+    def constant(self) -> int | None:
+        """The value of a constant integer; None for any other instruction."""
+        known = self.opcode == "constant" and self.argument.lstrip("-").isdecimal()
+        return int(self.argument) if known else None
 
 
 Computation = Mapping[str, Instruction]
@@ -103,9 +111,9 @@ class Module:
 
     Attributes:
       computations: by name, each its instructions by name, in order.
-      entry: name of the first.
-      num_partitions: devices that it runs on. Of a mesh of several TPU slices it is the program of
-        one, which sends to and receives from the others.
+      entry: name of the computation that runs first.
+      num_partitions: number of devices that run it. On a mesh of several TPU slices it is the
+        program of one slice, which sends to the others and receives from them.
     """
 
     computations: Mapping[str, Computation]
@@ -117,58 +125,48 @@ class Module:
         return next(i for i in self.computations[computation].values() if i.is_root)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a `while` runs its body; None where that is not known before it runs.
+        """How often a `while` runs its body; None for a number that depends on the data.
 
-        As XLA states it, else from a condition that compares a counter with a constant: what
-        `lax.scan` and `lax.fori_loop` compile to. The counter starts at 0 and goes in ones unless
-        the text says otherwise.
+        XLA states the number on CPUs and GPUs. TPU programs have only the condition, which
+        compares a counter with a constant: `lax.scan` and `lax.fori_loop` compile to that. The
+        counter starts at 0 and increases by 1 unless the text says otherwise.
         """
-        stated = _TRIP_COUNT.search(loop.attributes)
-        if stated:
+        if stated := _TRIP_COUNT.search(loop.attributes):
             return int(stated[1])
-        condition = loop.attribute("condition").lstrip("%")
-        root = self.root(condition)
-        scope = self.computations[condition]
-        found = [scope[name] for name in root.operands]
-        if root.opcode == "fusion":
-            outer, inner = found, self.computations[root.called[0]]
-            root = self.root(root.called[0])
-            ends = [inner[name] for name in root.operands]
-            found = [outer[int(e.argument)] if e.opcode == "parameter" else e for e in ends]
-        if root.opcode != "compare" or root.attribute("direction") not in ("LT", "GT"):
-            return None
-        limits = [number for i in found if (number := _constant(i)) is not None]
-        counters = [i for i in found if i.opcode == "get-tuple-element"]
+        compared = self._compared(loop.attribute("condition").lstrip("%"))
+        limits = [i.constant for i in compared if i.constant is not None]
+        counters = [i for i in compared if i.opcode == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1:
             return None
         place = int(counters[0].attribute("index"))
-        first, stride = self._first(loop, place), self._stride(loop, place)
-        return max(-(-(limits[0] - first) // stride), 0)
+        return max(-(-(limits[0] - self._start(loop, place)) // self._stride(loop, place)), 0)
 
-    def _first(self, loop: Instruction, place: int) -> int:
-        """The value that a loop's counter starts from."""
-        for scope in self.computations.values():
-            start = scope.get(loop.operands[0])
-            if loop.name in scope and start and start.opcode == "tuple":
-                return _constant(scope[start.operands[place]]) or 0
-        return 0
+    def _compared(self, name: str, arguments: tuple[Instruction, ...] = ()) -> list[Instruction]:
+        """The two sides of the comparison that a computation ends with; [] without one."""
+        scope, root = self.computations[name], self.root(name)
+        sides = [scope[operand] for operand in root.operands]
+        if arguments:  # of a fused computation
+            sides = [arguments[int(i.argument)] if i.opcode == "parameter" else i for i in sides]
+        if root.opcode == "fusion":
+            return self._compared(root.called[0], tuple(sides))
+        is_limit = root.opcode == "compare" and root.attribute("direction") in ("LT", "GT")
+        return sides if is_limit else []
+
+    def _start(self, loop: Instruction, place: int) -> int:
+        """The first value of a loop's counter."""
+        scope = next(c for c in self.computations.values() if loop.name in c)
+        start = scope[loop.operands[0]]
+        return (start.opcode == "tuple" and scope[start.operands[place]].constant) or 0
 
     def _stride(self, loop: Instruction, place: int) -> int:
-        """What one round of a loop adds to its counter."""
+        """The increase of a loop's counter in one turn."""
         body = loop.attribute("body").lstrip("%")
         root, scope = self.root(body), self.computations[body]
         if root.opcode != "tuple":
             return 1
         step = scope[root.operands[place]]
-        steps = [_constant(scope[name]) for name in step.operands if name in scope]
-        found = [number for number in steps if number is not None]
-        return found[0] if step.opcode == "add" and len(found) == 1 and found[0] > 0 else 1
-
-
-def _constant(instruction: Instruction) -> int | None:
-    """The value of a constant integer."""
-    known = instruction.opcode == "constant" and instruction.argument.lstrip("-").isdecimal()
-    return int(instruction.argument) if known else None
+        steps = [number for n in step.operands if (number := scope[n].constant) is not None]
+        return steps[0] if step.opcode == "add" and len(steps) == 1 and steps[0] > 0 else 1
 
 
 def parse(text: str) -> Module:
@@ -228,15 +226,7 @@ def _closing(text: str, opening: int) -> int:
 def _arrays(text: str) -> Iterator[Array]:
     for match in _ARRAY.finditer(text):
         space = _SPACE.search(match["layout"] or "")
-        shape = tuple(int(n) for n in match["shape"].split(",") if n)
-        yield Array(match["dtype"], shape, int(space[1]) if space else HBM)
-
-
-def _bits(dtype: str) -> int:
-    if dtype == "pred":
-        return 8
-    match = re.match(r"[a-z]+(\d+)", dtype)
-    return int(match[1]) if match else 0
+        yield Array(match["dtype"], tuple(numbers(match["shape"])), int(space[1]) if space else HBM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +235,8 @@ class Collective:
 
     Attributes:
       kind: as "all-reduce".
-      arrays: what it yields, per device.
-      groups: the devices, by their places in the flattened mesh, that exchange among each other.
+      arrays: the results on one device.
+      groups: which devices exchange with each other, by their places in the flattened mesh.
       channel: number of the channel.
     """
 
@@ -257,10 +247,15 @@ class Collective:
 
     @property
     def key(self) -> tuple[object, ...] | None:
-        """What the parts of one collective have in common, each fused with what it overlaps."""
+        """Equal for the parts of one collective that XLA fused with several computations."""
         if not self.channel or self.kind == "collective-permute":
             return None
         return self.kind, self.channel, tuple((a.dtype, a.shape) for a in self.arrays)
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """The largest of the groups; () without groups."""
+        return max(self.groups, key=len, default=())
 
     @property
     def largest(self) -> int:
@@ -274,8 +269,8 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device sends at the least: what a ring of the group's size does."""
-        size = max((len(group) for group in self.groups), default=1)
+        """Bytes that each device sends when the group works as a ring, the least possible."""
+        size = max(len(self.group), 1)
         factors = {
             "all-reduce": 2 * (size - 1) / size,
             "reduce-scatter": size - 1,  # of the result, a part of the operand
@@ -285,66 +280,29 @@ class Collective:
         return self.num_bytes * factors.get(self.kind, (size - 1) / size)
 
 
-def collectives(hlo_text: str) -> list[Collective]:
-    """Lists the collectives of `compiled.as_text()`; one in a loop body is listed once."""
-    module = parse(hlo_text)
-    scatters = {
-        called: instruction
-        for computation in module.computations.values()
-        for instruction in computation.values()
-        if reduce_scatter(module, instruction)
-        for called in instruction.called
-    }
-    found: dict[object, Collective] = {}
-    for name, computation in module.computations.items():
-        for instruction in computation.values():
-            each = collective(instruction)
-            if each and name in scatters:
-                each = reduce_scatter(module, scatters[name])
-            if each:
-                found.setdefault(each.key or instruction.name, each)
-    return list(found.values())
-
-
-def loops(module: Module) -> list[tuple[Instruction, list[Collective]]]:
-    """Every `while`, with the collectives of one turn of it, those of loops inside it included."""
-    whiles = [i for c in module.computations.values() for i in c.values() if i.opcode == "while"]
-    found = []
-    for loop in whiles:
-        inside, to_visit = dict[str, Computation](), list(loop.called)
-        while to_visit:
-            name = to_visit.pop()
-            if name not in inside:
-                inside[name] = module.computations[name]
-                to_visit += [called for i in inside[name].values() for called in i.called]
-        each = [collective(i) for computation in inside.values() for i in computation.values()]
-        found.append((loop, [c for c in each if c]))
-    return found
-
-
 def collective(instruction: Instruction) -> Collective | None:
-    """The collective that an instruction is, or starts; None where it is none.
+    """The collective that an instruction is or starts; None for any other instruction.
 
-    An asynchronous one yields its operands too, which are left out. One between slices is what is
-    received of it, without groups.
+    An async collective lists its operands among its results; skip them. A collective between
+    slices appears as a `recv`: its shape is known, its groups are not.
     """
+    channel = instruction.attribute("channel_id")
     between = _BETWEEN_SLICES.search(instruction.attributes)
     if instruction.opcode == "recv" and between:
         kind = between[1].lower().replace("_", "-")
-        return Collective(kind, instruction.arrays[:1], (), instruction.attribute("channel_id"))
+        return Collective(kind, instruction.arrays[:1], (), channel)
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     arrays = instruction.arrays
     if kind != instruction.opcode and kind in ("all-gather", "collective-permute"):
         count = len(instruction.operands)
-        arrays = arrays[count : 2 * count]  # what follows are flags
-    groups = _groups(instruction.attributes)
-    return Collective(kind, arrays, groups, instruction.attribute("channel_id"))
+        arrays = arrays[count : 2 * count]  # the rest are flags
+    return Collective(kind, arrays, _groups(instruction.attributes), channel)
 
 
 def reduce_scatter(module: Module, fusion: Instruction) -> Collective | None:
-    """The reduce-scatter that a fusion is on a TPU: an all-reduce of which a slice is kept."""
+    """The reduce-scatter that a TPU runs as a fusion: an all-reduce and a slice of its result."""
     if fusion.opcode != "fusion":
         return None
     inside = module.computations[fusion.called[0]].values()
@@ -364,39 +322,28 @@ def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`: iota of the second shape, transposed, cut into rows; or
     `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`: along the named axes of a mesh.
     """
-    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    if pairs or listed:
-        listed_rows = re.findall(r"\{([\d,]*)\}", (pairs or listed)[1])  # type: ignore[index]
-        return tuple(tuple(int(n) for n in row.split(",") if n) for row in listed_rows)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
-    if iota:
-        rows = _iota(iota[2]).reshape(_numbers(iota[1]))
-        return tuple(map(tuple, rows.tolist()))
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}", attributes
-    )
+    if listed := _LISTED_GROUPS.search(attributes):
+        return tuple(tuple(numbers(row)) for row in re.findall(r"\{([\d,]*)\}", listed[1]))
+    if iota := _IOTA_GROUPS.search(attributes):
+        return tuple(map(tuple, _iota(iota[2]).reshape(numbers(iota[1])).tolist()))
+    mesh = _MESH_GROUPS.search(attributes)
     if not mesh:
         return ()
-    axes = re.findall(r"'([^']+)'=(\d+)", mesh[1])
-    sizes = [int(size) for _, size in axes]
-    devices = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes))
-    along = [name in re.findall(r"'([^']+)'", mesh[3]) for name, _ in axes]
-    order = [i for i, yes in enumerate(along) if not yes] + [
-        i for i, yes in enumerate(along) if yes
-    ]
-    group_size = math.prod(size for size, yes in zip(sizes, along, strict=True) if yes)
-    rows = devices.reshape(sizes).transpose(order).reshape(-1, group_size)
-    return tuple(map(tuple, rows.tolist()))
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    devices = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
+    inside = re.findall(r"'([^']+)'", mesh[3])
+    order = sorted(range(len(sizes)), key=lambda axis: list(sizes)[axis] in inside)
+    rows = devices.reshape(list(sizes.values())).transpose(order)
+    return tuple(map(tuple, rows.reshape(-1, math.prod(sizes[name] for name in inside)).tolist()))
 
 
 def _iota(text: str) -> np.ndarray:
     """`[4,2]T(1,0)` or `[8]`: 0, 1, 2, ... in that shape, transposed, flattened."""
     shape, _, order = text.partition("T")
-    sizes = _numbers(shape)
-    numbers = np.arange(math.prod(sizes)).reshape(sizes)
-    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
+    values = np.arange(math.prod(numbers(shape))).reshape(numbers(shape))
+    return (values.transpose(numbers(order)) if order else values).reshape(-1)
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """The natural numbers in a text, as of `{0,1}` or `3x3`."""
     return [int(n) for n in re.findall(r"\d+", text)]

@@ -1,6 +1,6 @@
-"""Compiles the programs of a run, the very ones that it will run, for devices that may not be here.
+"""Compiles the programs that a run will run, for devices that may not be here.
 
-No data set, no weights and no memory of the devices is needed: all arguments are shapes.
+All arguments are shapes: no data set, no weights and no memory of the devices is needed.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,35 +26,49 @@ from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
-from repulsor_jax.runtime.chips import GIB
 from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import compile_train_step, make_train_step
 
 PROGRAMS = ("train", "sample", "encode")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program, or what kept it from being compiled.
+class Built:
+    """A program that is ready to be compiled.
 
     Attributes:
       name: of `PROGRAMS`.
-      images: that one run makes or uses, over all its devices.
-      mesh: what it runs on.
-      memory: bytes on one device by kind. Of a program that does not fit, temporaries are what the
-        compiler says is needed beside the rest.
-      cost: of one run on one device; None of a program that does not fit.
-      bank_shape: of the memory bank on one device; () without one.
-      seconds: that tracing and compiling took.
-      refusal: what the compiler said of a program that does not fit; "" of one that does.
+      images: images that one run makes or uses, over all devices.
+      mesh: the devices that it runs on.
+      kinds: the sharded shapes of its arguments, by kind.
+      compile: compiles it.
+      bank_shapes: shapes of an array that holds the memory bank's rows of two devices or more, and
+        that nothing else in the program has.
     """
 
     name: str
     images: int
     mesh: Mesh
+    kinds: dict[str, Any]
+    compile: Callable[[], jax.stages.Compiled]
+    bank_shapes: frozenset[tuple[int, ...]] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program(Built):
+    """A compiled program, or the reason why the compiler refused it.
+
+    Attributes:
+      memory: bytes on one device by kind. For a program that does not fit, the temporaries are the
+        compiler's number.
+      cost: of one run on one device; None for a program that does not fit.
+      seconds: time of tracing and compiling.
+      refusal: the compiler's message for a program that does not fit; "" for one that fits.
+    """
+
     memory: dict[str, float]
     cost: Cost | None
-    bank_shape: tuple[int, ...]
     seconds: float
     refusal: str = ""
 
@@ -63,20 +77,11 @@ class Program:
         """All of its memory on one device."""
         return sum(self.memory.values())
 
-
-class Built(NamedTuple):
-    """A program that is ready to be compiled; see `Program`.
-
-    Attributes:
-      kinds: the sharded shapes that it is given, by kind.
-      compile: compiles it.
-    """
-
-    images: int
-    mesh: Mesh
-    kinds: dict[str, Any]
-    bank_shape: tuple[int, ...]
-    compile: Callable[[], jax.stages.Compiled]
+    @property
+    def carries_the_bank(self) -> bool:
+        """Whether a collective yields an array of `bank_shapes`."""
+        arrays = [a for each, _ in self.cost.collectives for a in each.arrays] if self.cost else []
+        return any(array.shape in self.bank_shapes for array in arrays)
 
 
 def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topology) -> Experiment:
@@ -110,42 +115,86 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
 
 
 def compile_program(name: str, experiment: Experiment, topology: Topology) -> Program:
-    """Compiles one of `PROGRAMS`; one that does not fit is an answer, not an error.
+    """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error.
 
     Raises:
       ConfigError: the configuration has no such program.
     """
     built = build(name, experiment, topology)
     memory: dict[str, float] = {kind: shard_bytes(tree) for kind, tree in built.kinds.items()}
-    started = time.perf_counter()
+    arguments = sum(memory.values())
+    started, refusal, cost = time.perf_counter(), "", None
     try:
         compiled = built.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        message = str(error).strip()
+        if "RESOURCE_EXHAUSTED" not in message:
             raise
-        refusal = _first_line(str(error))
-        memory["temporaries"] = _refused_bytes(str(error), sum(memory.values()))
-        cost = None
+        refusal = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        memory["temporaries"] = _refused_bytes(message, arguments)
     else:
-        refusal, cost = "", program_cost(compiled.as_text() or "", built.mesh.size)
-        memory |= _rest_of_memory(compiled, sum(memory.values()))
+        cost = program_cost(compiled.as_text() or "", built.mesh.size)
+        stats: Any = compiled.memory_analysis()
+        memory["temporaries"] = stats.temp_size_in_bytes
+        memory["results"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        memory["padding"] = max(stats.argument_size_in_bytes - arguments, 0)
+        memory["program"] = stats.generated_code_size_in_bytes
     seconds = time.perf_counter() - started
     memory = {kind: count for kind, count in memory.items() if count}
-    return Program(name, built.images, built.mesh, memory, cost, built.bank_shape, seconds, refusal)
+    return Program(**vars(built), memory=memory, cost=cost, seconds=seconds, refusal=refusal)
+
+
+def largest_batch(
+    config: Config,
+    first: Program,
+    available: float,
+    compile_train: Callable[[Config], Program],
+) -> Program | None:
+    """Doubles the batch as long as the train step fits, or halves it until the train step fits.
+
+    Args:
+      config: the configuration.
+      first: its train step.
+      available: bytes of memory of one device.
+      compile_train: compiles the train step of another configuration.
+
+    Returns:
+      The train step with the largest of these batches that fits; None where none fits.
+    """
+
+    def fits(program: Program) -> bool:
+        return not program.refusal and program.total_bytes <= available
+
+    best = first
+    if fits(first):
+        while fits(larger := compile_train(with_batch(config, 2 * best.images))):
+            best = larger
+        return best
+    smallest = sharding.batch_shards(first.mesh) * config.optimizer.accumulation_steps
+    while not fits(best) and best.images % (2 * smallest) == 0:
+        best = compile_train(with_batch(config, best.images // 2))
+    return best if fits(best) else None
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The configuration with another batch; the bank's rows are rounded up to whole batches."""
+    rows = -(-config.regularizer.bank_rows // batch_size) * batch_size
+    regularizer = dataclasses.replace(config.regularizer, bank_rows=rows)
+    return dataclasses.replace(config, batch_size=batch_size, regularizer=regularizer)
 
 
 def build(name: str, experiment: Experiment, topology: Topology) -> Built:
-    """Builds one of `PROGRAMS` as its mode does, and compiles nothing yet.
+    """Builds one of `PROGRAMS` as its mode does, without compiling it.
 
     Raises:
       ConfigError: the configuration has no such program.
     """
-    builders = {"train": _train, "sample": _sample, "encode": _encode}
-    return builders[name](experiment, topology)
+    if name == "train":
+        return _train(experiment)
+    return _sample(experiment) if name == "sample" else _encode(experiment, topology)
 
 
-def _train(experiment: Experiment, topology: Topology) -> Built:
-    del topology
+def _train(experiment: Experiment) -> Built:
     config, mesh = experiment.config, experiment.mesh
     trainer = make_trainer(config, mesh)
     state = abstract_train_state(trainer, mesh)
@@ -164,18 +213,30 @@ def _train(experiment: Experiment, topology: Topology) -> Built:
         "batch": batch,
         "other": [state.step, state.rng],
     }
-    features: Any = state.bank and state.bank.features
-    bank_shape = features.sharding.shard_shape(features.shape) if features else ()
     step = make_train_step(trainer, experiment.latent_format)
 
     def compile_it() -> jax.stages.Compiled:
         return compile_train_step(step, state, record, config.data.dtype, config.batch_size, mesh)
 
-    return Built(config.batch_size, mesh, kinds, bank_shape, compile_it)
+    shapes = _bank_shapes(state.bank.features, state.params) if state.bank else frozenset()
+    return Built("train", config.batch_size, mesh, kinds, compile_it, shapes)
 
 
-def _sample(experiment: Experiment, topology: Topology) -> Built:
-    del topology
+def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
+    """Of the bank `[S, B, d]`: `[S, n, d]` and `[S * n, d]` for n rows of two devices or more."""
+    slots, batch_size, dim = features.shape
+    rows = features.sharding.shard_shape(features.shape)[1]
+    counts = range(2 * rows, batch_size + 1, rows)
+    shapes: set[tuple[int, ...]] = {(slots, n, dim) for n in counts}
+    # With at most B rows an array may hold the queries.
+    shapes |= {(slots * n, dim) for n in counts if slots * n > batch_size}
+    # Parameters and their gradients, whole or in shards, are sent too.
+    for leaf in jax.tree.leaves(params):
+        shapes -= {leaf.shape, leaf.sharding.shard_shape(leaf.shape)}
+    return frozenset(shapes)
+
+
+def _sample(experiment: Experiment) -> Built:
     config, mesh, autoencoder = experiment.config, experiment.mesh, experiment.autoencoder
     if autoencoder is None:
         raise ConfigError("config.data.autoencoder='none' cannot decode: there is no sampler")
@@ -197,11 +258,11 @@ def _sample(experiment: Experiment, topology: Topology) -> Built:
             return jitted.lower(*arguments).compile()
 
     kinds = {"EMA": params, "autoencoder": decoder}
-    return Built(config.sampling.batch_size, mesh, kinds, (), compile_it)
+    return Built("sample", config.sampling.batch_size, mesh, kinds, compile_it)
 
 
 def _encode(experiment: Experiment, topology: Topology) -> Built:
-    """Every host encodes its own images on its own devices: one of them is planned for."""
+    """The encoder of one host: every host encodes its own images on its own devices."""
     config, autoencoder = experiment.config, experiment.autoencoder
     if autoencoder is None:
         raise ConfigError("config.data.autoencoder='none' cannot encode: there is no encoder")
@@ -209,10 +270,9 @@ def _encode(experiment: Experiment, topology: Topology) -> Built:
     mesh = Mesh(np.array(devices), ("batch",))
     params = _shapes(autoencoder.params, NamedSharding(mesh, PartitionSpec()))
     count = config.data.encode_batch_per_device * len(devices)
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
     shape = (count, *_image_shape(config, autoencoder))
-    images = jax.ShapeDtypeStruct(
-        shape, jnp.uint8, sharding=NamedSharding(mesh, PartitionSpec("batch"))
-    )
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     about = Description(
         dtype=config.data.dtype,
         stochastic=autoencoder.stochastic,
@@ -228,7 +288,8 @@ def _encode(experiment: Experiment, topology: Topology) -> Built:
     def compile_it() -> jax.stages.Compiled:
         return encode.lower(params, images).compile()
 
-    return Built(count, mesh, {"autoencoder": params, "batch": images}, (), compile_it)
+    kinds = {"autoencoder": params, "batch": images}
+    return Built("encode", count, mesh, kinds, compile_it)
 
 
 def _image_shape(config: Config, autoencoder: Autoencoder) -> tuple[int, int, int]:
@@ -237,7 +298,7 @@ def _image_shape(config: Config, autoencoder: Autoencoder) -> tuple[int, int, in
     latents = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     try:
         decoded = jax.eval_shape(autoencoder.decode, autoencoder.params, latents)
-    except Exception as error:  # Linen's own, of shapes that do not fit
+    except Exception as error:  # Linen's own type, raised for shapes that do not fit
         raise ConfigError(
             f"config.model.in_channels={channels} are not the channels of "
             f"config.data.autoencoder={autoencoder.name!r}"
@@ -255,40 +316,15 @@ def _shapes(tree: Any, where: NamedSharding) -> Any:
 def shard_bytes(tree: Any) -> int:
     """Bytes of one device's part of a tree of sharded shapes."""
 
-    def size(leaf: jax.ShapeDtypeStruct) -> int:
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, leaf.dtype))
-            return data.size * data.dtype.itemsize
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def _rest_of_memory(compiled: jax.stages.Compiled, arguments: float) -> dict[str, float]:
-    """What a program needs beside the arrays that it is given."""
-    stats: Any = compiled.memory_analysis()
-    return {
-        "temporaries": stats.temp_size_in_bytes,
-        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "padding": max(stats.argument_size_in_bytes - arguments, 0),
-        "program": stats.generated_code_size_in_bytes,
-    }
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def _refused_bytes(message: str, arguments: float) -> float:
-    """Bytes that the compiler says a program needs, less the arguments that we know of."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    if found:
-        return max(_size(found) - arguments, 0)
+    """Bytes that a refused program needs beside its arguments, from the compiler's message."""
+    if found := re.search(r"Used ([\d.]+)([KMGT]) of", message):
+        return max(float(found[1]) * _UNITS[found[2]] - arguments, 0)
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
-    return _size(found) if found else 0
-
-
-def _size(found: re.Match[str]) -> float:
-    return float(found[1]) * GIB * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[found[2]]
-
-
-def _first_line(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0].removeprefix("RESOURCE_EXHAUSTED: ") if lines else ""
+    return float(found[1]) * _UNITS[found[2]] if found else 0

@@ -1,25 +1,30 @@
-"""A plan in words and pictures: the text of the console, and a page with its picture in it."""
+"""A plan in words and pictures: the text of the console, and a page with its pictures in it."""
 
-import base64
 import html
-import io
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from repulsor_jax.files import atomic
+from repulsor_jax.runtime.chips import GIB
 
 Values = dict[str, Any]
 
 _TITLES = {"train": "train step", "sample": "sampler", "encode": "encoder, one host"}
-_GIB = 2**30
 _PARTS = {
     "compute": "compute",
     "memory": "main memory",
     "links": "links",
     "network": "network between slices",
 }
+_COLORS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
+)
+_STYLE = (
+    "body{font-family:sans-serif;margin:2em;max-width:75em}svg{font-size:12px}"
+    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+    "pre{background:#f6f6f6;padding:1em;overflow:auto}"
+)
 
 
 def plan_text(variant: Values) -> str:
@@ -35,65 +40,54 @@ def plan_text(variant: Values) -> str:
         lines.append(f"note: {topology['note']}")
     for name, program in variant["programs"].items():
         lines += ["", *_program_lines(name, program)]
-    lines += ["", *_run_lines(variant)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_run_lines(variant)])
 
 
 def _program_lines(name: str, program: Values) -> list[str]:
     lines = [
         f"{_TITLES[name]}: {program['images']:,} images, compiled in "
-        f"{program['compile_seconds']:.1f} s"
+        f"{program['compile_seconds']:.1f} s",
+        "  memory per chip",
     ]
-    lines.append("  memory per chip")
     for kind, size in program["memory_bytes_per_chip"].items():
         lines.append(f"    {kind:<14}{_bytes(size):>12}")
-    available = program["available_bytes_per_chip"]
-    total = f"    {'sum':<14}{_bytes(program['total_bytes_per_chip']):>12}"
-    if available:
-        share = program["total_bytes_per_chip"] / available
-        total += f" of {_bytes(available)}, {share:.0%}"
-    lines.append(total)
+    available, total = program["available_bytes_per_chip"], program["total_bytes_per_chip"]
+    of = f" of {_bytes(available)}, {total / available:.0%}" if available else ""
+    lines.append(f"    {'sum':<14}{_bytes(total):>12}{of}")
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT. The compiler: {program['refusal']}")
-        if program["advice"]:
-            lines.append("  Change one of these, then plan again:")
-            lines += [f"    {line}" for line in program["advice"]]
-        return lines
-    lines.append(
+        lines.append("  Change one of these, then plan again:")
+        return lines + [f"    {line}" for line in program["advice"]]
+    lines += [
         f"  FLOPs: {program['flops']:.4g} in all, {program['flops_per_image']:.4g} per image "
-        f"(matrix products); {program['elementwise_flops']:.3g} elementwise"
-    )
-    lines.append(
-        f"  main memory: {program['bytes_accessed_per_chip']:.4g} bytes read and written per chip"
-    )
-    lines.append(
-        f"  collectives: {program['collective_bytes_per_device']:.4g} bytes on each device"
-    )
+        f"(matrix products); {program['elementwise_flops']:.3g} elementwise",
+        f"  main memory: {program['bytes_accessed_per_chip']:.4g} bytes read and written per chip",
+        f"  collectives: {program['collective_bytes_per_device']:.4g} bytes on each device",
+    ]
     for row in program["collectives"]:
         lines.append(
             f"    {row['count']:>6} x {row['kind']:<18} over {row['axis']:<12} "
             f"{row['bytes']:>14,} bytes, largest {row['largest_bytes']:,}"
             + (", between slices" if row["over"] == "network" else "")
         )
-    if name == "train" and "bank" in program["memory_bytes_per_chip"]:
+    if "bank" in program["memory_bytes_per_chip"]:
         lines.append(
-            "  A COLLECTIVE CARRIES THE BANK: please report this"
+            "  A COLLECTIVE CARRIES THE BANK: its bytes grow with config.regularizer.bank_rows"
             if program["carries_the_bank"]
             else "  the bank stays where it is: no collective carries it"
         )
     if program["unknown_loops"]:
         lines.append(
-            f"  {program['unknown_loops']} loops whose rounds are not known before they run are "
-            "counted once: FLOPs, bytes and times are too low"
+            f"  {program['unknown_loops']} loops are counted once, because the number of their "
+            "turns depends on the data: FLOPs, bytes and times are too low"
         )
     if program["unknown_kernels"]:
         kernels = ", ".join(f"{k} ({n})" for k, n in program["unknown_kernels"].items())
         lines.append(f"  FLOPs of these kernels are not known, and not counted: {kernels}")
-    return lines + _estimate_lines(program)
+    return lines + _estimate_lines(program["estimate"])
 
 
-def _estimate_lines(program: Values) -> list[str]:
-    time = program["estimate"]
+def _estimate_lines(time: Values | None) -> list[str]:
     if not time:
         return ["  no estimate of time: no peak rates are published of these devices"]
     parts = ", ".join(f"{_PARTS[k]} {_seconds(v)}" for k, v in time["seconds_by_part"].items() if v)
@@ -113,9 +107,8 @@ def _run_lines(variant: Values) -> list[str]:
     run, largest = variant["run"], variant.get("largest_batch")
     if largest:
         lines.append(
-            f"largest batch that fits: {largest['batch_size']:,} "
-            f"({_bytes(largest['total_bytes_per_chip'])} per chip), found by "
-            f"{largest['compilations']} compilations in {largest['seconds']:.0f} s"
+            f"largest batch that fits, by doubling or halving: {largest['batch_size']:,} "
+            f"({_bytes(largest['total_bytes_per_chip'])} per chip)"
         )
     if run:
         lines.append(
@@ -123,11 +116,11 @@ def _run_lines(variant: Values) -> list[str]:
             f"{run['serial_hours']:,.1f} hours, {run['chip_hours']:,.0f} to "
             f"{run['serial_chip_hours']:,.0f} chip-hours"
         )
-        if "cost" in run:
-            lines.append(
-                f"  at {run['price_per_chip_hour']:g} per chip-hour: {run['cost']:,.0f} to "
-                f"{run['serial_cost']:,.0f}"
-            )
+    if "cost" in run:
+        lines.append(
+            f"  at {run['price_per_chip_hour']:g} per chip-hour: {run['cost']:,.0f} to "
+            f"{run['serial_cost']:,.0f}"
+        )
     return lines
 
 
@@ -139,30 +132,25 @@ def comparison_rows(variants: list[Values]) -> list[list[str]]:
             *("FLOPs/step", "bytes/chip", "collectives/device", "step, estimate", "MFU"),
         ]
     ]
-    base = next((v["programs"]["train"] for v in variants if v["programs"]["train"]["fits"]), None)
-    for variant in variants:
-        program = variant["programs"]["train"]
-        memory = program["memory_bytes_per_chip"]
+    steps = [variant["programs"]["train"] for variant in variants]
+    base: Values = next((step for step in steps if step["fits"]), {})
+    for variant, program in zip(variants, steps, strict=True):
         row = [
             variant["label"],
             f"{variant['topology']['name']} {_mesh(variant['mesh'])}",
             f"{variant['batch_size']:,}",
             "yes" if program["fits"] else "NO",
-            f"{program['total_bytes_per_chip'] / _GIB:.3f}",
-            f"{memory.get('bank', 0) / _GIB:.4f}",
+            f"{program['total_bytes_per_chip'] / GIB:.3f}",
+            f"{program['memory_bytes_per_chip'].get('bank', 0) / GIB:.4f}",
         ]
-        if not program["fits"]:
-            rows.append([*row, "", "", "", "", ""])
-            continue
         for key in ("flops", "bytes_accessed_per_chip", "collective_bytes_per_device"):
-            ratio = program[key] / base[key] if base and base[key] else 1.0
-            row.append(f"{program[key]:.4g} (x {ratio:.4f})")
-        time = program["estimate"]
-        if not time:
-            rows.append([*row, "", ""])
-            continue
-        row.append(f"{_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}")
-        rows.append([*row, f"{time['mfu']:.0%} to {time['serial_mfu']:.0%}"])
+            if program["fits"]:
+                ratio = program[key] / base[key] if base[key] else 1.0
+                row.append(f"{program[key]:.4g} (x {ratio:.4f})")
+        if time := program.get("estimate"):
+            row.append(f"{_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}")
+            row.append(f"{time['mfu']:.0%} to {time['serial_mfu']:.0%}")
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
     return rows
 
 
@@ -173,96 +161,80 @@ def table_text(rows: list[list[str]]) -> str:
 
 
 def write_page(path: pathlib.Path, title: str, variants: list[Values]) -> None:
-    """Writes an HTML page that needs no other file, and its picture beside it as PNG."""
-    picture = draw(variants)
-    with atomic.replacing(path.with_suffix(".png")) as temporary:
-        temporary.write_bytes(picture)
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body.append(
+    """Writes an HTML page that needs no other file."""
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
         "<p>Memory, FLOPs and bytes are read from the compiled program. Times are estimates from "
-        "published peak rates: nothing was run.</p>"
-    )
-    encoded = base64.b64encode(picture).decode()
-    body.append(f'<img alt="memory and time" src="data:image/png;base64,{encoded}">')
+        "published peak rates: nothing was run.</p>",
+        *_pictures(variants),
+    ]
     if len(variants) > 1:
-        head, *rows = comparison_rows(variants)
-        body.append("<table><tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in head) + "</tr>")
-        body += [
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
-        ]
+        body.append("<table>")
+        for row, tag in zip(
+            comparison_rows(variants), ["th"] + ["td"] * len(variants), strict=True
+        ):
+            cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            body.append(f"<tr>{cells}</tr>")
         body.append("</table>")
     for variant in variants:
-        if len(variants) > 1:
-            body.append(f"<h2>{html.escape(variant['label'])}</h2>")
+        body.append(f"<h2>{html.escape(variant['label'])}</h2>")
         body.append(f"<pre>{html.escape(plan_text(variant))}</pre>")
-    style = (
-        "body{font-family:sans-serif;margin:2em;max-width:75em}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
-        "pre{background:#f6f6f6;padding:1em;overflow:auto}"
-    )
-    page = (
+    atomic.write_text(
+        path,
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style><body>{''.join(body)}</body></html>\n"
+        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n",
     )
-    atomic.write_text(path, page)
 
 
-def draw(variants: list[Values]) -> bytes:
-    """A PNG: memory by kind against what a chip has and, where known, the parts of the time."""
-    import matplotlib.figure  # here, as in images.py
-
-    bars = [
-        (f"{variant['label']}\n{_TITLES[name]}" if len(variants) > 1 else _TITLES[name], program)
+def _pictures(variants: list[Values]) -> list[str]:
+    """Memory by kind against the memory of a chip, and the parts of the estimated times."""
+    programs = {
+        f"{variant['label']}, {_TITLES[name]}": program
         for variant in variants
         for name, program in variant["programs"].items()
-    ]
-    timed = any(program.get("estimate") for _, program in bars)
-    height = 1.2 + 0.55 * len(bars)
-    figure = matplotlib.figure.Figure(figsize=(10, height * (2 if timed else 1)), dpi=110)
-    axes: Any = figure.subplots(2 if timed else 1, 1, squeeze=False)[:, 0]
-    memory = [
-        {k: v / _GIB for k, v in program["memory_bytes_per_chip"].items()} for _, program in bars
-    ]
-    _stack(axes[0], [label for label, _ in bars], memory, "GiB per chip")
-    limits = {program["available_bytes_per_chip"] for _, program in bars} - {None}
-    for limit in limits:
-        axes[0].axvline(limit / _GIB, color="black", linestyle="--")
-        axes[0].annotate(
-            f"{limit / _GIB:.2f} GiB", (limit / _GIB, 1), xycoords=("data", "axes fraction"),
-            ha="right", va="bottom", fontsize=8,
-        )  # fmt: skip
-    if timed:
-        times = [(label, p["estimate"]) for label, p in bars if p.get("estimate")]
-        parts = [
-            {_PARTS[k]: 100 * v / t["serial_seconds"] for k, v in t["seconds_by_part"].items()}
-            for _, t in times
-        ]
-        labels = [
-            f"{label}\n{_seconds(t['seconds'])} to {_seconds(t['serial_seconds'])}"
-            for label, t in times
-        ]
-        _stack(axes[1], labels, parts, "estimated time, % of the sum of its parts")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    }
+    available = max(p["available_bytes_per_chip"] or 0 for p in programs.values()) / GIB
+    memory = {
+        label: {kind: size / GIB for kind, size in program["memory_bytes_per_chip"].items()}
+        for label, program in programs.items()
+    }
+    times = {
+        f"{label}: {_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}": {
+            _PARTS[k]: 100 * v / time["serial_seconds"] for k, v in time["seconds_by_part"].items()
+        }
+        for label, program in programs.items()
+        if (time := program.get("estimate"))
+    }
+    limit = f"GiB per chip, of {available:.2f}" if available else "GiB per chip"
+    pictures = [_bars(limit, memory, available)]
+    return pictures + ([_bars("estimated time, % of the sum of its parts", times)] if times else [])
 
 
-def _stack(axis: Any, labels: list[str], bars: list[dict[str, float]], unit: str) -> None:
-    import matplotlib
-
-    widest = max((sum(bar.values()) for bar in bars), default=0.0)
-    kinds = list(dict.fromkeys(k for bar in bars for k, size in bar.items() if size > widest / 500))
-    colors = matplotlib.colormaps["tab10"]
-    left = np.zeros(len(bars))
-    for k, kind in enumerate(kinds):
-        widths = np.array([bar.get(kind, 0.0) for bar in bars])
-        axis.barh(range(len(bars)), widths, left=left, label=kind, color=colors(k % 10))
-        left += widths
-    axis.set_yticks(range(len(bars)), labels, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel(unit)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def _bars(title: str, bars: dict[str, dict[str, float]], limit: float = 0.0) -> str:
+    """Stacked bars as SVG, one below the other, with a legend and a line at the limit."""
+    widest = max(limit, *(sum(bar.values()) for bar in bars.values()))
+    kinds = dict.fromkeys(k for bar in bars.values() for k, v in bar.items() if v > widest / 500)
+    colors = dict(zip(kinds, _COLORS, strict=False))
+    shapes, y = [f'<text x="0" y="14" font-weight="bold">{title}</text>'], 24
+    for label, bar in bars.items():
+        shapes.append(f'<text x="0" y="{y + 12}">{html.escape(label)}</text>')
+        x = 0.0
+        for kind in (k for k in bar if k in colors):
+            width = 700 * bar[kind] / widest
+            shapes.append(
+                f'<rect x="{x:.1f}" y="{y + 16}" width="{width:.1f}" height="16" '
+                f'fill="{colors[kind]}"><title>{kind}: {bar[kind]:.3g}</title></rect>'
+            )
+            x += width
+        y += 40
+    if limit:
+        x = 700 * limit / widest
+        shapes.append(f'<path d="M{x:.1f} 24V{y}" stroke="black" stroke-dasharray="4"/>')
+    for k, (kind, color) in enumerate(colors.items()):
+        shapes.append(f'<rect x="720" y="{24 + 18 * k}" width="12" height="12" fill="{color}"/>')
+        shapes.append(f'<text x="738" y="{34 + 18 * k}">{kind}</text>')
+    height = max(y, 24 + 18 * len(colors)) + 8
+    return f'<p><svg width="900" height="{height}">{"".join(shapes)}</svg></p>'
 
 
 def _mesh(mesh: Values) -> str:

@@ -1,4 +1,4 @@
-"""The devices to plan for: those of a TPU slice that need not be here, or the ones that are.
+"""The devices to plan for: a TPU slice, which need not be here, or the devices of this machine.
 
 libtpu, the compiler of TPUs, describes any slice and compiles for it on an ordinary machine.
 """
@@ -19,20 +19,17 @@ from repulsor_jax.config import ConfigError
 from repulsor_jax.runtime import chips
 from repulsor_jax.runtime.chips import GIB, Chip
 
-KNOWN = {
-    "v4": "v4:2x2x1 to v4:16x16x16",
-    "v5e": "v5e:2x2 to v5e:16x16",
-    "v5p": "v5p:2x2x1 to v5p:16x16x24",
-    "v6e": "v6e:2x2 to v6e:16x16",
-    "tpu7x": "tpu7x:2x2x1 to tpu7x:8x16x16",
-}
+_KNOWN = (
+    "v4:2x2x1 to v4:16x16x16; v5e:2x2 to v5e:16x16; v5p:2x2x1 to v5p:16x16x24; "
+    "v6e:2x2 to v6e:16x16; tpu7x:2x2x1 to tpu7x:8x16x16"
+)
 
-# What libtpu would ask the cloud's metadata server.
+# Without these, libtpu asks the cloud's metadata server for them and complains.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it would else be one process a machine
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by default, one process a machine
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
@@ -43,36 +40,63 @@ class Topology:
 
     Attributes:
       name: as "v5e:16x16", "2 x v5e:16x16" or "local".
-      devices: all of them.
-      chip: what is published of their kind; None where nothing is.
-      num_chips: chips that they are on.
-      num_hosts: machines.
-      num_slices: parts that the data-centre network joins.
-      shape: chips of a slice along each dimension of its torus; () where there is none.
-      device_bytes: memory that the compiler lets a program use on one device; None if unknown.
-      note: what else is to be known, one line; "" is nothing.
+      devices: all devices.
+      shape: chips of a slice along each dimension of its torus; () without a torus.
+      known_bytes: memory of one device, as the compiler or the device states it; None if unknown.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
-    chip: Chip | None
-    num_chips: int
-    num_hosts: int
-    num_slices: int
-    shape: tuple[int, ...]
-    device_bytes: float | None
-    note: str = ""
+    shape: tuple[int, ...] = ()
+    known_bytes: float | None = None
+
+    @property
+    def chip(self) -> Chip | None:
+        """Published figures of the chips; None without any."""
+        return chips.find(self.devices[0].device_kind)
+
+    @property
+    def num_chips(self) -> int:
+        """Chips that hold the devices."""
+        return len({(slice_index(d), str(getattr(d, "coords", d.id))) for d in self.devices})
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines."""
+        return len({device.process_index for device in self.devices})
+
+    @property
+    def num_slices(self) -> int:
+        """Parts that the data-centre network joins."""
+        return len({slice_index(device) for device in self.devices})
 
     @property
     def devices_per_chip(self) -> int:
         """JAX devices on one chip."""
         return len(self.devices) // self.num_chips
 
+    @property
+    def device_bytes(self) -> float | None:
+        """Memory that a program may use on one device; None if unknown."""
+        published = self.chip.hbm_bytes / self.devices_per_chip if self.chip else None
+        return self.known_bytes or published
+
+    @property
+    def note(self) -> str:
+        """A line for the reader of a plan, or ""."""
+        if self.chip is None or self.devices_per_chip <= self.chip.devices_per_chip:
+            return ""
+        return (
+            f"libtpu compiles for the {self.devices_per_chip} cores of a {self.chip.name} chip as "
+            "separate devices, while a real machine joins them to one device: there, mesh sizes "
+            "count chips, and an array that every device holds whole is held once a chip"
+        )
+
 
 def describe_machine() -> None:
-    """Tells libtpu that this is no machine of a pod, before it asks and complains.
+    """Tells libtpu that this machine is not part of a pod; to be called before JAX loads libtpu.
 
-    For machines without a TPU: where it is installed, JAX tries it at its first use of a device.
+    JAX loads an installed libtpu at its first use of a device, on machines without a TPU too.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -86,7 +110,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
       num_slices: slices of that shape, joined by the data-centre network.
 
     Raises:
-      ConfigError: the name is none, or libtpu is not installed; names the flag.
+      ConfigError: libtpu is not installed or does not know the name; names the flag.
     """
     if num_slices < 1:
         raise ConfigError(f"--num_slices={num_slices} must be at least 1")
@@ -98,7 +122,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     if not match:
         raise ConfigError(
             f"--topology={name!r}: expected 'local', or a kind of TPU and the shape of a slice: "
-            f"{'; '.join(KNOWN.values())}"
+            f"{_KNOWN}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -111,37 +135,17 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         description = topologies.get_topology_desc(name, "tpu", **several)
     except Exception as error:  # libtpu has no narrower type
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise ConfigError(
-            f"--topology={name}: {reason}; known are {'; '.join(KNOWN.values())}"
-        ) from error
-    devices: tuple[jax.Device, ...] = tuple(description.devices)
-    num_chips = len({(_slice(d), tuple(d.coords)) for d in devices})
-    device_bytes = _available_memory(devices[0])
-    chip = chips.find(devices[0].device_kind)
-    if device_bytes is None and chip:
-        device_bytes = chip.hbm_bytes * num_chips / len(devices)
-    note = ""
-    if chip and len(devices) // num_chips > chip.devices_per_chip:
-        note = (
-            f"libtpu compiles for the {len(devices) // num_chips} cores of a {chip.name} chip as "
-            "devices of their own, while a machine joins them to one: there, mesh sizes are of "
-            "chips, and what every device holds whole is held once a chip"
-        )
+        raise ConfigError(f"--topology={name}: {reason}; known are {_KNOWN}") from error
     return Topology(
         name=name if num_slices == 1 else f"{num_slices} x {name}",
-        devices=devices,
-        chip=chip,
-        num_chips=num_chips,
-        num_hosts=len({device.process_index for device in devices}),
-        num_slices=num_slices,
+        devices=tuple(description.devices),
         shape=tuple(int(n) for n in match[2].split("x")),
-        device_bytes=device_bytes,
-        note=note,
+        known_bytes=_available_memory(description.devices[0]),
     )
 
 
 def one_host(topology: Topology) -> Topology:
-    """The devices of one host, as a topology: libtpu compiles for whole topologies alone."""
+    """The devices of one host as a topology: libtpu compiles only for whole topologies."""
     process = topology.devices[0].process_index
     devices = [device for device in topology.devices if device.process_index == process]
     if len(devices) == len(topology.devices):
@@ -155,31 +159,19 @@ def one_host(topology: Topology) -> Topology:
 
 
 def _local() -> Topology:
-    devices = tuple(jax.devices())
-    chip = chips.find(devices[0].device_kind)
-    coordinates = [getattr(device, "coords", device.id) for device in devices]
-    num_chips = len({(_slice(d), str(at)) for d, at in zip(devices, coordinates, strict=True)})
-    device_bytes = chip.hbm_bytes * num_chips / len(devices) if chip else None
-    with contextlib.suppress(Exception):  # not every backend has it
-        device_bytes = (devices[0].memory_stats() or {}).get("bytes_limit", device_bytes)
-    return Topology(
-        name="local",
-        devices=devices,
-        chip=chip,
-        num_chips=num_chips,
-        num_hosts=len({device.process_index for device in devices}),
-        num_slices=len({_slice(device) for device in devices}),
-        shape=(),
-        device_bytes=device_bytes,
-    )
+    devices, known_bytes = tuple(jax.devices()), None
+    with contextlib.suppress(Exception):  # some backends have no statistics
+        known_bytes = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return Topology("local", devices, known_bytes=known_bytes)
 
 
-def _slice(device: jax.Device) -> int:
+def slice_index(device: jax.Device) -> int:
+    """Number of the slice that a device belongs to; 0 for devices without slices."""
     return getattr(device, "slice_index", 0) or 0
 
 
 def _available_memory(device: jax.Device) -> float | None:
-    """Bytes that a program may use: the compiler says so when it refuses one that is too large."""
+    """Bytes that a program may use, from the compiler's refusal of a program that is too large."""
     side = 2**20
     x = jax.ShapeDtypeStruct((side, side), jnp.float32, sharding=SingleDeviceSharding(device))
     try:

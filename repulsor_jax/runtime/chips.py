@@ -1,7 +1,7 @@
-"""What is published of accelerators: peak compute, memory, link rates. All figures per chip.
+"""Published figures of accelerators: peak compute, memory, link rates. All figures are per chip.
 
 Sources: docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x} for TPUs, NVIDIA's data sheets for
-GPUs (dense rates, without sparsity). What no source gives is None.
+GPUs (dense rates, without sparsity). A figure without a source is None.
 """
 
 import dataclasses
@@ -14,16 +14,15 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-      name: what people call it, as "v5e".
-      device_kinds: what `jax.Device.device_kind` says of it.
-      peak_flops: bfloat16 FLOP/s, dense, a multiply and an add being two.
+      name: common name, as "v5e".
+      device_kinds: its values of `jax.Device.device_kind`.
+      peak_flops: dense bfloat16 FLOP/s, 2 per multiply-add.
       hbm_bytes: capacity of its memory.
       hbm_bytes_per_second: rate of its memory.
       link_bytes_per_second: rate of one link to a neighbour, in one direction; a GPU's NVLinks
-        count as one.
-      links: number of such links.
+        count as one link.
       dcn_bytes_per_second: its share of its host's network, in one direction.
-      devices_per_chip: JAX devices that a chip is seen as.
+      devices_per_chip: number of JAX devices that stand for one chip.
     """
 
     name: str
@@ -32,29 +31,23 @@ class Chip:
     hbm_bytes: int
     hbm_bytes_per_second: float
     link_bytes_per_second: float | None = None
-    links: int = 1
     dcn_bytes_per_second: float | None = None
     devices_per_chip: int = 1
 
-    @property
-    def peak_flops_per_device(self) -> float:
-        """bfloat16 FLOP/s of one JAX device."""
-        return self.peak_flops / self.devices_per_chip
-
 
 CHIPS = (
-    # TPUs. A link's rate is the page's bidirectional rate per chip / ports / 2. Of v4 the page has
-    # the all-reduce rate of a pod alone: 1.1 PB/s / 4,096 chips / 6 links.
+    # TPUs. A link's rate is the page's bidirectional rate per chip / ports / 2. The page of
+    # v4 has only the all-reduce rate of a pod: 1.1 PB/s / 4,096 chips / 6 links.
     Chip("v3", ("TPU v3",), 123e12, 32 * GIB, 900e9, devices_per_chip=2),
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9, 6),
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9),
     # 2 NICs of 100 Gbit/s for 8 chips.
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 4, 3.125e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.125e9),
     # 50 Gbit/s of network per chip.
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 100e9, 6, 6.25e9),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9),
     # 25.6 Tbit/s of network for a pod of 256.
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 100e9, 4, 12.5e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 100e9, 12.5e9),
     # 100 Gbit/s of network per chip.
-    Chip("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 6, 12.5e9, devices_per_chip=2),
+    Chip("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 12.5e9, devices_per_chip=2),
     # GPUs. NVLink: the data sheet's rate in both directions / 2.
     Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * GIB, 1555e9, 300e9),
     Chip("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2039e9, 300e9),
@@ -69,5 +62,5 @@ CHIPS = (
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip that a JAX device says it is; None where nothing is known of it, as of a CPU."""
+    """The chip with this `jax.Device.device_kind`; None for an unknown kind, as a CPU's."""
     return next((chip for chip in CHIPS if device_kind in chip.device_kinds), None)

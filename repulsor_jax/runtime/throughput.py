@@ -1,7 +1,8 @@
-"""How fast steps are: images per second and chip, and the share of the chips' peak (MFU).
+"""How fast training steps are against the chips: images per second and chip, and MFU.
 
-MFU is model FLOPs utilisation (arXiv 2204.02311, appendix B): the FLOPs that the model needs,
-whatever is computed beside them or again, over what the chips could do in the same time.
+MFU is model FLOPs utilisation (arXiv 2204.02311, appendix B): the FLOPs of the model in closed
+form, without recomputed ones and without the regulariser, over the peak of the chips in the same
+time.
 """
 
 import dataclasses
@@ -9,18 +10,19 @@ import dataclasses
 import jax
 
 from repulsor_jax.config import ModelConfig
-from repulsor_jax.runtime import chips, flops
+from repulsor_jax.models.dit import NUM_FREQUENCIES
+from repulsor_jax.runtime import chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """What a step does, on what.
+    """The work of a step, and the chips that do it.
 
     Attributes:
       batch_size: images in a step.
       flops: the model's FLOPs in a step.
       num_chips: chips at work.
-      peak_flops: FLOP/s of all of them; None where it is not known.
+      peak_flops: FLOP/s of all of them; None if unknown.
     """
 
     batch_size: int
@@ -29,7 +31,7 @@ class Throughput:
     peak_flops: float | None
 
     def rates(self, seconds_per_step: float) -> dict[str, float]:
-        """Rates by name, for the metrics; without `mfu` where no peak is known."""
+        """Rates by name, for the metrics; without `mfu` if the peak is unknown."""
         images_per_second = self.batch_size / seconds_per_step
         rates = {
             "images_per_second": images_per_second,
@@ -44,10 +46,28 @@ class Throughput:
 def training_throughput(
     model: ModelConfig, batch_size: int, device: jax.Device, num_devices: int
 ) -> Throughput:
-    """Of training steps. The peak is that of bfloat16, whatever the model computes in."""
-    step_flops = batch_size * flops.training_flops(model)
+    """Throughput of training steps. The peak is the bfloat16 peak, whatever the model's dtype."""
+    step_flops = batch_size * training_flops(model)
     chip = chips.find(device.device_kind)
     if chip is None:
         return Throughput(batch_size, step_flops, num_devices, None)
     num_chips = num_devices / chip.devices_per_chip
     return Throughput(batch_size, step_flops, num_chips, num_chips * chip.peak_flops)
+
+
+def training_flops(config: ModelConfig) -> float:
+    """FLOPs of a training step for one image: the backward pass costs twice the forward pass."""
+    return 3.0 * forward_flops(config)
+
+
+def forward_flops(config: ModelConfig) -> float:
+    """FLOPs of the transformer's matrix products for one image, 2 per multiply-add."""
+    width = config.hidden_size
+    tokens = (config.latent_size // config.patch_size) ** 2
+    patch = config.in_channels * config.patch_size**2
+    hidden = int(width * config.mlp_ratio)
+    attention = tokens * 4 * width**2 + 2 * tokens**2 * width  # q, k, v, out; scores and values
+    block = attention + tokens * 2 * width * hidden + 6 * width**2  # MLP; modulation
+    last = tokens * patch * width * (2 if config.learn_sigma else 1) + 2 * width**2
+    first = tokens * patch * width + NUM_FREQUENCIES * width + width**2  # patches; time
+    return 2.0 * (config.depth * block + first + last)

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from repulsor_jax.autoencoders import AUTOENCODERS, decode_in_slices, get_autoencoder, kl, weights
 from repulsor_jax.autoencoders.base import to_linen, upsample
-from repulsor_jax.planning import hlo
 from repulsor_jax.sharding import batch_sharding, create_mesh, replicated, use_mesh
+from tests.oracles import traffic
 
 
 def test_identity():
@@ -207,7 +207,7 @@ def assert_slices_move_nothing(decode, params, fsdp, batch, slice_size, rows):
         compiled = run.lower(params, latents).compile()
         found = compiled(jax.device_put(params, whole), jax.device_put(latents, split))
     text = compiled.as_text()
-    assert hlo.collectives(text) == []
+    assert traffic.collectives(text) == []
     assert "while(" in text
     # Each device decodes its part of a slice, not its whole share.
     assert f"f32[{rows},8,8,3]" in text

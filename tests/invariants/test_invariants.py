@@ -13,7 +13,7 @@ from repulsor_jax.method.head import ProjectionHead
 from repulsor_jax.planning import hlo
 from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import draw_inputs
-from tests.oracles import tiny
+from tests.oracles import tiny, traffic
 
 # Data alone, fsdp alone, and all three at once.
 MESHES = [(8, 1, 1), (1, 4, 1), (2, 2, 2)]
@@ -57,14 +57,14 @@ def step_text(rows, **overrides):
 
 
 def collectives(rows, **overrides):
-    return hlo.collectives(step_text(rows, **overrides))
+    return traffic.collectives(step_text(rows, **overrides))
 
 
 def loops_over_chunks(text, rows, num_samples):
     """The collectives of each loop with as many turns as the bank has chunks."""
     module = hlo.parse(text)
     turns = rows * num_samples // 8 // repulsion.MAX_LOGITS
-    return [found for loop, found in hlo.loops(module) if module.trip_count(loop) == turns]
+    return [found for loop, found in traffic.loops(module) if module.trip_count(loop) == turns]
 
 
 def test_no_collective_of_the_step_grows_with_the_bank():
@@ -73,7 +73,7 @@ def test_no_collective_of_the_step_grows_with_the_bank():
     small, large = collectives(ROWS[0]), collectives(ROWS[1])
     assert sum(c.num_bytes for c in small) == sum(c.num_bytes for c in large)
     text = step_text(ROWS[-1])
-    in_chunks = hlo.collectives(text)
+    in_chunks = traffic.collectives(text)
     more = sum(c.num_bytes for c in in_chunks) - sum(c.num_bytes for c in large)
     assert more <= 2 * 4 * 64  # a maximum and a sum for each sample
     assert loops_over_chunks(text, ROWS[-1], 64) == [[]]
@@ -117,11 +117,11 @@ def test_the_loss_and_the_enqueue_alone_send_no_more_than_the_queries():
             .compile()
         )
         text = compiled.as_text()
-        found = hlo.collectives(text)
+        found = traffic.collectives(text)
         assert found, "a sharded loss without any collective would not be global"
         assert max(c.largest for c in found) <= batch_size * dim
         totals.append(sum(c.num_bytes for c in found))
-        loops = hlo.loops(hlo.parse(text))
+        loops = traffic.loops(hlo.parse(text))
         assert [inside for _, inside in loops] == ([] if rows <= ROWS[1] else [[]])
     assert totals[0] == totals[1]
     assert totals[2] == totals[3] <= totals[0] + 2 * 4 * batch_size

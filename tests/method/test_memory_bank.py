@@ -10,8 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
 from repulsor_jax.method import memory_bank
-from repulsor_jax.planning import hlo
-from tests.oracles import tiny
+from tests.oracles import tiny, traffic
 
 enqueue = jax.jit(memory_bank.enqueue)
 reslot = jax.jit(memory_bank.reslot, static_argnums=(1, 2))
@@ -114,7 +113,7 @@ def test_reslotting_split_by_feature_moves_each_row_once():
     assert read.features.shape == (64, 24, 16)
     lay_out = jax.jit(lambda bank: memory_bank.lay_out(bank, wanted))
     compiled = lay_out.lower(read).compile()
-    [move] = hlo.collectives(compiled.as_text())
+    [move] = traffic.collectives(compiled.as_text())
     assert move.kind == "all-to-all"
     assert move.num_bytes == 4 * 32 * 48 * 16 // 8  # a device's share of the new bank
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * move.num_bytes
@@ -153,7 +152,7 @@ def test_enqueue_is_in_place_and_without_collectives(rows):
         )
         .compile()
     )
-    assert hlo.collectives(compiled.as_text()) == []
+    assert traffic.collectives(compiled.as_text()) == []
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= rows * dim * 4 // 8  # the donated bank is reused
     assert memory.temp_size_in_bytes < rows * dim * 4 // 8 // 4  # and not copied

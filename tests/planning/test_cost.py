@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import program_cost
-from repulsor_jax.runtime import flops
+from repulsor_jax.runtime import throughput
 from tests.oracles import tiny
 
 
@@ -37,24 +37,23 @@ def test_a_batched_product_with_two_contracted_axes():
     assert ours.matmul_flops == 2 * 3 * 4 * 7 * 5 * 6
 
 
-@pytest.mark.parametrize("padding", [((1, 1), (2, 0)), ((0, 0), (0, 0))], ids=str)
-@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
-@pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
-def test_a_convolution_counts_what_is_no_padding(padding, strides, dilation):
+@pytest.mark.parametrize(
+    ("padding", "strides", "dilation", "taps_dilation"),
+    [
+        (((0, 0), (0, 0)), (1, 1), (1, 1), (1, 1)),
+        (((1, 1), (2, 0)), (2, 1), (1, 2), (1, 1)),
+        (((1, 1), (2, 0)), (1, 2), (1, 1), (2, 1)),
+    ],
+)
+def test_a_convolution_counts_no_padding(padding, strides, dilation, taps_dilation):
     def f(x, w):
         return jax.lax.conv_general_dilated(
-            x,
-            w,
-            strides,
-            padding,
-            lhs_dilation=dilation,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, w, strides, padding, dilation, taps_dilation, ("NHWC", "HWIO", "NHWC")
         )
 
     found = compiled(f, (2, 9, 8, 3), (3, 3, 3, 5))
-    ours = program_cost(found.as_text())
-    ones = f(jnp.ones((2, 9, 8, 1)), jnp.ones((3, 3, 1, 1)))  # taps that meet something
-    assert ours.matmul_flops == 2 * 3 * 5 * float(ones.sum())
+    ones = f(jnp.ones((2, 9, 8, 1)), jnp.ones((3, 3, 1, 1)))  # taps that meet an element
+    assert program_cost(found.as_text()).matmul_flops == 2 * 3 * 5 * float(ones.sum())
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -71,7 +70,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert ours.matmul_flops == cost(flat, *shapes).matmul_flops == 6 * 2 * 16 * 32 * 32
     assert ours.other_flops >= 6 * 16 * 32
     once = compiled(looped, *shapes).cost_analysis()["flops"]
-    assert once < 2 * 2 * 16 * 32 * 32  # what XLA says of it: the reason for this module
+    assert once < 2 * 2 * 16 * 32 * 32  # XLA's own count: the reason for this module
     # The weights are read once, a slice in each round, and not whole in each.
     assert ours.bytes_accessed < 4 * (2 * 6 * 32 * 32 + 12 * 6 * 16 * 32)
 
@@ -86,7 +85,7 @@ def test_loops_in_loops_multiply():
     assert cost(f, (8, 8)).matmul_flops == 15 * 2 * 8**3
 
 
-def test_a_loop_without_a_known_end_is_counted_once_and_said():
+def test_a_loop_without_a_known_end_is_counted_once_and_reported():
     def f(x):
         return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ x, x)
 
@@ -95,7 +94,7 @@ def test_a_loop_without_a_known_end_is_counted_once_and_said():
     assert ours.matmul_flops == 2 * 8**3
 
 
-def test_of_two_branches_the_dearer_counts():
+def test_the_dearer_of_two_branches_counts():
     def f(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, x)
 
@@ -112,8 +111,8 @@ def test_the_model_against_its_closed_form(scan_blocks):
     labels = jax.ShapeDtypeStruct((4,), jnp.int32)
     forward = jax.jit(lambda *arguments: model.apply({"params": arguments[0]}, *arguments[1:]))
     ours = program_cost(forward.lower(params, x, t, labels).compile().as_text())
-    # XLA may compute a product with a vector of one element otherwise than as a product.
-    assert ours.matmul_flops == pytest.approx(4 * flops.forward_flops(config.model), rel=0.01)
+    # XLA may turn a product with a vector of one element into an elementwise one.
+    assert ours.matmul_flops == pytest.approx(4 * throughput.forward_flops(config.model), rel=0.01)
 
 
 @pytest.mark.slow
@@ -133,9 +132,9 @@ def test_a_train_step_is_three_forward_passes_and_the_same_scanned():
         for scan in (False, True)
     ]
     model = tiny.config(model__depth=3, model__hidden_size=64).model
-    closed = tiny.BATCH * flops.training_flops(model)
+    closed = tiny.BATCH * throughput.training_flops(model)
     for step in steps:
-        # Less the gradient of the latents, which nobody asks for.
+        # Without the gradient of the latents, which no step needs.
         assert step.matmul_flops == pytest.approx(closed, rel=0.03)
     assert steps[0].matmul_flops == pytest.approx(steps[1].matmul_flops, rel=0.01)
 
@@ -204,7 +203,7 @@ ENTRY %main (a: f32[10,64], r: f32[1,64], i: s32[]) -> f32[10,64] {
 """
 
 
-def test_slices_and_updates_in_place_move_the_slice_alone():
+def test_slices_and_updates_in_place_move_only_the_slice():
     """By hand: one row read, one row copied to the chip's own memory, one row written."""
     ours = program_cost(FUSIONS)
     assert ours.bytes_accessed == 3 * 64 * 4
@@ -241,7 +240,7 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {
 
 
 def test_a_fused_reduce_scatter_and_the_pieces_of_one_gather():
-    """As TPU programs have them: a gather is fused in pieces with what it overlaps."""
+    """As TPU programs have them: XLA fuses a gather in pieces with computations it overlaps."""
     found = [(each.kind, n, each.num_bytes, each.sent_bytes) for each, n in
              program_cost(SCATTERED).collectives]  # fmt: skip
     assert found == [
@@ -264,7 +263,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_two_slices_run_one_program_each_and_meet_in_between():
+def test_collectives_of_two_slices_span_both():
     inside, between = program_cost(TWO_SLICES, num_devices=8).collectives
     assert inside[0].groups == ((0, 1), (2, 3), (4, 5), (6, 7))
     assert (between[0].kind, between[0].num_bytes) == ("all-reduce", 32)
@@ -286,7 +285,7 @@ def test_float32_products_at_highest_precision_take_six_passes():
     assert narrow.mxu_flops == narrow.matmul_flops
 
 
-def test_kernels_count_what_they_state_and_are_named_where_they_state_nothing():
+def test_kernels_count_their_stated_flops_and_are_named_without():
     def call(config):
         return program_cost(
             "HloModule t\n\nENTRY %main (x: f32[8,4]) -> f32[8,8] {\n"
