@@ -9,7 +9,7 @@ Every parameter carries logical axis names; a caller maps them to mesh axes with
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -487,38 +487,3 @@ class DiT(nn.Module):
         dense = _dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
         out = _project(dense, _modulate(tokens, shift, scale))
         return unpatchify(out, self.patch_size)[..., : self.in_channels]
-
-
-def stack_blocks(params: Mapping[str, Any]) -> Params:
-    """Converts loop parameters ("block_0", ...) to scanned ones ("blocks", leading layer axis).
-
-    Arrays may be NumPy's, JAX's or boxed with logical names; names gain or lose "layers".
-
-    Raises:
-      ValueError: if `params` holds no "block_0" or skips a block.
-    """
-    names = [name for name in params if name.startswith("block_")]
-    blocks = [params.get(f"block_{i}") for i in range(len(names))]
-    if not blocks or any(block is None for block in blocks):
-        raise ValueError(f"params: found blocks {sorted(names)}, expected block_0, block_1, ...")
-    stacked = jax.tree.map(lambda *leaves: _namespace(leaves[0]).stack(leaves), *blocks)
-    rest = {name: value for name, value in params.items() if name not in names}
-    return {**rest, "blocks": nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})}
-
-
-def unstack_blocks(params: Mapping[str, Any]) -> Params:
-    """The inverse of `stack_blocks`.
-
-    Raises:
-      ValueError: if `params` holds no "blocks".
-    """
-    if "blocks" not in params:
-        raise ValueError(f"params: found {sorted(params)}, expected an entry named blocks")
-    stacked = nn.meta.remove_axis(params["blocks"], 0, {nn.PARTITION_NAME: "layers"})
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-    blocks = {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)}
-    return {**{name: value for name, value in params.items() if name != "blocks"}, **blocks}
-
-
-def _namespace(leaf: Any) -> Any:
-    return np if isinstance(leaf, np.ndarray) else jnp

@@ -7,11 +7,13 @@ convolution kernel [D, C, p, p] becomes a matrix [p * p * C, D].
 Nothing here imports torch: tensors come in through `np.asarray`, and go out as NumPy arrays.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import traverse_util
 
 from repulsor_jax.models import dit
 
@@ -19,19 +21,17 @@ State = dict[str, np.ndarray]
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One tensor in both worlds: its names, its shape in torch, and the two conversions."""
+class _Entry(NamedTuple):
+    """A parameter in both worlds: its names, its shape in torch, and the two conversions."""
 
-    name: str
-    path: tuple[str, ...]
+    torch_name: str
+    jax_name: str
     shape: tuple[int, ...]
-    to_jax: Transform
-    to_torch: Transform
+    to_jax: Transform = np.asarray
+    to_torch: Transform = np.asarray
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     width: int
     channels: int
     out_channels: int
@@ -41,6 +41,23 @@ class _Sizes:
     mlp_width: int
     label_rows: int
     qk_norm: bool
+
+
+# Parameters that tell the sizes: see `_sizes`.
+_TORCH_NAMES = (
+    "x_embedder.proj.bias",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.bias",
+    "final_layer.linear.bias",
+    "blocks.0.attn.q_norm.weight",
+)
+_JAX_NAMES = (
+    "patch_embed/bias",
+    "label_embed/embedding",
+    "block_0/mlp_in/bias",
+    "final/bias",
+    "block_0/q_norm/scale",
+)
 
 
 def from_torch_state_dict(
@@ -59,22 +76,21 @@ def from_torch_state_dict(
 
     Returns:
       Nested dict of float32 NumPy arrays in the layout of `scan_blocks=False`; see
-      `dit.stack_blocks` for the other. The fixed `pos_embed` is checked and left out.
+      `stack_blocks` for the other. The fixed `pos_embed` is checked and left out.
 
     Raises:
       ValueError: if a tensor is missing, superfluous or of another shape, naming it with the
         shape found and the one expected, or if `pos_embed` is not the sine-cosine table.
     """
     arrays = {name: _to_float32(tensor) for name, tensor in state.items()}
-    sizes = _sizes_from_state(arrays, num_heads, patch_size, in_channels)
-    _check_positions(arrays, sizes.width)
-    params: dit.Params = {}
-    entries = list(_entries(sizes))
-    for entry in entries:
-        array = _take(arrays, entry.name, entry.shape)
-        _insert(params, entry.path, np.ascontiguousarray(entry.to_jax(array)))
-    _refuse_extra(arrays, {"pos_embed", *(entry.name for entry in entries)})
-    return params
+    sizes = _sizes(arrays, _TORCH_NAMES, num_heads, patch_size, in_channels)
+    _check_positions(_find(arrays, "pos_embed"), sizes.width)
+    del arrays["pos_embed"]
+    params = _convert(
+        arrays, [(e.torch_name, e.jax_name, e.shape, e.to_jax) for e in _entries(sizes)]
+    )
+    nested: dit.Params = traverse_util.unflatten_dict(params, sep="/")
+    return nested
 
 
 def to_torch_state_dict(
@@ -96,17 +112,46 @@ def to_torch_state_dict(
         shape found and the one expected.
     """
     if "blocks" in params:
-        params = dit.unstack_blocks(params)
-    flat = {"/".join(path): _to_float32(leaf) for path, leaf in _leaves(params)}
-    sizes = _sizes_from_params(flat, num_heads, patch_size)
+        params = unstack_blocks(params)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    arrays = {name: _to_float32(leaf) for name, leaf in flat.items()}
+    rows = len(_find(arrays, "patch_embed/kernel"))
+    sizes = _sizes(arrays, _JAX_NAMES, num_heads, patch_size, rows // patch_size**2)
     positions = dit.position_embedding(latent_size // patch_size, sizes.width)
-    state = {"pos_embed": positions[None]}
-    entries = {"/".join(entry.path): entry for entry in _entries(sizes)}
-    for path, entry in entries.items():
-        array = _take(flat, path, entry.to_jax(np.empty(entry.shape, np.float32)).shape)
-        state[entry.name] = np.ascontiguousarray(entry.to_torch(array))
-    _refuse_extra(flat, set(entries))
-    return state
+    shapes = [e.to_jax(np.empty(e.shape, np.float32)).shape for e in _entries(sizes)]
+    entries = zip(_entries(sizes), shapes, strict=True)
+    state = _convert(arrays, [(e.jax_name, e.torch_name, s, e.to_torch) for e, s in entries])
+    return {"pos_embed": positions[None], **state}
+
+
+def stack_blocks(params: Mapping[str, Any]) -> dit.Params:
+    """Converts loop parameters ("block_0", ...) to scanned ones ("blocks", leading layer axis).
+
+    Raises:
+      ValueError: if `params` holds no "block_0" or skips a block.
+    """
+    names = [name for name in params if name.startswith("block_")]
+    blocks = [params.get(f"block_{i}") for i in range(len(names))]
+    if not blocks or any(block is None for block in blocks):
+        raise ValueError(f"params: found blocks {sorted(names)}, expected block_0, block_1, ...")
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
+    return {name: params[name] for name in params if name not in names} | {"blocks": stacked}
+
+
+def unstack_blocks(params: Mapping[str, Any]) -> dit.Params:
+    """The inverse of `stack_blocks`.
+
+    Raises:
+      ValueError: if `params` holds no "blocks".
+    """
+    if "blocks" not in params:
+        raise ValueError(f"params: found {sorted(params)}, expected an entry named blocks")
+    rest = {name: params[name] for name in params if name != "blocks"}
+    depth = len(jax.tree.leaves(params["blocks"])[0])
+    return rest | {
+        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        for i in range(depth)
+    }
 
 
 def _entries(sizes: _Sizes) -> Iterator[_Entry]:
@@ -114,25 +159,20 @@ def _entries(sizes: _Sizes) -> Iterator[_Entry]:
     width, p = sizes.width, sizes.patch_size
     yield _Entry(
         "x_embedder.proj.weight",
-        ("patch_embed", "kernel"),
+        "patch_embed/kernel",
         (width, sizes.channels, p, p),
         lambda w: w.transpose(2, 3, 1, 0).reshape(p * p * sizes.channels, width),
         lambda k: k.reshape(p, p, sizes.channels, width).transpose(3, 2, 0, 1),
     )
-    yield _vector("x_embedder.proj.bias", ("patch_embed", "bias"), width)
-    yield from _linear("t_embedder.mlp.0", ("time_in",), dit.NUM_FREQUENCIES, width)
-    yield from _linear("t_embedder.mlp.2", ("time_out",), width, width)
-    yield _Entry(
-        "y_embedder.embedding_table.weight",
-        ("label_embed", "embedding"),
-        (sizes.label_rows, width),
-        _same,
-        _same,
-    )
+    yield _Entry("x_embedder.proj.bias", "patch_embed/bias", (width,))
+    yield from _linear("t_embedder.mlp.0", "time_in", dit.NUM_FREQUENCIES, width)
+    yield from _linear("t_embedder.mlp.2", "time_out", width, width)
+    table = "y_embedder.embedding_table.weight"
+    yield _Entry(table, "label_embed/embedding", (sizes.label_rows, width))
     for i in range(sizes.depth):
         yield from _block_entries(sizes, f"blocks.{i}", f"block_{i}")
-    yield from _linear("final_layer.linear", ("final",), width, p * p * sizes.out_channels)
-    yield from _linear("final_layer.adaLN_modulation.1", ("final_modulation",), width, 2 * width)
+    yield from _linear("final_layer.linear", "final", width, p * p * sizes.out_channels)
+    yield from _linear("final_layer.adaLN_modulation.1", "final_modulation", width, 2 * width)
 
 
 def _block_entries(sizes: _Sizes, name: str, block: str) -> Iterator[_Entry]:
@@ -140,105 +180,63 @@ def _block_entries(sizes: _Sizes, name: str, block: str) -> Iterator[_Entry]:
     size = width // heads
     yield _Entry(
         f"{name}.attn.qkv.weight",
-        (block, "qkv", "kernel"),
+        f"{block}/qkv/kernel",
         (3 * width, width),
         lambda w: w.reshape(3, heads, size, width).transpose(3, 1, 0, 2).reshape(width, 3 * width),
         lambda k: k.reshape(width, heads, 3, size).transpose(2, 1, 3, 0).reshape(3 * width, width),
     )
     yield _Entry(
         f"{name}.attn.qkv.bias",
-        (block, "qkv", "bias"),
+        f"{block}/qkv/bias",
         (3 * width,),
         lambda b: b.reshape(3, heads, size).swapaxes(0, 1).reshape(-1),
         lambda b: b.reshape(heads, 3, size).swapaxes(0, 1).reshape(-1),
     )
     if sizes.qk_norm:
         for norm in ("q_norm", "k_norm"):
-            yield _vector(f"{name}.attn.{norm}.weight", (block, norm, "scale"), size)
-            yield _vector(f"{name}.attn.{norm}.bias", (block, norm, "bias"), size)
-    yield from _linear(f"{name}.attn.proj", (block, "proj"), width, width)
-    yield from _linear(f"{name}.mlp.fc1", (block, "mlp_in"), width, sizes.mlp_width)
-    yield from _linear(f"{name}.mlp.fc2", (block, "mlp_out"), sizes.mlp_width, width)
-    yield from _linear(f"{name}.adaLN_modulation.1", (block, "modulation"), width, 6 * width)
+            yield _Entry(f"{name}.attn.{norm}.weight", f"{block}/{norm}/scale", (size,))
+            yield _Entry(f"{name}.attn.{norm}.bias", f"{block}/{norm}/bias", (size,))
+    yield from _linear(f"{name}.attn.proj", f"{block}/proj", width, width)
+    yield from _linear(f"{name}.mlp.fc1", f"{block}/mlp_in", width, sizes.mlp_width)
+    yield from _linear(f"{name}.mlp.fc2", f"{block}/mlp_out", sizes.mlp_width, width)
+    yield from _linear(f"{name}.adaLN_modulation.1", f"{block}/modulation", width, 6 * width)
 
 
-def _linear(name: str, path: tuple[str, ...], inputs: int, outputs: int) -> Iterator[_Entry]:
-    yield _Entry(f"{name}.weight", (*path, "kernel"), (outputs, inputs), np.transpose, np.transpose)
-    yield _vector(f"{name}.bias", (*path, "bias"), outputs)
+def _linear(torch_name: str, jax_name: str, inputs: int, outputs: int) -> Iterator[_Entry]:
+    weight, kernel = f"{torch_name}.weight", f"{jax_name}/kernel"
+    yield _Entry(weight, kernel, (outputs, inputs), np.transpose, np.transpose)
+    yield _Entry(f"{torch_name}.bias", f"{jax_name}/bias", (outputs,))
 
 
-def _vector(name: str, path: tuple[str, ...], size: int) -> _Entry:
-    return _Entry(name, path, (size,), _same, _same)
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _sizes_from_state(
-    arrays: Mapping[str, np.ndarray], num_heads: int, patch_size: int, in_channels: int
+def _sizes(
+    arrays: State, names: tuple[str, ...], num_heads: int, patch_size: int, channels: int
 ) -> _Sizes:
-    patch_bias = _take(arrays, "x_embedder.proj.bias", (None,))
-    table = _take(arrays, "y_embedder.embedding_table.weight", (None, None))
-    hidden = _take(arrays, "blocks.0.mlp.fc1.bias", (None,))
-    final = _take(arrays, "final_layer.linear.bias", (None,))
-    blocks = {name.split(".")[1] for name in arrays if name.startswith("blocks.")}
-    return _check_sizes(
-        _Sizes(
-            width=len(patch_bias),
-            channels=in_channels,
-            out_channels=len(final) // patch_size**2,
-            patch_size=patch_size,
-            num_heads=num_heads,
-            depth=len(blocks),
-            mlp_width=len(hidden),
-            label_rows=len(table),
-            qk_norm="blocks.0.attn.q_norm.weight" in arrays,
+    *others, q_norm = names
+    width, label_rows, mlp_width, final = (len(_find(arrays, name)) for name in others)
+    out_channels = final // patch_size**2
+    if width % num_heads:
+        raise ValueError(f"num_heads: found {num_heads}, expected a divisor of the width {width}")
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"final_layer.linear.bias: found {out_channels} output channels, expected "
+            f"{channels} or, with learn_sigma, {2 * channels}"
         )
+    matches = [re.match(r"blocks?[._](\d+)", name) for name in arrays]
+    depth = len({match[1] for match in matches if match})
+    return _Sizes(
+        *(width, channels, out_channels, patch_size, num_heads),
+        *(depth, mlp_width, label_rows, q_norm in arrays),
     )
 
 
-def _sizes_from_params(flat: Mapping[str, np.ndarray], num_heads: int, patch_size: int) -> _Sizes:
-    patch = _take(flat, "patch_embed/kernel", (None, None))
-    table = _take(flat, "label_embed/embedding", (None, None))
-    hidden = _take(flat, "block_0/mlp_in/bias", (None,))
-    final = _take(flat, "final/bias", (None,))
-    blocks = {name.split("/")[0] for name in flat if name.startswith("block_")}
-    return _check_sizes(
-        _Sizes(
-            width=patch.shape[1],
-            channels=patch.shape[0] // patch_size**2,
-            out_channels=len(final) // patch_size**2,
-            patch_size=patch_size,
-            num_heads=num_heads,
-            depth=len(blocks),
-            mlp_width=len(hidden),
-            label_rows=len(table),
-            qk_norm="block_0/q_norm/scale" in flat,
-        )
-    )
-
-
-def _check_sizes(sizes: _Sizes) -> _Sizes:
-    if sizes.width % sizes.num_heads:
-        raise ValueError(
-            f"num_heads: found {sizes.num_heads}, expected a divisor of the width {sizes.width}"
-        )
-    if sizes.out_channels not in (sizes.channels, 2 * sizes.channels):
-        raise ValueError(
-            f"final_layer.linear.bias: found {sizes.out_channels} output channels, expected "
-            f"{sizes.channels} or, with learn_sigma, {2 * sizes.channels}"
-        )
-    return sizes
-
-
-def _check_positions(arrays: Mapping[str, np.ndarray], width: int) -> None:
+def _check_positions(found: np.ndarray, width: int) -> None:
     """Compares `pos_embed` with the fixed table: another one means another model."""
-    found = _take(arrays, "pos_embed", (1, None, width))[0]
-    side = round(len(found) ** 0.5)
-    expected = dit.position_embedding(side, width)
+    side = round((found.size / width) ** 0.5)
+    expected = dit.position_embedding(side, width)[None]
     if found.shape != expected.shape:
-        raise ValueError(f"pos_embed: found {len(found)} positions, expected a square number")
+        raise ValueError(
+            f"pos_embed: found shape {list(found.shape)}, expected [1, N, {width}], N a square"
+        )
     error = float(np.abs(found - expected).max())
     if not error < 1e-5:
         raise ValueError(
@@ -247,26 +245,26 @@ def _check_positions(arrays: Mapping[str, np.ndarray], width: int) -> None:
         )
 
 
-def _take(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """The named array, if its shape is `shape`, in which None stands for any length."""
-    wanted = "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+def _convert(
+    arrays: State, entries: Sequence[tuple[str, str, tuple[int, ...], Transform]]
+) -> State:
+    """Renames and transforms all arrays: entries are a name, the new one, the shape, and how."""
+    converted = {}
+    for name, new_name, shape, transform in entries:
+        array = _find(arrays, name)
+        if array.shape != shape:
+            raise ValueError(f"{name}: found shape {list(array.shape)}, expected {list(shape)}")
+        converted[new_name] = np.ascontiguousarray(transform(array))
+    for name in sorted(set(arrays) - {name for name, *_ in entries}):
+        found = list(arrays[name].shape)
+        raise ValueError(f"{name}: found a tensor of shape {found}, expected none of this name")
+    return converted
+
+
+def _find(arrays: State, name: str) -> np.ndarray:
     if name not in arrays:
-        raise ValueError(f"{name}: found no such tensor, expected one of shape {wanted}")
-    array = arrays[name]
-    fits = all(size in (None, length) for size, length in zip(shape, array.shape, strict=False))
-    if array.ndim != len(shape) or not fits:
-        raise ValueError(f"{name}: found shape {list(array.shape)}, expected {wanted}")
-    return array
-
-
-def _refuse_extra(arrays: Mapping[str, np.ndarray], known: set[str]) -> None:
-    extra = sorted(set(arrays) - known)
-    if extra:
-        shape = list(arrays[extra[0]].shape)
-        others = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise ValueError(
-            f"{extra[0]}{others}: found a tensor of shape {shape}, expected none of this name"
-        )
+        raise ValueError(f"{name}: found no such tensor, expected one")
+    return np.atleast_1d(arrays[name])
 
 
 def _to_float32(tensor: Any) -> np.ndarray:
@@ -274,19 +272,3 @@ def _to_float32(tensor: Any) -> np.ndarray:
         # NumPy has no bfloat16: torch widens its tensors itself, and only without a gradient.
         tensor = tensor.detach().float()
     return np.asarray(tensor, np.float32)
-
-
-def _insert(tree: dit.Params, path: tuple[str, ...], leaf: np.ndarray) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = leaf
-
-
-def _leaves(
-    tree: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value

@@ -39,7 +39,9 @@ def test_round_trips_are_exact(prefixes: list[str]) -> None:
     state = read_state(TINY, *prefixes)
     params = torch_weights.from_torch_state_dict(state, **SIZES)
     assert_same(torch_weights.to_torch_state_dict(params, **BACK), state)
-    assert_same(torch_weights.to_torch_state_dict(dit.stack_blocks(params), **BACK), state)
+    assert_same(
+        torch_weights.to_torch_state_dict(torch_weights.stack_blocks(params), **BACK), state
+    )
     again = torch_weights.to_torch_state_dict(params, **BACK)
     again = torch_weights.from_torch_state_dict(again, **SIZES)
     jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -89,39 +91,33 @@ def test_tensors_need_no_torch(state: dict[str, np.ndarray]) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def refused(state: dict[str, np.ndarray], message: str, **changes: int) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch_weights.from_torch_state_dict(state, **{**SIZES, **changes})
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pos_embed",
-        "x_embedder.proj.bias",
-        "t_embedder.mlp.2.weight",
-        "blocks.0.mlp.fc1.bias",
-        "blocks.1.attn.qkv.bias",
-        "final_layer.adaLN_modulation.1.weight",
-    ],
+    "name", ["pos_embed", "blocks.0.mlp.fc1.bias", "final_layer.adaLN_modulation.1.weight"]
 )
 def test_a_missing_tensor_is_named(state: dict[str, np.ndarray], name: str) -> None:
     del state[name]
-    with pytest.raises(ValueError, match=f"^{name}: found no such tensor, expected one of shape"):
-        torch_weights.from_torch_state_dict(state, **SIZES)
+    refused(state, f"^{name}: found no such tensor")
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn.q_norm.bias", "blocks.2.x", "ema.decay"])
+@pytest.mark.parametrize("name", ["blocks.0.attn.q_norm.bias", "ema.decay"])
 def test_a_superfluous_tensor_is_named(state: dict[str, np.ndarray], name: str) -> None:
     state[name] = np.zeros((3, 4), np.float32)
-    with pytest.raises(ValueError, match=r"(ema\.decay|blocks\.[02]\.)"):
-        torch_weights.from_torch_state_dict(state, **SIZES)
+    refused(state, rf"^{name}: found a tensor of shape \[3, 4\], expected none of this name")
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
         ("blocks.1.attn.qkv.weight", (48, 17), r"\[48, 16\]"),
-        ("x_embedder.proj.weight", (16, 4, 2), r"\[16, 4, 2, 2\]"),
-        ("t_embedder.mlp.0.weight", (16, 128), r"\[16, 256\]"),
-        ("pos_embed", (1, 16, 12), r"\[1, \?, 16\]"),
-        ("pos_embed", (16, 16), r"\[1, \?, 16\]"),
-        ("y_embedder.embedding_table.weight", (6,), r"\[\?, \?\]"),
+        ("pos_embed", (1, 16, 12), r"\[1, N, 16\]"),
+        ("pos_embed", (16, 16), r"\[1, N, 16\]"),
+        ("pos_embed", (1, 15, 16), r"\[1, N, 16\], N a square"),
+        ("y_embedder.embedding_table.weight", (6,), r"\[6, 16\]"),
     ],
 )
 def test_a_misshapen_tensor_is_named(
@@ -129,24 +125,17 @@ def test_a_misshapen_tensor_is_named(
 ) -> None:
     state[name] = np.zeros(shape, np.float32)
     found = str(list(shape)).replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(ValueError, match=f"^{name}: found shape {found}, expected {expected}"):
-        torch_weights.from_torch_state_dict(state, **SIZES)
+    refused(state, f"^{name}: found shape {found}, expected {expected}")
 
 
 def test_arguments_that_do_not_fit_are_named(state: dict[str, np.ndarray]) -> None:
-    with pytest.raises(ValueError, match="num_heads: found 3, expected a divisor"):
-        torch_weights.from_torch_state_dict(state, **{**SIZES, "num_heads": 3})
-    with pytest.raises(ValueError, match=r"final_layer\.linear\.bias: found 8 output channels"):
-        torch_weights.from_torch_state_dict(state, **{**SIZES, "in_channels": 3})
+    refused(state, "num_heads: found 3, expected a divisor", num_heads=3)
+    refused(state, r"final_layer\.linear\.bias: found 8 output channels", in_channels=3)
 
 
 def test_other_positions_are_refused(state: dict[str, np.ndarray]) -> None:
     state["pos_embed"] = state["pos_embed"][:, ::-1]
-    with pytest.raises(ValueError, match="pos_embed: found values up to"):
-        torch_weights.from_torch_state_dict(state, **SIZES)
-    state["pos_embed"] = state["pos_embed"][:, :15]
-    with pytest.raises(ValueError, match="pos_embed: found 15 positions, expected a square"):
-        torch_weights.from_torch_state_dict(state, **SIZES)
+    refused(state, "pos_embed: found values up to")
 
 
 def test_misfitting_parameters_are_named(state: dict[str, np.ndarray]) -> None:
