@@ -45,7 +45,7 @@ create_cluster() {
 submit() {
   local command count
   program
-  PROGRAM+=(--distributed)
+  PROGRAM+=(--distributed=on)
   # The first worker counts the start; exec, so that SIGTERM reaches the program.
   count="if [ \"\${TPU_WORKER_ID:-0}\${MEGASCALE_SLICE_ID:-0}\" = 00 ]; then bash launch/worker.sh count $(quote "$WORKDIR" "$MAX_STARTS"); fi"
   command="bash launch/worker.sh install tpu && $count && exec .venv/bin/python -m repulsor_jax.main $(quote "${PROGRAM[@]}")"

@@ -40,7 +40,7 @@ submit() {
   if [[ -n $ACCOUNT ]]; then command+=("--account=$ACCOUNT"); fi
   if [[ -n $CONSTRAINT ]]; then command+=("--constraint=$CONSTRAINT"); fi
   program
-  PROGRAM+=(--distributed)
+  PROGRAM+=(--distributed=on)
   command+=("$REPO/launch/slurm.sbatch" "$WORKDIR" "$MAX_STARTS" "${PROGRAM[@]}")
   if ! ((DRY_RUN)); then
     look || die "the queue cannot be read, see above; nothing was submitted"

@@ -151,7 +151,7 @@ install() {
 
 start() {
   program
-  PROGRAM+=(--distributed)
+  PROGRAM+=(--distributed=on)
   on_first "$(worker count "$WORKDIR" "$MAX_STARTS")" || return
   retry on_workers "$(worker start "${PROGRAM[@]}")"
 }

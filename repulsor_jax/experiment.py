@@ -51,18 +51,11 @@ class Experiment:
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def prepare(
-    config: Config, workdir: pathlib.Path, *, draws_pictures: bool
-) -> tuple[Experiment, LatentDataset]:
+def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDataset]:
     """Checks the configuration against the devices and the data, and builds what training needs.
 
-    Args:
-      config: the configuration.
-      workdir: of the run.
-      draws_pictures: whether latents will be decoded: whether the autoencoder must be there.
-
     Returns:
-      The experiment, and the data set that it trains on.
+      The experiment, with an autoencoder if it draws pictures, and the data set to train on.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: one message that names the key or the file.
@@ -82,7 +75,7 @@ def prepare(
     if held_out is not None:
         check_dataset(config, held_out)
         _check_same_origin(dataset, held_out)
-    autoencoder = load_autoencoder(config) if draws_pictures else None
+    autoencoder = load_autoencoder(config) if draws_pictures(config) else None
     if autoencoder is not None:
         check_weights(autoencoder, dataset.weights_sha256, f"{dataset.directory} was encoded")
     if config.data.verify:

@@ -83,25 +83,12 @@ _LARGEST_BATCH = flags.DEFINE_bool(
 )
 
 
-class _SwitchParser(flags.EnumParser):
-    """--distributed alone is on, --nodistributed off."""
-
-    def parse(self, argument: str) -> str:
-        value: str = super().parse({"true": "on", "false": "off"}.get(argument, argument))
-        return value
-
-
-_DISTRIBUTED = flags.DEFINE_flag(
-    flags.Flag(
-        _SwitchParser(["auto", "on", "off"]),
-        None,
-        "distributed",
-        "auto",
-        "auto, on or off: join the other processes of the job. auto does where Cloud TPU, GKE, "
-        "Slurm or Open MPI started several, or where the next three flags are given; on asks JAX "
-        "for any launcher that it knows.",
-        boolean=True,
-    )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Join the other processes of the job: auto does where Cloud TPU, GKE, Slurm or Open MPI "
+    "started several, or where the next three flags are given; on asks JAX for any launcher.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
@@ -151,9 +138,8 @@ def main(argv: list[str]) -> None:
         if config.data.encode_if_missing:
             experiment_lib.checked_mesh(config)  # refuses what training would refuse, hours earlier
             encode(config, workdir)
-        pictures = experiment_lib.draws_pictures(config)
-        experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
-        monitor = make_monitor(experiment) if pictures else None
+        experiment, dataset = experiment_lib.prepare(config, workdir)
+        monitor = make_monitor(experiment) if experiment_lib.draws_pictures(config) else None
     # An error of any other kind is a fault of the program, and keeps its traceback.
     with _one_line_errors(DivergedError, DamagedDataError, CheckpointError, ConfigError, OSError):
         train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)

@@ -175,52 +175,18 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     return grads, (metrics, z)
 
 
-def compile_train_step(
-    train_step: Step,
-    abstract_state: TrainState,
-    record_shape: tuple[int, ...],
-    record_dtype: str,
-    batch_size: int,
-    mesh: Mesh,
-) -> jax.stages.Compiled:
-    """Compiles the step for a mesh, ahead of time and without data.
-
-    Args:
-      train_step: from `make_train_step`.
-      abstract_state: shapes with shardings, from `abstract_train_state`.
-      record_shape: shape of one stored latent.
-      record_dtype: its dtype.
-      batch_size: of the global batch.
-      mesh: the mesh of the shardings.
-
-    Returns:
-      The compiled step. It donates the state: the one passed in is gone after the call.
-    """
-    rows = sharding.batch_sharding(mesh)
-    batch = {
-        "latents": jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows),
-        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
-    }
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-    jitted = jax.jit(
-        train_step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh))
-    )
-    with sharding.use_mesh(mesh):
-        return jitted.lower(abstract_state, batch).compile()
-
-
 class TrainingProgram(NamedTuple):
     """What a run executes, ready on its mesh.
 
     Attributes:
       abstract_state: shapes of the state, with shardings: what a restore asks for.
       create_state: makes the first state.
-      step: the compiled step; it donates the state.
+      step: the compiled step. It donates the state: the one passed in is gone after the call.
     """
 
     abstract_state: TrainState
     create_state: Callable[[], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: Any  # jax.stages.Compiled, or a function of the same call
 
 
 def compile_training(
@@ -230,14 +196,27 @@ def compile_training(
     record_dtype: str,
     mesh: Mesh,
 ) -> TrainingProgram:
-    """Compiles the step of a trainer; see `make_train_step` and `compile_train_step`."""
+    """Compiles the step of a trainer for a mesh, ahead of time and without data.
+
+    Args:
+      trainer: model, objective and optimizer.
+      latent_format: how stored latents become the model's.
+      record_shape: shape of one stored latent.
+      record_dtype: its dtype.
+      mesh: of devices that need not be here.
+    """
     abstract_state = abstract_train_state(trainer, mesh)
-    step = compile_train_step(
+    batch_size, rows = trainer.config.batch_size, sharding.batch_sharding(mesh)
+    batch = {
+        "latents": jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows),
+        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    jitted = jax.jit(
         make_train_step(trainer, latent_format),
-        abstract_state,
-        record_shape,
-        record_dtype,
-        trainer.config.batch_size,
-        mesh,
+        donate_argnums=0,
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
     )
+    with sharding.use_mesh(mesh):
+        step = jitted.lower(abstract_state, batch).compile()
     return TrainingProgram(abstract_state, lambda: create_train_state(trainer, mesh), step)

@@ -17,7 +17,7 @@ def workdir(tmp_path_factory):
 
 def prepare(workdir, **overrides):
     c = config_lib.parse(tiny.digits_dict(**overrides))
-    return experiment_lib.prepare(c, workdir, draws_pictures=True)
+    return experiment_lib.prepare(c, workdir)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_other_weights_than_those_that_encoded_are_refused(workdir, tmp_path, mo
         prepare(tmp_path)
     # Without pictures to draw, the weights are not asked for.
     c = config_lib.parse(tiny.digits_dict(**{"data.autoencoder_weights": "/nowhere"}))
-    assert experiment_lib.prepare(c, tmp_path, draws_pictures=False)[0].autoencoder is None
+    assert experiment_lib.prepare(c, tmp_path)[0].autoencoder is None
 
 
 @pytest.mark.parametrize("verify", [True, False])

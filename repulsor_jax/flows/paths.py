@@ -118,65 +118,27 @@ def _float32(*arrays: Array) -> tuple[Array, ...]:
 
 
 def interpolate(path: Path, data: Array, noise: Array, t: Array) -> Array:
-    """The point x_t = alpha(t) data + sigma(t) noise of the path.
-
-    Args:
-      path: from `get_path`.
-      data: [B, ...].
-      noise: [B, ...], standard normal.
-      t: [B], in [0, 1].
-
-    Returns:
-      x_t [B, ...], float32.
-    """
+    """The point x_t = alpha(t) data + sigma(t) noise, [B, ...] float32; t [B] in [0, 1]."""
     data, noise = _float32(data, noise)
     c = _coefficients_like(path, t, data)
     return c.alpha * data + c.sigma * noise
 
 
-def target(path: Path, prediction: str, data: Array, noise: Array, t: Array) -> Array:
-    """What a model of kind `prediction` should output for these ends, at time t.
-
-    Args:
-      path: from `get_path`.
-      prediction: "velocity" (alpha' data + sigma' noise), "score" (-noise / sigma) or "noise".
-      data: [B, ...].
-      noise: [B, ...].
-      t: [B]. The score is infinite at t = 1, and so is the velocity of "vp".
-
-    Returns:
-      The regression target [B, ...], float32.
-
-    Raises:
-      ValueError: unknown prediction.
-    """
-    check_choice("prediction", prediction, PREDICTIONS)
-    data, noise = _float32(data, noise)
-    return _from_ends(prediction, data, noise, _coefficients_like(path, t, data))
-
-
 def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: str) -> Array:
     """Rewrites a prediction at (x_t, t) as another quantity of the same path.
 
-    With x_t = alpha data + sigma noise known, any one quantity gives both ends (velocity by
-    Cramer's rule on the pair x_t, velocity), and the ends give the rest; SiT states the cases
-    velocity <-> score. Singular are only the times at which there is no answer: t = 0 for velocity
-    or data from score or noise (alpha = 0; not on "vp"), t = 1 for a score and for anything from
-    data (sigma = 0), and t = 1 altogether on "vp".
+    With x_t known, any one quantity gives both ends (velocity by Cramer's rule on the pair x_t,
+    velocity), and the ends give the rest; SiT states the cases velocity <-> score. No answer exists
+    at t = 0 for velocity or data from score or noise (alpha = 0; not on "vp"), at t = 1 for a score
+    and for anything from data (sigma = 0), and at t = 1 altogether on "vp".
 
     Args:
       path: from `get_path`.
       value: [B, ...], the prediction.
-      x: [B, ...], the point x_t it was made at.
+      x: [B, ...], the point x_t that the prediction was made at.
       t: [B].
-      source: what `value` is: "velocity", "score", "noise" or "data".
-      to: what to return, of the same choices.
-
-    Returns:
-      [B, ...], float32.
-
-    Raises:
-      ValueError: unknown `source` or `to`.
+      source: what `value` is: "velocity", "score", "noise" or "data"; else ValueError.
+      to: what to return, [B, ...] float32, of the same choices.
     """
     quantities = (*PREDICTIONS, "data")
     check_choice("source", source, quantities)
@@ -225,9 +187,9 @@ def flow_loss(
     Args:
       path: from `get_path`.
       prediction: what the model outputs: "velocity", "score" or "noise".
-      output: [B, ...], the model's output at (x_t, t).
-      data: [B, ...].
-      noise: [B, ...].
+      output: [B, ...], the model's output at (x_t, t); data and noise have its shape.
+      data: the end at t = 1.
+      noise: the end at t = 0.
       t: [B].
       weighting: "none", "velocity" or "likelihood"; "none" for a velocity prediction.
 
@@ -267,11 +229,8 @@ def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tup
 
     Args:
       path: from `get_path`.
-      prediction: what the model outputs: "velocity", "score" or "noise".
+      prediction: what the model outputs: "velocity", "score" or "noise"; else ValueError.
       sampling: for sampling rather than training.
-
-    Raises:
-      ValueError: unknown prediction.
     """
     check_choice("prediction", prediction, PREDICTIONS)
     if path.singular_at_data:
@@ -291,15 +250,9 @@ def diffusion(path: Path, form: str, t: Array, norm: float | Array = 1.0) -> Arr
 
     Args:
       path: from `get_path`.
-      form: one of `DIFFUSION_FORMS`.
-      t: times of any shape.
+      form: one of `DIFFUSION_FORMS`; else ValueError.
+      t: times of any shape; D(t) has the same.
       norm: the factor.
-
-    Returns:
-      D(t), of the shape and type of t.
-
-    Raises:
-      ValueError: unknown form.
     """
     check_choice("diffusion form", form, DIFFUSION_FORMS)
     if form == "constant":
@@ -326,14 +279,8 @@ def sde_time_interval(
     and "gvp", for score and noise predictions or that form), else 0. eps is 1e-3, also where SiT's
     default for a velocity prediction is 0, which would start "sbdm" from an infinite drift.
 
-    Args:
-      path: from `get_path`.
-      prediction: what the model outputs: "velocity", "score" or "noise".
-      form: of the diffusion, one of `DIFFUSION_FORMS`.
-      last_step_size: in [0, 1); 0 if there is no last step.
-
     Raises:
-      ValueError: unknown prediction or form, or a size outside [0, 1).
+      ValueError: unknown prediction or form, or a `last_step_size` outside [0, 1).
     """
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("diffusion form", form, DIFFUSION_FORMS)
@@ -368,10 +315,7 @@ def sample_timesteps(
       scale: of the logit-normal, positive.
 
     Returns:
-      [B] float32.
-
-    Raises:
-      ValueError: unknown distribution.
+      [B] float32; ValueError for an unknown distribution.
     """
     check_choice("time distribution", distribution, TIME_DISTRIBUTIONS)
     if distribution == "uniform":

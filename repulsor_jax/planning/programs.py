@@ -27,7 +27,7 @@ from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.train_state import abstract_train_state
-from repulsor_jax.train_step import compile_train_step, make_train_step
+from repulsor_jax.train_step import compile_training
 
 PROGRAMS = ("train", "sample", "encode")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -213,10 +213,11 @@ def _train(experiment: Experiment) -> Built:
         "batch": batch,
         "other": [state.step, state.rng],
     }
-    step = make_train_step(trainer, experiment.latent_format)
 
     def compile_it() -> jax.stages.Compiled:
-        return compile_train_step(step, state, record, config.data.dtype, config.batch_size, mesh)
+        return compile_training(
+            trainer, experiment.latent_format, record, config.data.dtype, mesh
+        ).step
 
     shapes = _bank_shapes(state.bank.features, state.params) if state.bank else frozenset()
     return Built("train", config.batch_size, mesh, kinds, compile_it, shapes)

@@ -86,7 +86,7 @@ def train_here(workdir, data_dir, num_devices, **overrides):
         config = config_lib.parse(values)
         encode(config, workdir)
         pictures = experiment_lib.draws_pictures(config)
-        experiment, dataset = experiment_lib.prepare(config, workdir, draws_pictures=pictures)
+        experiment, dataset = experiment_lib.prepare(config, workdir)
         train(experiment, dataset, make_monitor(experiment) if pictures else None, values.to_dict())
 
 

@@ -102,9 +102,7 @@ def run(programs, data_dir):
         watches = options.pop("monitor", lambda experiment: None)
         values = tiny.digits_dict(data, **MESH, **options)
         workdir.mkdir(exist_ok=True)
-        experiment, dataset = experiment_lib.prepare(
-            config_lib.parse(values), workdir, draws_pictures=True
-        )
+        experiment, dataset = experiment_lib.prepare(config_lib.parse(values), workdir)
         if not whole_mesh:
             experiment = dataclasses.replace(experiment, mesh=tiny.mesh())
         program = programs(experiment, dataset)
@@ -335,7 +333,7 @@ def test_a_run_goes_on_past_bad_batches(tmp_path, data_dir, run, without, policy
 def iter_batches(data_dir):
     """The batches of a run on the digits."""
     config = config_lib.parse(tiny.digits_dict(data_dir))
-    experiment, dataset = experiment_lib.prepare(config, data_dir, draws_pictures=False)
+    experiment, dataset = experiment_lib.prepare(config, data_dir)
     return train_lib.open_feed(experiment, dataset)
 
 
