@@ -4,6 +4,7 @@ On Inception's pooled features it is FID, on its spatial features sFID.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -22,105 +23,46 @@ class GaussianStatistics:
     count: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """What can be merged: sample count, mean `[D]`, and scatter `[D, D]`, in float64.
+def fit_gaussian(parts: Iterable[np.ndarray]) -> GaussianStatistics:
+    """Fits a Gaussian to samples that arrive in parts `[B, D]`, as `np.cov` does to all at once.
 
-    The scatter is the sum of (x - mean) (x - mean)^T. Sums of raw squares would merge as well,
-    but lose the covariance where the mean is large against it.
-    """
-
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
-
-
-def gaussian_statistics(samples: np.ndarray) -> GaussianStatistics:
-    """Fits a Gaussian to samples `[N, D]`; the covariance divides by N - 1, as `np.cov` does.
+    Samples are added in blocks of `BLOCK`, in order: the same samples give the same bits, whatever
+    the parts. Mean and scatter of two blocks are merged by Chan et al. (1979): sums of raw squares
+    would lose the covariance where the mean is large against it.
 
     Raises:
-      ValueError: not two-dimensional, fewer than two samples, or not finite.
+      ValueError: parts that are not two-dimensional, of different D or not finite; or fewer than
+        two samples.
     """
-    return statistics_from_moments(_moments(_checked(samples)))
+    count, mean, scatter = 0, np.zeros(()), np.zeros(())
+    for block in _in_blocks(parts):
+        block_mean = block.mean(axis=0, dtype=np.float64)
+        centred = block - block_mean
+        total, step = count + len(block), block_mean - mean
+        scatter = (
+            scatter + centred.T @ centred + np.outer(step, step) * (count * len(block) / total)
+        )
+        count, mean = total, mean + step * (len(block) / total)
+    if count < 2:
+        raise ValueError(f"found {count} samples, expected [N, D] with N of 2 or more")
+    return GaussianStatistics(mean, scatter / (count - 1), count)
 
 
-class MomentAccumulator:
-    """Moments of samples that arrive in batches.
-
-    Samples are added in blocks of `BLOCK`, in order, whatever the batches: the same samples give
-    the same moments, bit for bit, for any batch size.
-    """
-
-    def __init__(self) -> None:
-        self._moments: Moments | None = None
-        self._pending: list[np.ndarray] = []
-        self._num_pending = 0
-        self._seen = 0
-
-    def add(self, samples: np.ndarray) -> None:
-        """Adds samples `[B, D]`, B of 0 or more.
-
-        Raises:
-          ValueError: not two-dimensional, of another D than before, or not finite; nothing is
-            added.
-        """
-        samples = _checked(samples, first=self._seen)
-        dim = self._pending[0].shape[1] if self._pending else samples.shape[1]
-        dim = self._moments.mean.size if self._moments else dim
-        if samples.shape[1] != dim:
-            raise ValueError(f"found samples of {samples.shape[1]} features, expected {dim}")
-        self._seen += len(samples)
-        self._pending.append(samples.copy())
-        self._num_pending += len(samples)
-        if self._num_pending >= BLOCK:
-            pending = np.concatenate(self._pending)
-            whole = len(pending) // BLOCK * BLOCK
-            for start in range(0, whole, BLOCK):
-                self._moments = _merged(self._moments, _moments(pending[start : start + BLOCK]))
-            self._pending, self._num_pending = [pending[whole:]], len(pending) - whole
-
-    def moments(self) -> Moments:
-        """Moments of all samples so far; more can be added after.
-
-        Raises:
-          ValueError: there are none.
-        """
-        if not self._seen:
-            raise ValueError("found no samples, expected at least one")
-        if not self._num_pending:
-            assert self._moments is not None
-            return self._moments
-        return _merged(self._moments, _moments(np.concatenate(self._pending)))
-
-
-def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two sets of samples, such as two hosts' (Chan et al. 1979).
-
-    Several sets merged in a fixed order give the same bits every time.
-
-    Raises:
-      ValueError: the dimensions differ.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"found moments of {a.mean.size} and {b.mean.size} features")
-    count = a.count + b.count
-    step = b.mean - a.mean
-    scatter = np.outer(step, step)
-    scatter *= a.count * b.count / count
-    scatter += a.scatter
-    scatter += b.scatter
-    return Moments(count, a.mean + step * (b.count / count), scatter)
-
-
-def statistics_from_moments(moments: Moments) -> GaussianStatistics:
-    """The Gaussian with these moments; the covariance divides by N - 1.
-
-    Raises:
-      ValueError: fewer than two samples.
-    """
-    if moments.count < 2:
-        raise ValueError(f"found {moments.count} sample, expected [N, D] with N of 2 or more")
-    return GaussianStatistics(moments.mean, moments.scatter / (moments.count - 1), moments.count)
+def _in_blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Checks parts, and cuts the samples of all of them into blocks of `BLOCK`."""
+    waiting, seen = None, 0
+    for part in parts:
+        if part.ndim != 2 or (waiting is not None and part.shape[1] != waiting.shape[1]):
+            expected = "N, D" if waiting is None else f"N, {waiting.shape[1]}"
+            raise ValueError(f"found samples {part.shape}, expected [{expected}]")
+        check_features(part, first=seen)
+        seen += len(part)
+        waiting = part if waiting is None else np.concatenate([waiting, part])
+        while len(waiting) >= BLOCK:
+            yield waiting[:BLOCK]
+            waiting = waiting[BLOCK:]
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
 def too_few_samples(statistics: GaussianStatistics) -> str | None:
@@ -160,14 +102,9 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     return float(max(squared + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap, 0.0))
 
 
-def check_finite(samples: np.ndarray, first: int = 0) -> None:
-    """Raises ValueError, with the count, if samples `[N, D]` hold NaN or infinity.
-
-    Args:
-      samples: features.
-      first: what the first sample's index is called in the error.
-    """
-    finite = np.isfinite(samples).all(axis=1)
+def check_features(features: np.ndarray, first: int = 0) -> None:
+    """Raises ValueError that names the first row `[D]` that is not finite; row 0 is `first`."""
+    finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         bad = int(np.argmin(finite))
         raise ValueError(
@@ -176,19 +113,11 @@ def check_finite(samples: np.ndarray, first: int = 0) -> None:
         )
 
 
-def _checked(samples: np.ndarray, first: int = 0) -> np.ndarray:
-    samples = np.asarray(samples)
-    if samples.ndim != 2:
-        raise ValueError(f"found samples {samples.shape}, expected [N, D] with N of 2 or more")
-    check_finite(samples, first)
-    return samples
-
-
-def _moments(samples: np.ndarray) -> Moments:
-    mean = samples.mean(axis=0, dtype=np.float64)
-    centred = samples - mean
-    return Moments(len(samples), mean, centred.T @ centred)
-
-
-def _merged(a: Moments | None, b: Moments) -> Moments:
-    return b if a is None else merge_moments(a, b)
+def check_pair(samples: np.ndarray, reference: np.ndarray) -> None:
+    """Raises ValueError unless both are finite features `[N, D]` and `[M, D]`."""
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"found features {samples.shape} and {reference.shape}, expected [N, D] and [M, D]"
+        )
+    check_features(samples)
+    check_features(reference)

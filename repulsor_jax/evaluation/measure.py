@@ -10,19 +10,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import sharding
-from repulsor_jax.evaluation import reference as reference_lib
 from repulsor_jax.evaluation.features import FeatureSpace
 from repulsor_jax.evaluation.frechet import (
     GaussianStatistics,
-    MomentAccumulator,
+    fit_gaussian,
     frechet_distance,
-    statistics_from_moments,
     too_few_samples,
 )
 from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
-from repulsor_jax.evaluation.inception_score import SPLITS, adm_inception_score, inception_score
-from repulsor_jax.evaluation.kid import SUBSET_SIZE, kernel_distance
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from repulsor_jax.evaluation.scores import (
+    SPLITS,
+    SUBSET_SIZE,
+    adm_inception_score,
+    inception_score,
+    kernel_distance,
+)
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
 from repulsor_jax.inference.generator import Generator, Guidance, batches, check_samples
@@ -146,53 +149,45 @@ def image_reference(
     """
     is_main = jax.process_index() == 0
     content = [images.digest, str(images.count), str(images.shape), space.name, space.digest]
-    content.append(str(min(keep, images.count)))
-    name = job_name(content)
+    name = job_name([*content, str(min(keep, images.count))])
+    kept = Shards(cache / name, 1, 1)
     # A run that evaluates as it trains may be followed by another job, for the same reference.
     with atomic.locked(cache / name, enabled=is_main):
-        found = reference_lib.read_cache(cache, content) if is_main else None
-        if not sharding.agree(int(found is not None)):
+        if sharding.agree(int(is_main and not kept.is_finished(0))):
             folder = cache / f".{name}.incomplete"
             shards = image_features(images, batch_size, extract, mesh, folder)
             if is_main:
-                found = _reference_arrays(shards, keep)
-                reference_lib.write_cache(cache, content, found)
+                kept.write(0, [_reference_arrays(shards, keep)])
                 shards.remove()
-    if found is None:
+    if not is_main:
         return None
-    spatial = None
-    if "spatial_mean" in found:
-        spatial = GaussianStatistics(found["spatial_mean"], found["spatial_cov"], images.count)
-    return Reference(
-        {
-            "name": images.name,
-            "digest": images.digest,
-            "images": images.count,
-            "features": len(found["features"]),
-        },
-        GaussianStatistics(found["pool_mean"], found["pool_cov"], images.count),
-        spatial,
-        found["features"],
-    )
+    found = {key: next(kept.read(key))[0] for key in kept.names()}
+    gaussians = {
+        key: GaussianStatistics(found[f"{key}_mean"], found[f"{key}_cov"], images.count)
+        for key in ("pool", "spatial")
+        if f"{key}_mean" in found
+    }
+    description = {
+        "name": images.name,
+        "digest": images.digest,
+        "images": images.count,
+        "features": len(found["features"]),
+    }
+    return Reference(description, gaussians["pool"], gaussians.get("spatial"), found["features"])
 
 
 def _reference_arrays(shards: Shards, keep: int) -> Arrays:
+    """Gaussians, and the features of `keep` evenly spaced images, each as one item `[1, ...]`."""
     chosen = np.linspace(0, shards.count - 1, min(keep, shards.count)).round().astype(int)
-    names = shards.names()
     found: Arrays = {}
-    for name in ("pool", "spatial"):
-        if name not in names:
-            continue
-        moments, kept, at = MomentAccumulator(), [], 0
-        for part in shards.read(name):
-            moments.add(part)
-            kept.append(part[chosen[(chosen >= at) & (chosen < at + len(part))] - at])
-            at += len(part)
-        statistics = statistics_from_moments(moments.moments())
-        found |= {f"{name}_mean": statistics.mean, f"{name}_cov": statistics.covariance}
-        if name == "pool":
-            found["features"] = np.concatenate(kept)
-    return found
+    for name in [name for name in ("pool", "spatial") if name in shards.names()]:
+        statistics = fit_gaussian(shards.read(name))
+        found |= {f"{name}_mean": statistics.mean[None], f"{name}_cov": statistics.covariance[None]}
+    kept = []
+    for shard, part in enumerate(shards.read("pool")):
+        rows = shards.rows(shard)
+        kept.append(part[chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start])
+    return found | {"features": np.concatenate(kept)[None]}
 
 
 def metrics(
@@ -218,10 +213,7 @@ def metrics(
         if gaussian is None:
             warnings.append("the reference has no spatial statistics: no sFID")
             continue
-        moments = MomentAccumulator()
-        for part in shards.read(name):
-            moments.add(part)
-        statistics = statistics_from_moments(moments.moments())
+        statistics = fit_gaussian(shards.read(name))
         for who, each in (("samples", statistics), ("reference", gaussian)):
             warning = too_few_samples(each)
             if warning:

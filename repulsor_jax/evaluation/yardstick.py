@@ -116,16 +116,14 @@ def open_yardstick(
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set; the images beside them are some of it.
-        digest = images.digest if images else file_sha256(path)[:16]
-        description = {"name": path.name, "digest": digest}
         found = Reference(
-            description
-            | {
-                "images": statistics.pool.count,
+            {
+                "name": path.name,
+                "digest": images.digest if images else file_sha256(path)[:16],
+                "images": statistics[0].count,
                 "features": found.description["features"] if found else 0,
             },
-            statistics.pool,
-            statistics.spatial,
+            *statistics,
             found.features if found else None,
         )
     return Yardstick(folder, space, extract, found)

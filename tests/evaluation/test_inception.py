@@ -61,7 +61,7 @@ def resized(image: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("size", [(8, 5), (64, 64), (300, 420), (1, 1)])
+@pytest.mark.parametrize("size", [(8, 5), (300, 420), (1, 1)])
 def test_resize_by_hand(size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     found = inception.preprocess(image[None])[0]
