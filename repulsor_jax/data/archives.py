@@ -3,18 +3,19 @@
 import bz2
 import dataclasses
 import errno
+import functools
 import gzip
+import io
 import lzma
 import os
 import pathlib
-import secrets
 import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,29 +23,30 @@ from tqdm import tqdm
 from repulsor_jax.data.listing import (
     Files,
     Item,
-    Names,
+    Listing,
     arrange,
-    digest,
     file_sizes,
     find_folder,
     is_hidden,
     scan,
     shorten,
+    source_signature,
     suffix,
 )
 from repulsor_jax.data.preprocess import MAX_FILE_BYTES
+from repulsor_jax.files import atomic
 
 IMAGE_SUFFIXES = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 )
 
-_COMPRESSIONS: dict[bytes, tuple[str, Callable[[BinaryIO], Any]]] = {
-    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
-    b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
-    b"BZh": ("bzip2", bz2.BZ2File),
-}
+_COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"\xfd7zXZ\x00": lzma, b"BZh": bz2}
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a member, or the end of an empty one
-_ZIP_HEADER = struct.Struct("<4s22xHH")  # of a member: start, lengths of name and extra fields
+# What zipfile raises on damaged files; all but the first on headers that no zip program writes.
+_BAD_ZIP = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
+    *(ValueError, struct.error, OverflowError, zlib.error, EOFError),
+)
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_TAR_HEADER = 2**20  # bytes of a long name, or of a header of the PAX kind
 # A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
@@ -52,16 +54,10 @@ _MAX_EXPANSION, _ALWAYS_EXPANDED = 200, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """Images as files below `root`; see `open_folder`."""
+class ImageFolder(Listing):
+    """Images as files below `root`; see `open_image_folder`."""
 
     root: str
-    class_names: Sequence[str]
-    names: Names
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def __getitem__(self, index: int) -> Item:
         """Returns the file's bytes; OSError if it cannot be read."""
@@ -73,10 +69,10 @@ class ImageFolder:
     def signature(self) -> str:
         """See `ImageSource`; asks the file system for every file's size."""
         sizes = file_sizes(self.root, self.names)
-        return digest("folder", self.class_names, self.names, self.labels, sizes)
+        return source_signature("folder", self.class_names, self.names, self.labels, sizes)
 
 
-def open_folder(path: str, split: str) -> ImageFolder:
+def open_image_folder(path: str, split: str) -> ImageFolder:
     """Opens the images in `path/split`, or in `path` itself if the split is ".".
 
     Images are the files named .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .ppm or .pgm, in
@@ -91,85 +87,53 @@ def open_folder(path: str, split: str) -> ImageFolder:
     """
     root = find_folder(path, split, "folder")
     listing = arrange(root, scan(root, IMAGE_SUFFIXES), "image")
-    return ImageFolder(root, listing.class_names, listing.names, listing.labels)
-
-
-class _Place(NamedTuple):
-    """Where a member's bytes are in the archive's file.
-
-    Attributes:
-      offset: of the data in a tar, of the local header in a zip.
-      stored: bytes in the archive.
-      size: bytes of the member.
-      method: 0 for bytes as they are, 8 for deflate (zip's numbers).
-      crc: CRC-32 of the member; 0 in a tar, which has none.
-    """
-
-    offset: int
-    stored: int
-    size: int
-    method: int = 0
-    crc: int = 0
+    return ImageFolder(**vars(listing), root=root)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageArchive:
-    """Images as members of an archive; see `open_archive`.
+class ImageArchive(Listing):
+    """Images as members of an archive; see `open_image_archive`.
 
     Attributes:
-      file: the file with the bytes, the decompressed copy of a compressed tar.
+      path: the file with the bytes, the decompressed copy of a compressed tar.
+      changed: the time of its last change, in ns.
       is_zip: the file is a zip, otherwise a tar.
-      title: what leads to a member in messages, "name.tar:" and the folder in the archive.
-      class_names: label k is `class_names[k]`.
-      names: paths below that folder.
-      labels: int32 `[N]`.
-      places: int64 `[N, 5]`, the `_Place` of each image.
+      title: precedes the name of a member in messages, "name.tar:" and the folder in the archive.
+      places: int64 `[N]`, the offset of the data in a tar, the index in the directory of a zip.
+      sizes: int64 `[N]`, bytes of each image.
     """
 
-    file: "_RandomFile"
+    path: str
+    changed: int
     is_zip: bool
     title: str
-    class_names: Sequence[str]
-    names: Names
-    labels: np.ndarray
     places: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.names)
+    sizes: np.ndarray
 
     def __getitem__(self, index: int) -> Item:
         """Returns the member's bytes; OSError if they cannot be read or are damaged."""
         name = self.title + self.names[index]
-        place = _Place(*self.places[index].tolist())
-        _check_size(place.size, name)
-        read = self._read_zipped if self.is_zip else self._read_plain
-        return Item(read(place, name), int(self.labels[index]), name)
+        place, size = int(self.places[index]), int(self.sizes[index])
+        _check_size(size, name)
+        if os.stat(self.path).st_mtime_ns != self.changed:
+            raise OSError(errno.EIO, f"{self.path} changed since it was opened", name)
+        try:
+            if self.is_zip:
+                archive = _open_zip(self.path, self.changed)
+                with archive.open(archive.infolist()[place]) as member:
+                    data = member.read(size)  # and no more: a bomb does not go off
+            else:
+                with open(self.path, "rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), size, place)
+        except _BAD_ZIP as error:
+            raise OSError(errno.EIO, f"damaged: {error}", name) from error
+        if len(data) != size:
+            raise OSError(errno.EIO, f"damaged: {len(data):,} bytes instead of {size:,}", name)
+        return Item(data, int(self.labels[index]), name)
 
     def signature(self) -> str:
         """See `ImageSource`; known since the archive was opened."""
-        sizes = self.places[:, _Place._fields.index("size")]
-        return digest("archive", self.class_names, self.names, self.labels, sizes)
-
-    def _read_plain(self, place: _Place, name: str) -> bytes:
-        return self.file.read(place.offset, place.stored, name)
-
-    def _read_zipped(self, place: _Place, name: str) -> bytes:
-        header = self.file.read(place.offset, _ZIP_HEADER.size, name)
-        start, name_length, extra_length = _ZIP_HEADER.unpack(header)
-        if start != _ZIP_STARTS[0]:
-            raise OSError(errno.EIO, "damaged: no zip header where the archive says", name)
-        # These extra fields need not be those of the archive's directory.
-        offset = place.offset + _ZIP_HEADER.size + name_length + extra_length
-        data = self.file.read(offset, place.stored, name)
-        if place.method == zipfile.ZIP_DEFLATED:
-            try:
-                # One byte more than it should be, so that a bomb does not go off.
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, place.size + 1)
-            except zlib.error as error:
-                raise OSError(errno.EIO, f"damaged: {error}", name) from error
-        if len(data) != place.size or zlib.crc32(data) != place.crc:
-            raise OSError(errno.EIO, "damaged: its size or CRC-32 is not the recorded one", name)
-        return data
+        return source_signature("archive", self.class_names, self.names, self.labels, self.sizes)
 
 
 def _check_size(size: int, name: str) -> None:
@@ -179,36 +143,10 @@ def _check_size(size: int, name: str) -> None:
         )
 
 
-class _RandomFile:
-    """A file read at any position, by any thread; a pickled copy opens it anew."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._file: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_file": None}
-
-    def read(self, offset: int, size: int, name: str) -> bytes:
-        file = self._file  # held here, so that another thread cannot have it closed
-        if file is None:
-            file = self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  # see __del__
-        data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise OSError(
-                errno.EIO, f"{self.path} ends early: it changed since it was opened", name
-            )
-        return data
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def open_archive(
+def open_image_archive(
     path: str, split: str, *, cache_dir: str | os.PathLike[str] | None = None
 ) -> ImageArchive:
-    """Opens the images in a tar, zip or compressed tar, by the rules of `open_folder`.
+    """Opens the images in a tar, zip or compressed tar, by the rules of `open_image_folder`.
 
     The kind is known by the content, whatever the name. Nothing is extracted: members are read
     where they are, so their names only serve as labels. A compressed tar (gzip, xz, bzip2) is
@@ -226,7 +164,7 @@ def open_archive(
     Raises:
       ValueError: not an archive, one that ends early or is damaged, a member whose name leads out
         of it (absolute or with ".."), a compressed one that grows 200-fold, beyond 1 GiB, no such
-        split, or see `open_folder`.
+        split, or see `open_image_folder`.
     """
     if not path or not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "not found"
@@ -237,94 +175,70 @@ def open_archive(
         with open(path, "rb") as file:
             start = file.read(_BLOCK)
         compressed = [value for magic, value in _COMPRESSIONS.items() if start.startswith(magic)]
+        data_path = _decompress(path, compressed[0], cache_dir) if compressed else path
+        data_path, changed = os.path.abspath(data_path), os.stat(data_path).st_mtime_ns
         is_zip = start.startswith(_ZIP_STARTS)
-        tar_path = path
-        if compressed:
-            tar_path = _decompress(path, *compressed[0], cache_dir)
-        members = _list_zip(path) if is_zip else _list_tar(path, tar_path)
+        found = _list_zip(path, changed) if is_zip else _list_tar(path, data_path)
+        bar = tqdm(found, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
+        # Of one name the last counts, as for `tar`.
+        members = {m.name: m for m in bar if m.name and not is_hidden(m.name)}
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
-    prefix = _find_prefix(path, members, split)
-    files = members.below(prefix)
-    title = f"{os.path.basename(path)}:{prefix}"
+    folders = {name for name, member in members.items() if member.kind == "folder"}
+    for name in members:  # some folders only show in the names of their members
+        while (name := name.rpartition("/")[0]) and name not in folders:
+            folders.add(name)
+    prefix = _find_prefix(path, folders, split)
+    below = {n[len(prefix) :]: m for n, m in members.items() if n.startswith(prefix)}
+    images = [n for n, m in below.items() if m.kind == "file" and suffix(n) in IMAGE_SUFFIXES]
+    tops = sorted({n.removeprefix(prefix) for n in folders if n.startswith(prefix)})
+    files = Files(
+        images,
+        [name for name in tops if "/" not in name],
+        [n for n in below.keys() - set(images) if below[n].kind != "folder"],
+    )
     listing = arrange(f"{path}:{prefix}".removesuffix(":"), files, "image")
-    found = (members.places[prefix + listing.names[i]] for i in range(len(listing.names)))
+    chosen = [below[listing.names[i]] for i in range(len(listing))]
     return ImageArchive(
-        file=_RandomFile(os.path.abspath(tar_path)),
+        **vars(listing),
+        path=data_path,
+        changed=changed,
         is_zip=is_zip,
-        title=title,
-        class_names=listing.class_names,
-        names=listing.names,
-        labels=listing.labels,
-        places=np.array(list(found), np.int64),
+        title=f"{os.path.basename(path)}:{prefix}",
+        places=np.array([member.place for member in chosen], np.int64),
+        sizes=np.array([member.size for member in chosen], np.int64),
     )
 
 
-class _Members:
-    """The members of an archive as they are found.
+class _Member(NamedTuple):
+    """A member of an archive; see `ImageArchive` for place and size."""
 
-    Attributes:
-      archive: for messages.
-      places: by name, of the images.
-      folders: every folder, also those that only show in the names of their members.
-      others: the members left out.
-    """
+    name: str
+    kind: Literal["file", "folder", "other"]
+    place: int = 0
+    size: int = 0
 
-    def __init__(self, archive: str):
-        self.archive = archive
-        self.places: dict[str, _Place] = {}
-        self.folders: set[str] = set()
-        self.others: set[str] = set()
 
-    def path(self, name: str) -> str:
-        """The name without "./" and the like; ValueError if it leads out of the archive."""
-        parts = name.split("/")
-        if name.startswith("/") or ".." in parts:
-            raise ValueError(
-                f"{self.archive}: found a member named {name!r}, which leads out of the archive; "
-                "expected relative names without '..': is this archive from a source you trust?"
-            )
-        return "/".join(part for part in parts if part not in ("", "."))
-
-    def add_folder(self, path: str) -> None:
-        if not is_hidden(path):
-            while path and path not in self.folders:
-                self.folders.add(path)
-                path = path.rpartition("/")[0]
-
-    def add(self, path: str, place: _Place | None) -> None:
-        """Notes a file, at None one that is a link or the like."""
-        if is_hidden(path):
-            return
-        self.add_folder(path.rpartition("/")[0])
-        # Of one name the last counts, also where its kind differs.
-        self.places.pop(path, None)
-        self.others.discard(path)
-        if place is not None and suffix(path) in IMAGE_SUFFIXES:
-            self.places[path] = place
-        else:
-            self.others.add(path)
-
-    def below(self, prefix: str) -> Files:
-        """The members in a folder ("" or "a/b/"), as paths below it."""
-        cut = len(prefix)
-        folders = {f[cut:] for f in self.folders if f.startswith(prefix) and "/" not in f[cut:]}
-        return Files(
-            [name[cut:] for name in self.places if name.startswith(prefix)],
-            sorted(folders),
-            [name[cut:] for name in self.others if name.startswith(prefix)],
+def _inside(archive: str, name: str) -> str:
+    """A member's name without "./" and the like; ValueError if it leads out of the archive."""
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts:
+        raise ValueError(
+            f"{archive}: found a member named {name!r}, which leads out of the archive; expected "
+            "relative names without '..': is this archive from a source you trust?"
         )
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _find_prefix(path: str, members: _Members, split: str) -> str:
+def _find_prefix(path: str, folders: set[str], split: str) -> str:
     """The folder of a split in the archive, "" or with a slash at the end."""
     split = "/".join(part for part in split.split("/") if part not in ("", "."))
     if not split:
         return ""
-    if split in members.folders:
+    if split in folders:
         return f"{split}/"
-    tops = sorted(folder for folder in members.folders if "/" not in folder)
-    found = [f"{top}/{split}/" for top in tops if f"{top}/{split}" in members.folders]
+    tops = sorted(folder for folder in folders if "/" not in folder)
+    found = [f"{top}/{split}/" for top in tops if f"{top}/{split}" in folders]
     if len(found) != 1:
         several = f", but {shorten(found)}" if found else ""
         raise ValueError(
@@ -335,99 +249,79 @@ def _find_prefix(path: str, members: _Members, split: str) -> str:
     return found[0]
 
 
-def _list_zip(path: str) -> _Members:
-    members = _Members(path)
+@functools.lru_cache(maxsize=2)
+def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
+    """Reads the directory of a zip; each process does it once while the file does not change."""
+    return zipfile.ZipFile(path)
+
+
+def _list_zip(path: str, changed: int) -> Iterator[_Member]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (
-        # The last three of headers that no zip program writes.
-        *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError),
-        *(ValueError, struct.error, OverflowError),
-    ) as error:
+        entries = _open_zip(os.path.abspath(path), changed).infolist()
+    except _BAD_ZIP as error:
         raise ValueError(
             f"{path}: ends early or is damaged, a zip's directory at its end is missing or wrong "
             f"({error}): fetch it again"
         ) from error
     end = os.path.getsize(path)
-    for entry in entries:
+    for index, entry in enumerate(entries):
         # Some programs for Windows write backslashes.
-        name = members.path(entry.filename.replace("\\", "/"))
+        name = _inside(path, entry.filename.replace("\\", "/"))
         if entry.is_dir():
-            members.add_folder(name)
-        elif entry.flag_bits & 1:
-            raise ValueError(f"{path}: {name} is encrypted: make a zip without a password")
-        elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            yield _Member(name, "folder")
+        elif entry.flag_bits & 1 or entry.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):
             raise ValueError(
-                f"{path}: {name} is compressed by method {entry.compress_type}, expected 0 (as "
-                "it is) or 8 (deflate): make the zip again, best without compression"
+                f"{path}: {name} is encrypted or compressed by method {entry.compress_type}, "
+                "expected 0 (as it is) or 8 (deflate): make the zip again, without a password and "
+                "best without compression"
             )
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
-            members.add(name, None)
+            yield _Member(name, "other")
         elif not 0 <= entry.header_offset <= end - entry.compress_size:
             raise ValueError(f"{path}: damaged, {name} would reach beyond its end: fetch it again")
         else:
-            place = _Place(
-                entry.header_offset,
-                entry.compress_size,
-                min(entry.file_size, MAX_FILE_BYTES + 1),  # which is refused when it is read
-                entry.compress_type,
-                entry.CRC,
-            )
-            members.add(name, place)
-    return members
+            size = min(entry.file_size, MAX_FILE_BYTES + 1)  # which is refused when it is read
+            yield _Member(name, "file", index, size)
 
 
-def _list_tar(path: str, tar_path: str) -> _Members:
-    """Lists the tar at `tar_path`, in messages `path`."""
-    members = _Members(path)
-    size = os.path.getsize(tar_path)
-    title = f"list {os.path.basename(path)}"
-    with (
-        open(tar_path, "rb") as file,
-        tqdm(total=size, desc=title, unit="B", unit_scale=True, delay=2) as bar,
-    ):
-        for name, entry in _walk_tar(file, path, 0, size):
-            bar.update(max(0, entry.offset_data - bar.n))
-            member = members.path(name)
-            if not (entry.isreg() and suffix(member) == "tar") or is_hidden(member):
-                _add_tar_entry(members, member, entry)
-                continue
-            folder, end = member[: -len(".tar")], entry.offset_data + entry.size
-            members.add_folder(folder)
-            for inner, inner_entry in _walk_tar(file, f"{path}:{member}", entry.offset_data, end):
-                bar.update(max(0, inner_entry.offset_data - bar.n))
-                _add_tar_entry(members, f"{folder}/{members.path(inner)}", inner_entry)
-    return members
-
-
-def _add_tar_entry(members: _Members, name: str, entry: tarfile.TarInfo) -> None:
-    if entry.isdir():
-        members.add_folder(name)
-    elif entry.isreg() and not entry.issparse():
-        members.add(name, _Place(entry.offset_data, entry.size, entry.size))
-    else:
-        members.add(name, None)
+def _list_tar(path: str, data_path: str) -> Iterator[_Member]:
+    """Lists the plain tar at `data_path`, in messages `path`."""
+    with _Headers(data_path) as file:
+        yield from _walk_tar(file, path, 0, os.path.getsize(data_path))
 
 
 def _walk_tar(
-    file: BinaryIO, where: str, start: int, end: int
-) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yields the members of the plain tar at [start, end) of the file, with offsets in the file.
+    file: io.FileIO, where: str, start: int, end: int, folder: str = ""
+) -> Iterator[_Member]:
+    """Yields the members of the plain tar at [start, end) of the file, named below a folder.
 
-    `tarfile` takes a damaged header, or no more bytes, for the end of the archive: only where a
-    block of zeros stands, as tar writes it at the end, is it the end. It reads headers whole, of
-    any size that they say they have: so it gets no more than `_MAX_TAR_HEADER` bytes at once.
+    Without a folder, the members of a tar in it take the place of that tar. `tarfile` takes a
+    damaged header, or no more bytes, for the end of the archive; a block of zeros, which tar
+    writes, tells the real end. `tarfile` reads a header of any size that the header gives: it gets
+    `_MAX_TAR_HEADER` bytes at once, and no more.
     """
     early = f"{where}: ends early or is damaged"
     file.seek(start)
     try:
-        headers: Any = _Headers(file, where)
-        with tarfile.TarFile(fileobj=headers, mode="r") as tar:
+        with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (entry := tar.next()) is not None:
                 if entry.size < 0 or entry.offset_data + entry.size > end:
                     raise ValueError(f"{early}, in the member {entry.name}: fetch it again")
-                yield entry.name, entry
+                name = folder + _inside(where, entry.name)
+                if entry.isdir():
+                    yield _Member(name, "folder")
+                elif not entry.isreg() or entry.issparse():
+                    yield _Member(name, "other")
+                elif folder or suffix(name) != "tar" or is_hidden(name):
+                    yield _Member(name, "file", entry.offset_data, entry.size)
+                else:
+                    inner = name[: -len(".tar")]
+                    first, beyond = entry.offset_data, entry.offset_data + entry.size
+                    yield _Member(inner, "folder")
+                    yield from _walk_tar(file, f"{where}:{name}", first, beyond, f"{inner}/")
                 tar.members.clear()  # type: ignore[attr-defined]  # which would hold them all
             last = tar.offset
     except (tarfile.TarError, RecursionError, OverflowError) as error:
@@ -443,71 +337,59 @@ def _walk_tar(
         )
 
 
-class _Headers:
-    """A file of which `tarfile` reads the headers."""
+class _Headers(io.FileIO):
+    """A tar of which `tarfile` reads the headers, but none that is larger than any tar needs."""
 
-    def __init__(self, file: BinaryIO, where: str):
-        self._file, self._where = file, where
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if size > _MAX_TAR_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_TAR_HEADER:
             raise ValueError(
-                f"{self._where}: found a header of {size:,} bytes, expected at most "
+                f"{self.name}: found a header of {size:,} bytes, expected at most "
                 f"{_MAX_TAR_HEADER:,}: is this archive from a source you trust?"
             )
-        return self._file.read(size)
+        return super().read(size)
 
 
-def _decompress(
-    path: str,
-    method: str,
-    opener: Callable[[BinaryIO], Any],
-    cache_dir: str | os.PathLike[str] | None,
-) -> str:
-    """Returns the path of the decompressed copy in `cache_dir`, made if it is not there yet."""
+def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None) -> str:
+    """Returns the path of the decompressed copy in `cache_dir`, made if it is not there yet.
+
+    Args:
+      path: of the compressed tar.
+      method: one of the modules gzip, lzma and bz2.
+      cache_dir: for the copy.
+    """
     if cache_dir is None:
         raise ValueError(
-            f"{path}: a tar compressed with {method} is read from a decompressed copy; found no "
-            "cache_dir to put it in: give one, or decompress it yourself"
+            f"{path}: a tar compressed with {method.__name__} is read from a decompressed copy: "
+            "give a cache_dir to put it in, or decompress it yourself"
         )
     status = os.stat(path)
     name = os.path.basename(path).partition(".")[0]
     target = pathlib.Path(cache_dir, f"{name}-{status.st_size:x}-{status.st_mtime_ns:x}.tar")
     if target.exists():
         return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.incomplete-{secrets.token_hex(4)}")
-    title = f"decompress {os.path.basename(path)}"
+    most = max(_ALWAYS_EXPANDED, _MAX_EXPANSION * status.st_size)
+    title = {"desc": f"decompress {os.path.basename(path)}", "total": status.st_size, "delay": 2}
+    atomic.remove_stale(target)
     try:
         with (
             open(path, "rb") as file,
-            open(temporary, "wb") as copy,
-            tqdm(total=status.st_size, desc=title, unit="B", unit_scale=True, delay=2) as bar,
+            tqdm.wrapattr(file, "read", **title) as watched,
+            atomic.replacing(target) as temporary,
+            method.open(watched) as stream,
+            temporary.open("wb") as copy,
         ):
-            stream = opener(file)
-            most = max(_ALWAYS_EXPANDED, _MAX_EXPANSION * status.st_size)
-            while chunk := _read_chunk(stream, path, method):
+            while chunk := stream.read(1 << 20):
                 if copy.tell() + len(chunk) > most:
                     raise ValueError(
                         f"{path}: refused, as its {status.st_size:,} bytes become more than "
                         f"{most:,}: if you trust it, decompress it yourself"
                     )
                 copy.write(chunk)
-                bar.update(file.tell() - bar.n)
-        temporary.rename(target)
-    except OSError as error:  # a full disk is not named in it
-        problem = f"decompressing it to {target.parent} failed: {error.strerror}"
-        raise OSError(error.errno, problem) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return str(target)
-
-
-def _read_chunk(stream: Any, path: str, method: str) -> bytes:
-    try:
-        return stream.read(1 << 20)
     except (EOFError, lzma.LZMAError, zlib.error, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # as of a full disk
+            problem = f"decompressing it to {target.parent} failed: {error.strerror}"
+            raise OSError(error.errno, problem) from error
         raise ValueError(
-            f"{path}: ends early or is damaged, {method} says: {error}: fetch it again"
+            f"{path}: ends early or is damaged, {method.__name__} says: {error}: fetch it again"
         ) from error
+    return str(target)

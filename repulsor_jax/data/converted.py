@@ -17,11 +17,11 @@ from repulsor_jax.data.listing import (
     Files,
     Names,
     arrange,
-    digest,
     file_sizes,
     find_folder,
     scan,
     shorten,
+    source_signature,
     subfolders,
 )
 from repulsor_jax.files.tensors import open_safetensors
@@ -157,7 +157,7 @@ class _ArrayFiles:
 
     def signature(self) -> str:
         sizes = file_sizes(self.root, self.names)
-        return digest(self.kind, self.class_names, self.names, self.labels, sizes)
+        return source_signature(self.kind, self.class_names, self.names, self.labels, sizes)
 
 
 def _fast_dit(split: str, path: str) -> LatentSource:
@@ -326,7 +326,7 @@ class _Shards:
         names = Names.pack(os.path.basename(path) for path in self.paths)
         sizes = np.array([os.path.getsize(path) for path in self.paths])
         labels = np.concatenate([self.ends, self.labels])
-        return digest("lightning-dit", self.class_names, names, labels, sizes)
+        return source_signature("lightning-dit", self.class_names, names, labels, sizes)
 
 
 class _OpenFiles:

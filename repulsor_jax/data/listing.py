@@ -71,6 +71,9 @@ class Listing:
     names: Names
     labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.names)
+
 
 class Files(NamedTuple):
     """What `scan` found, as paths below the root with "/" between components.
@@ -236,7 +239,7 @@ def arrange(where: str, files: Files, what: str) -> Listing:
     return Listing(tuple(class_names), names, labels)
 
 
-def digest(
+def source_signature(
     kind: str,
     class_names: Sequence[str],
     names: Names,

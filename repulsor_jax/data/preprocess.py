@@ -3,28 +3,19 @@
 NumPy and PIL only: worker processes import this module and should start at once.
 """
 
+import contextlib
 import io
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
 MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
 # Only what decodes pixels: PIL knows formats that run other programs (EPS) or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BadImageError(ValueError):
@@ -128,7 +119,11 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise BadImageError(f"{name}: {_too_large()}, found {image.width} x {image.height}")
     try:
         image.load()
-        return _to_rgb(_upright(image), name)
+        # After load(), as some formats turn the image themselves then, and drop the tag. In place,
+        # so that the image is upright even where its other metadata is damaged.
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image, name)
     except BadImageError:
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError and others
@@ -143,16 +138,6 @@ def _reason(error: Exception) -> str:
 
 def _too_large() -> str:
     return f"refused before decoding, as it has more than {MAX_PIXELS:,} pixels: resize it first"
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        # After load(): some formats apply the orientation themselves then, and drop the tag.
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # the pixels are good though the metadata is not
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

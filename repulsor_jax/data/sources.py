@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from repulsor_jax.data.archives import open_archive, open_folder
-from repulsor_jax.data.listing import Item, Names, digest
+from repulsor_jax.data.archives import open_image_archive, open_image_folder
+from repulsor_jax.data.listing import Item, Names, source_signature
 from repulsor_jax.files.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
@@ -61,8 +61,8 @@ def open_source(
     """Opens an image source.
 
     Args:
-      name: "digits" (scikit-learn's), "folder" (see `files.open_folder`), "archive" (see
-        `files.open_archive`), or "tfds:<name>" for a TensorFlow Datasets image classification data
+      name: "digits" (scikit-learn's), "folder" (see `open_image_folder`), "archive" (see
+        `open_image_archive`), or "tfds:<name>" for a TensorFlow Datasets image classification data
         set, as in "tfds:cifar10".
       split: a split of that source, as in "train"; "." for all of a folder or archive.
       path: the folder or archive; for tfds the data_dir, its own default if empty.
@@ -97,7 +97,7 @@ class _Digits:
     def signature(self) -> str:
         names = Names.pack(f"{self.split}[{i}]" for i in range(len(self)))
         sizes = np.full(len(self), self.images[0].nbytes)
-        return digest("digits", self.class_names, names, self.labels, sizes)
+        return source_signature("digits", self.class_names, names, self.labels, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Tfds:
     def signature(self) -> str:
         """The version stands for labels and sizes: tfds data sets of one version are the same."""
         names = Names.pack([f"{self.version} {self.split} {len(self)}"])
-        return digest("tfds", self.class_names, names, np.zeros(0), np.zeros(0))
+        return source_signature("tfds", self.class_names, names, np.zeros(0), np.zeros(0))
 
 
 def _digits(split: str, path: str, cache_dir: _Path | None) -> ImageSource:
@@ -255,7 +255,7 @@ def _check_tfds_classes(value: Any) -> None:
 
 
 _SOURCES: dict[str, Callable[[str, str, _Path | None], ImageSource]] = {
-    "archive": lambda split, path, cache_dir: open_archive(path, split, cache_dir=cache_dir),
+    "archive": lambda split, path, cache_dir: open_image_archive(path, split, cache_dir=cache_dir),
     "digits": _digits,
-    "folder": lambda split, path, cache_dir: open_folder(path, split),
+    "folder": lambda split, path, cache_dir: open_image_folder(path, split),
 }

@@ -449,10 +449,10 @@ import jax
 rank, address, workdir, kind, source, delay = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(address, 2, rank)
 from repulsor_jax import encode
-from repulsor_jax.data import archives as files
+from repulsor_jax.data import archives
 from tests.data.test_encode import config
 
-prompt, decompress = encode.encode_images, files._read_chunk
+prompt, decompress = encode.encode_images, archives._decompress
 first_is_done = pathlib.Path(workdir) / "first_is_done"
 
 def late(*args, **options):
@@ -469,7 +469,7 @@ def told(*args):
     time.sleep(1)
     return decompress(*args)
 
-encode.encode_images, files._read_chunk = late, told
+encode.encode_images, archives._decompress = late, told
 chosen = config(source, **{"data.source": kind, "data.test_split": "", "data.preview_images": 0})
 try:
     encode.encode(chosen, pathlib.Path(workdir))
