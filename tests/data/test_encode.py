@@ -1,6 +1,7 @@
 """The encoder job: what the records hold, restarts, kills, worker processes and bad input."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -340,10 +341,12 @@ def test_latents_of_others_are_converted(tmp_path, source, scale, autoencoder):
     np.testing.assert_allclose(found["latents"], latents.transpose(0, 2, 3, 1), rtol=1e-6)
     np.testing.assert_array_equal(found["labels"], [0, 0, 0, 1, 1, 1])
     # Training reads them; only pictures ask for a decoder.
-    _, found = experiment_lib.prepare(chosen, tmp_path / "run")
-    assert found == dataset
+    assert experiment_lib.prepare(chosen, tmp_path / "run")[1] == dataset
+    drawn = dataclasses.replace(
+        chosen, sampling=dataclasses.replace(chosen.sampling, grid_every_steps=1)
+    )
     with pytest.raises(ConfigError, match=f"config.data.autoencoder='{autoencoder}'"):
-        experiment_lib.prepare(chosen, tmp_path / "run")
+        experiment_lib.prepare(drawn, tmp_path / "run")
 
 
 def test_latents_of_others_are_refused_before_any_is_converted(tmp_path):
