@@ -1,4 +1,4 @@
-"""What training shows on its way: grids of samples, and evaluations by few of them."""
+"""What training shows on its way: grids of samples, and evaluations of few samples."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Monitor:
-    """Draws samples of EMA parameters; a sample that is not finite is said, and stops nothing.
+    """Draws samples of EMA parameters; a fault is reported, and training goes on.
 
     Attributes:
       experiment: of the run.
@@ -55,18 +55,18 @@ class Monitor:
         """Draws a grid and evaluates, each where it is due; every process of the job takes part.
 
         Args:
-          step: that the parameters are of.
+          step: of the parameters.
           params: EMA parameters.
           writer: of the run.
           beat: told of each phase, "grid" and "evaluate", and the step, as it begins.
-          missing: only what is not there yet, as after a restart.
+          missing: draw only what is not there yet, as after a restart.
         """
         if self._grid_is_due(step) and not (missing and self._has_grid(step)):
             beat("grid", step)
-            self.write_grid(step, params, writer)
+            self._report_faults(step, "no grid", lambda: self._write_grid(step, params, writer))
         if self._evaluation_is_due(step) and not (missing and self._has_evaluation(step)):
             beat("evaluate", step)
-            self.evaluate(step, params, writer)
+            self._report_faults(step, "not evaluated", lambda: self._evaluate(step, params, writer))
 
     def _grid_is_due(self, step: int) -> bool:
         config = self.experiment.config
@@ -90,47 +90,36 @@ class Monitor:
         return self.experiment.workdir / "samples" / f"train_{step:08d}.png"
 
     def _suffix(self) -> str:
-        """Ends the name of every metric of an evaluation."""
+        """Ends the name of every metric: a number of few samples compares with its like alone."""
         return f"_{self.experiment.config.evaluation.training_samples}"
 
-    def write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:
-        """Draws `config.sampling.grid_samples` samples as `<workdir>/samples/train_<step>.png`."""
-        c = self.experiment.config.sampling
+    def _report_faults(self, step: int, what: str, draw: Callable[[], None]) -> None:
         try:
-            samples = generate_images(
-                self.generator, params, c.grid_samples, configured_guidance(c)
-            )
-        except SamplingError as error:
-            _say(f"step {step}: no grid: {error}")
-            return
+            draw()
+        except (SamplingError, ValueError, OSError) as error:  # no reason to lose the run
+            if jax.process_index() == 0:
+                tqdm.write(f"step {step}: {what}: {error}")
+
+    def _write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:
+        c = self.experiment.config.sampling
+        guidance = configured_guidance(c)
+        samples = generate_images(self.generator, params, c.grid_samples, guidance)
         if jax.process_index() == 0:
             path = self._grid_path(step)
-            try:
-                generator.write_grid(self.experiment, path, *samples)
-                writer.image(step, "samples", path)
-            except OSError as error:  # no reason to lose the run
-                _say(f"step {step}: no grid: {error}")
+            generator.write_grid(self.experiment, path, *samples)
+            writer.image(step, "samples", path)
 
-    def evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
-        """Evaluates with `config.evaluation.training_samples`, as the evaluate mode does.
-
-        The count is part of every metric's name, as in fid_2000: a number of few samples is
-        comparable with others of as many only.
-        """
+    def _evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:
         assert self.evaluator is not None
         config = self.experiment.config
-        try:
-            record = evaluate_params(
-                self.evaluator,
-                params,
-                configured_guidance(config.sampling),
-                step=step,
-                weights_sha256=params_sha256(params),
-                num_samples=config.evaluation.training_samples,
-            )
-        except (SamplingError, ValueError, OSError) as error:  # no reason to lose the run
-            _say(f"step {step}: not evaluated: {error}")
-            return
+        record = evaluate_params(
+            self.evaluator,
+            params,
+            configured_guidance(config.sampling),
+            step=step,
+            weights_sha256=params_sha256(params),
+            num_samples=config.evaluation.training_samples,
+        )
         if record:
             named = {name + self._suffix(): value for name, value in record["metrics"].items()}
             writer.scalars(step, named)
@@ -153,8 +142,3 @@ def make_monitor(experiment: Experiment) -> Monitor:
     if experiment.config.evaluation.every_steps:
         evaluator = Evaluator(experiment, generator, make_yardstick(experiment))
     return Monitor(experiment, generator, evaluator)
-
-
-def _say(message: str) -> None:
-    if jax.process_index() == 0:
-        tqdm.write(message)
