@@ -1,5 +1,6 @@
 """The sample mode: what it writes, and that a job which was stopped ends with the same bytes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.inference import generator as generator_lib
 from repulsor_jax.inference import run as run_lib
+from repulsor_jax.models.build import build_model
 from repulsor_jax.sample import sample
 from tests.oracles import tiny
 
@@ -102,7 +104,6 @@ def test_other_samples_go_elsewhere(workdir):
         {},
         {"step": 3},
         {"sampling__cfg_scale": 2.0},
-        {"sampling__solver": "euler_maruyama"},
         {"sampling__num_samples": 8},
     ]
     paths = [draw(workdir, **change) for change in changes]
@@ -112,10 +113,14 @@ def test_other_samples_go_elsewhere(workdir):
     assert len(contents) == len(changes) - 1  # fewer samples are the first of more
 
 
-@pytest.mark.parametrize("batches_done", [0, 3, 4])
-def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(workdir, monkeypatch, batches_done):
-    whole = draw(link(workdir, "whole"))
-    stopped = link(workdir, "stopped")
+@pytest.mark.parametrize(("killed_at", "resumed_at"), [(0, 0), (24, 16)])
+def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(
+    workdir, monkeypatch, killed_at, resumed_at
+):
+    """40 samples are 5 batches of 8, kept 16 at a time."""
+    whole = draw(workdir)
+    finished = files(whole.parent)
+    shutil.rmtree(whole.parent)
     started = []
 
     def make_generator(*arguments):
@@ -123,27 +128,20 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_bytes(workdir, monkeypatch
 
         def start(params, first, guidance):
             started.append(first)
-            if len(started) > batches_done and not resumed:
+            if first == killed_at:
                 raise KeyboardInterrupt
             return generator.start(params, first, guidance)
 
-        return generator_lib.Generator(generator.batch_size, start)
+        return dataclasses.replace(generator, start=start)
 
     monkeypatch.setattr("repulsor_jax.sample.make_generator", make_generator)
-    resumed = False
     with pytest.raises(KeyboardInterrupt):
-        draw(stopped)
-    resumed, started[:] = True, []
-    assert draw(stopped).name == whole.name
-    assert started == list(range(max(batches_done - 1, 0) // 2 * 16, 40, 8))  # whole shards kept
-    assert files(stopped / "samples") == files(whole.parent)
-
-
-def link(workdir, name):
-    """A folder in the folder, with the same checkpoints."""
-    (workdir / name).mkdir()
-    (workdir / name / "checkpoints").symlink_to(workdir / "checkpoints")
-    return workdir / name
+        draw(workdir)
+    killed_at = None
+    started.clear()
+    assert draw(workdir) == whole
+    assert started == list(range(resumed_at, 40, 8))  # whole shards are kept
+    assert files(whole.parent) == finished
 
 
 def test_a_kill_at_the_very_end_is_mended(workdir, monkeypatch):
@@ -174,7 +172,6 @@ def test_a_sample_that_is_not_finite_is_an_error_that_names_it(workdir):
             None,
             "does not fit this configuration: config.model.hidden_size is 64",
         ),
-        ({"model__num_heads": 4}, None, "config.model.num_heads is 4, but the run has 2"),
         ({"flow__prediction": "noise"}, None, "config.flow.prediction is 'noise', but the run"),
         ({"model__in_channels": 4}, None, "latents of 3 channels, but config.model.in_channels=4"),
         ({"data__autoencoder": "taesd"}, None, "'identity', but config.data.autoencoder='taesd'"),
@@ -210,12 +207,11 @@ def test_autoguidance_leads_away_from_the_weak_run(run, workdir, tmp_path_factor
     path = draw(workdir, **options)
     c = config_lib.parse(values())
     strong_params = tiny.random_params(c, seed=5)
-    noise = np.stack(
-        [jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (4, 4, 3)) for i in range(8)]
-    )
+    draw_one = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (4, 4, 3))
+    noise = np.asarray(jax.jit(jax.vmap(draw_one))(np.arange(8)))
     labels, at = np.arange(8) % 3, np.zeros(8, np.float32)
     strong, weak = (
-        np.asarray(tiny.build_model(part.model).apply({"params": params}, noise, at, labels))
+        np.asarray(jax.jit(build_model(part.model).apply)({"params": params}, noise, at, labels))
         for part, params in ((c, strong_params), (weak_config, weak_params))
     )
     pixels = noise + weak + 2.5 * (strong - weak)
@@ -230,7 +226,6 @@ def test_autoguidance_leads_away_from_the_weak_run(run, workdir, tmp_path_factor
 @pytest.mark.parametrize(
     ("overrides", "record", "message"),
     [
-        ({"model__num_classes": 4}, {}, "config.model.num_classes is 4, and 3"),
         ({"flow__path": "gvp"}, {}, "config.flow.path is 'gvp', and 'linear'"),
         ({}, {"factor": [2.0] * 3}, r"the latents' factor is \[2.0, 2.0, 2.0\], and \[1.0"),
     ],
