@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
@@ -145,46 +144,6 @@ def latents_record(experiment: Experiment) -> dict[str, Any]:
         "class_names": list(experiment.class_names),
         "dataset": dict(experiment.dataset),
     }
-
-
-def prepare_sampling(
-    config: Config, workdir: pathlib.Path, record: Mapping[str, Any]
-) -> Experiment:
-    """Builds what sampling needs, from the configuration and a checkpoint: no data set is read.
-
-    Args:
-      config: the configuration.
-      workdir: of the run.
-      record: `latents_record` of the run, from its checkpoint.
-
-    Raises:
-      ConfigError: one message that names the key.
-    """
-    mesh = checked_mesh(config, trains=False)
-    if record["autoencoder"] != config.data.autoencoder:
-        raise ConfigError(
-            f"{workdir} was trained on latents of {record['autoencoder']!r}, but "
-            f"config.data.autoencoder={config.data.autoencoder!r}"
-        )
-    if len(record["shift"]) != config.model.in_channels:
-        raise ConfigError(
-            f"{workdir} was trained on latents of {len(record['shift'])} channels, but "
-            f"config.model.in_channels={config.model.in_channels}"
-        )
-    autoencoder = load_autoencoder(config)
-    check_weights(autoencoder, record["weights_sha256"], f"{workdir} was trained on latents made")
-    shift, factor = (np.asarray(record[key], np.float32) for key in ("shift", "factor"))
-    return Experiment(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        model=build_model(config.model, mesh.devices.flat[0]),
-        autoencoder=autoencoder,
-        latent_format=LatentFormat(False, shift, factor),
-        latents_sha256=record["weights_sha256"],
-        dataset=record.get("dataset", {}),
-        class_names=tuple(record["class_names"]),
-    )
 
 
 def checked_mesh(

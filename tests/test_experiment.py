@@ -70,7 +70,7 @@ def test_other_weights_than_those_that_encoded_are_refused(workdir, tmp_path, mo
         path = tmp_path / "data" / split / "dataset.json"
         path.write_text(path.read_text().replace('_sha256": ""', '_sha256": "0123456789abcdef"'))
     with pytest.raises(config_lib.ConfigError, match=r"whose SHA-256 is 0123456789ab.*weights"):
-        prepare(tmp_path)
+        prepare(tmp_path, **{"sampling.grid_every_steps": 5})
     # Without pictures to draw, the weights are not asked for.
     c = config_lib.parse(tiny.digits_dict(**{"data.autoencoder_weights": "/nowhere"}))
     assert experiment_lib.prepare(c, tmp_path)[0].autoencoder is None

@@ -21,7 +21,14 @@ from repulsor_jax.checkpoints.checkpointer import (
 from repulsor_jax.checkpoints.integrity import named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.experiment import Experiment, latents_record, prepare_sampling
+from repulsor_jax.data.latents import LatentFormat
+from repulsor_jax.experiment import (
+    Experiment,
+    check_weights,
+    checked_mesh,
+    latents_record,
+    load_autoencoder,
+)
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, has_controls, parse
 from repulsor_jax.flows import solvers
@@ -125,20 +132,37 @@ def open_experiment(
       CheckpointError: no such checkpoint, or its model is another.
     """
     saved = read_records(checkpointer, step)
+    expected = {f"model.{key}": value for key, value in dataclasses.asdict(saved.model).items()}
+    expected |= {f"flow.{key}": value for key, value in dataclasses.asdict(saved.flow).items()}
+    expected["data.autoencoder"] = saved.latents.autoencoder
+    for key, value in expected.items():
+        section, name = key.split(".")
+        found = getattr(getattr(config, section), name)
+        if found != value:
+            raise CheckpointError(
+                f"{checkpointer.directory}/{step} does not fit this configuration: config.{key} is "
+                f"{found!r}, but the run has {value!r}; use the run's own config"
+            )
     # The average is the run's, whatever the configuration says.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=saved.optimizer.ema_decay)
     config = dataclasses.replace(config, optimizer=optimizer)
-    experiment = prepare_sampling(config, workdir, dataclasses.asdict(saved.latents))
-    for section in ("model", "flow"):
-        for key, expected in dataclasses.asdict(getattr(saved, section)).items():
-            found = getattr(getattr(config, section), key)
-            if found != expected:
-                raise CheckpointError(
-                    f"{checkpointer.directory}/{step} does not fit this configuration: "
-                    f"config.{section}.{key} is {found!r}, but the run has {expected!r}; use the "
-                    "run's own config"
-                )
-    return experiment
+    mesh = checked_mesh(config, trains=False)
+    autoencoder = load_autoencoder(config)
+    weights = saved.latents.weights_sha256
+    check_weights(autoencoder, weights, f"{workdir} was trained on latents made")
+    shift, factor = (
+        np.array(getattr(saved.latents, key), np.float32) for key in ("shift", "factor")
+    )
+    return Experiment(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        model=build_model(config.model, mesh.devices.flat[0]),
+        autoencoder=autoencoder,
+        latent_format=LatentFormat(False, shift, factor),
+        latents_sha256=weights,
+        class_names=saved.latents.class_names,
+    )
 
 
 def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:

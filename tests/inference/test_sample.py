@@ -173,7 +173,7 @@ def test_a_sample_that_is_not_finite_is_an_error_that_names_it(workdir):
             "does not fit this configuration: config.model.hidden_size is 64",
         ),
         ({"flow__prediction": "noise"}, None, "config.flow.prediction is 'noise', but the run"),
-        ({"model__in_channels": 4}, None, "latents of 3 channels, but config.model.in_channels=4"),
+        ({"model__in_channels": 4}, None, "config.model.in_channels is 4, but the run has 3"),
         ({"data__autoencoder": "taesd"}, None, "'identity', but config.data.autoencoder='taesd'"),
         ({"mesh__data": 3}, None, "config.mesh.data=3"),
     ],
