@@ -1,7 +1,11 @@
-"""The embedded default: real handwritten digits, 8x8, class-conditional, on a CPU in minutes.
+"""The embedded default: real handwritten digits, 8x8, class-conditional.
 
-scikit-learn's 1,797 digits go through the path that ImageNet takes: encoded once into an
-ArrayRecord data set, read by grain, trained by the sharded step.
+    python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
+
+takes 3 to 4 minutes on 2 CPU cores and ends at a Fréchet distance of 0.64 to held-out digits in
+pixel space (2,000 steps; the same without the regulariser: 0.55). scikit-learn's 1,797 digits go
+through the path that ImageNet takes: encoded once into an ArrayRecord data set, read by grain,
+trained by the sharded step.
 """
 
 import ml_collections
@@ -24,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_blocks = False
     c.model.dtype = "float32"
 
-    # The smallest lambda of the README's table: at this size the regulariser costs capacity.
+    # The smallest lambda of docs/measurements.md: at this size the regulariser costs capacity.
     c.regularizer.weight = 0.05
     c.regularizer.projection_dim = 64
     c.regularizer.bank_rows = 8_192

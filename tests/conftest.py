@@ -29,6 +29,8 @@ import pytest
 
 from tests.oracles import fake_bucket
 
+pytest_plugins = ["tests.oracles.runs"]  # fixtures
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Traced programs are many objects that stay: looking through all of them for garbage is slow.

@@ -1,0 +1,21 @@
+"""Invariant 4: stopped anywhere and gone on with, every later loss is equal to the bit."""
+
+import pytest
+
+from tests.oracles.runs import assert_same_run, on_host, position
+
+
+@pytest.mark.parametrize("stop", [5, 11])  # at a checkpoint, and not
+def test_resume_is_invisible(tmp_path, run, uninterrupted, stop):
+    """Stopped and gone on with, every loss and the final state are the same bits."""
+    workdir = tmp_path / "run"
+    run(workdir, total_steps=stop)
+    assert_same_run(workdir, run(workdir), uninterrupted)
+    assert position(workdir, 12) == position(uninterrupted[0], 12)
+
+
+def test_resume_is_invisible_on_the_whole_mesh(tmp_path, run):
+    expected = run(tmp_path / "reference", whole_mesh=True)
+    run(tmp_path / "run", whole_mesh=True, total_steps=7)
+    state = run(tmp_path / "run", whole_mesh=True)
+    assert_same_run(tmp_path / "run", state, (tmp_path / "reference", on_host(expected)))
