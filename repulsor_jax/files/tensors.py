@@ -224,7 +224,7 @@ def _view(tensor: _Tensor, arrays: Mapping[_Storage, np.ndarray]) -> np.ndarray:
 
 
 def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads a zip of a pickle and raw storages, none of them compressed."""
+    """Reads a zip of a pickle and raw storages."""
     left = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -233,12 +233,12 @@ def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
             raise ValueError("found a zip without data.pkl, which torch.save writes")
 
         def read(name: str) -> bytes:
-            # The file bounds the memory: its entries may be neither compressed nor overlap.
+            # The file bounds the memory, also where its entries are compressed or overlap.
             nonlocal left
             entry = archive.getinfo(folders[0] + name)
             left -= max(entry.file_size, entry.compress_size)
-            if entry.compress_type != zipfile.ZIP_STORED or left < 0:
-                raise ValueError(f"found {entry.filename} compressed, or larger than the file")
+            if left < 0:
+                raise ValueError(f"found {entry.filename}, which makes more than the file's bytes")
             return archive.read(entry)
 
         if folders[0] + "byteorder" in names and (order := read("byteorder")) != b"little":

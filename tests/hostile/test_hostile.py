@@ -232,10 +232,10 @@ PICKLES = {
     "called dtype": b"\x80\x02ctorch\nFloatStorage\n)R.",
     "copy of a dictionary": b"\x80\x02ccollections\nOrderedDict\n}\x85R.",
     "item of a list": b"\x80\x02]X\x01\x00\x00\x00aK\x01s.",
-    "far index of the memo": b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".",
 }
 # Before Python 3.12 the unpickler makes room for the highest index at once.
-MEMO = {"far index of the memo": exhausts(unpickle)} if sys.version_info < (3, 12) else {}
+FAR = b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b"."
+TAKES_ALL = exhausts(unpickle) if sys.version_info < (3, 12) else None
 
 
 def safetensors(*entries, length=None):
@@ -487,12 +487,18 @@ rows(
     ("view of a view", pth(VIEW_OF_A_VIEW, FILE), "a tensor on a _Tensor", read_beyond),
     *((f"tensor of {c}", pth({"x": tensor("0", SIX, **c)}, FILE), m) for c, m in TENSORS),
     (
-        *("compressed storage", compressed_storage, "found archive/data/0 compressed"),
+        *("compressed storage", compressed_storage, "data/0, which makes more than"),
         exhausts(lambda path: zipfile.ZipFile(path).read("archive/data/0")),
     ),
-    ("storage read often", pth(MANY, {"0": np.ones(1000, np.float32)}), "or larger than the file"),
+    (
+        "storage read often",
+        pth(MANY, {"0": np.ones(1000, np.float32)}),
+        "data/0, which makes more than",
+    ),
     ("storage larger than an old file", old_pth(TOO_LARGE, FILE), "no storage 0 of 1000000000000"),
-    *((f"pickle: {k}", pth(v), "objects that are not", MEMO.get(k)) for k, v in PICKLES.items()),
+    ("far index of the memo", pth(FAR), "more than 65,536 opcodes or objects", TAKES_ALL),
+    ("far index of an old memo", old_pth(FAR), "more than 65,536 opcodes or objects"),
+    *((f"pickle: {k}", pth(v), "objects that are not") for k, v in PICKLES.items()),
     *((f"old pickle: {k}", old_pth(v), "objects that are not") for k, v in PICKLES.items()),
     *((f"it has {k}", written("x.safetensors", v), "damaged") for k, v in SAFETENSORS.items()),
 )
