@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -11,12 +11,11 @@ from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
 from repulsor_jax.files import atomic, pictures
-from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
+from repulsor_jax.files.shards import Shards, fill, job_name, whole_batches
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import (
-    batches,
-    check_samples,
     configured_guidance,
+    draw_batches,
     make_generator,
     write_grid,
 )
@@ -76,14 +75,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
             return path
 
         generator = make_generator(experiment, guide)
-
-        def produce(parts: Sequence[range]) -> Iterator[Arrays]:
-            for numbers, device_samples in one_late(batches(generator, params, parts, guidance)):
-                found = sharding.to_host(device_samples)
-                kept = found._replace(**{k: v[: len(numbers)] for k, v in found._asdict().items()})
-                check_samples(kept.finite, numbers.start)
-                yield {"images": kept.images, "labels": kept.labels}
-
+        produce = lambda parts: draw_batches(generator, params, parts, guidance)
         fill(shards, produce, title="sample")
         if is_main:
             labels = np.concatenate(list(shards.read("labels")))

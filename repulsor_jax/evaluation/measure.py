@@ -28,7 +28,7 @@ from repulsor_jax.evaluation.scores import (
 )
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
-from repulsor_jax.inference.generator import Generator, Guidance, batches, check_samples
+from repulsor_jax.inference.generator import Generator, Guidance, draw_batches
 
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]
@@ -82,17 +82,7 @@ def sample_features(
     Raises:
       SamplingError: a sample is not a finite number.
     """
-
-    def produce(parts: Sequence[range]) -> Iterator[Arrays]:
-        started = (
-            (numbers, (extract(samples.images), samples.finite))
-            for numbers, samples in batches(generator, params, parts, guidance)
-        )
-        for numbers, device_arrays in one_late(started):
-            features, finite = sharding.to_host(device_arrays)
-            check_samples(finite[: len(numbers)], numbers.start)
-            yield {name: array[: len(numbers)] for name, array in features.items()}
-
+    produce = lambda parts: draw_batches(generator, params, parts, guidance, extract)
     shards = Shards(folder, count, whole_batches(_PER_SHARD, generator.batch_size))
     fill(shards, produce, title=title)
     return shards

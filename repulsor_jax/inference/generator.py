@@ -191,20 +191,43 @@ def make_latent_sampler(
     return sampler.make_sampler(predict_with(model), spec, guiding_fn)
 
 
-def batches(
-    generator: Generator, params: Any, parts: Sequence[range], guidance: Guidance | None
-) -> Iterator[tuple[range, Samples]]:
-    """Starts the samples of each part, batch by batch, no batch crossing from one to the next.
+def draw_batches(
+    generator: Generator,
+    params: Any,
+    parts: Sequence[range],
+    guidance: Guidance | None,
+    extract: Callable[[jax.Array], dict[str, jax.Array]] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Draws the samples of each part, in batches that never cross from one part to the next.
+
+    Args:
+      generator: of the samples.
+      params: EMA parameters.
+      parts: numbers of samples.
+      guidance: of the samples; None is none.
+      extract: images on the devices -> arrays `[B, ...]` by name, which are yielded in place of
+        "images" and "labels".
 
     Yields:
-      The numbers of a batch, and its samples, of which the first `len(numbers)` rows count.
+      The arrays of one batch, on the host of every process.
+
+    Raises:
+      SamplingError: a sample is not finite.
     """
-    for numbers in in_batches(parts, generator.batch_size):
-        yield numbers, generator.start(params, numbers.start, guidance)
+
+    def started() -> Iterator[tuple[range, Any]]:
+        for numbers in in_batches(parts, generator.batch_size):
+            samples = generator.start(params, numbers.start, guidance)
+            drawn = {"images": samples.images, "labels": samples.labels}
+            yield numbers, (extract(samples.images) if extract else drawn, samples.finite)
+
+    for numbers, device_arrays in one_late(started()):
+        arrays, finite = sharding.to_host(device_arrays)
+        _check_samples(finite[: len(numbers)], numbers.start)
+        yield {name: array[: len(numbers)] for name, array in arrays.items()}
 
 
-def check_samples(finite: np.ndarray, first: int) -> None:
-    """Raises SamplingError that names the first sample which is not finite; row 0 is `first`."""
+def _check_samples(finite: np.ndarray, first: int) -> None:
     if not finite.all():
         raise SamplingError(
             f"sample {first + int(np.argmin(finite))} is not finite, nor are "
@@ -217,26 +240,23 @@ def check_samples(finite: np.ndarray, first: int) -> None:
 def generate_images(
     generator: Generator, params: Any, count: int, guidance: Guidance | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the first `count` samples: images uint8 `[count, H, W, C]` and labels `[count]`.
+    """Draws the first `count` samples, the few of a grid, on every process.
 
-    For the few of a grid; every process gets them all.
+    Returns:
+      Images uint8 `[count, H, W, C]` and labels `[count]`.
 
     Raises:
       SamplingError: a sample is not finite.
     """
-    images, labels = [], []
-    for numbers, device_samples in one_late(batches(generator, params, [range(count)], guidance)):
-        samples = sharding.to_host(device_samples)
-        check_samples(samples.finite[: len(numbers)], numbers.start)
-        images.append(samples.images[: len(numbers)])
-        labels.append(samples.labels[: len(numbers)])
-    return np.concatenate(images), np.concatenate(labels)
+    found = list(draw_batches(generator, params, [range(count)], guidance))
+    images, labels = (np.concatenate([part[name] for part in found]) for name in found[0])
+    return images, labels
 
 
 def write_grid(
     experiment: Experiment, path: pathlib.Path, images: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Writes a PNG of the images; with balanced labels and a column per class, headed by them."""
+    """Writes a PNG of images; the columns bear the classes' names where each is of one class."""
     columns = experiment.config.sampling.grid_columns
     names = experiment.class_names
     by_class = (
