@@ -43,10 +43,13 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _class_name(name: str) -> str:
+def _without_controls(name: str) -> str:
     if has_controls(name):
         raise ValueError("a name without control characters")
     return name
+
+
+ClassName = Annotated[str, AfterValidator(_without_controls)]
 
 
 def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,7 +108,7 @@ class Description:
     source: str
     split: str
     image_size: int = 0
-    class_names: tuple[Annotated[str, AfterValidator(_class_name)], ...]
+    class_names: tuple[ClassName, ...]
 
     @property
     def views(self) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import jax
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
@@ -21,28 +21,21 @@ from repulsor_jax.checkpoints.checkpointer import (
 from repulsor_jax.checkpoints.integrity import named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data.latents import LatentFormat
+from repulsor_jax.data.latents import ClassName, LatentFormat
 from repulsor_jax.experiment import (
     Experiment,
     check_weights,
     checked_mesh,
-    latents_record,
     load_autoencoder,
 )
 from repulsor_jax.files.tensors import tensors_sha256
-from repulsor_jax.files.untrusted import checked, has_controls, parse
+from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
 
 _SHOWN_DIGITS = 16  # of a SHA-256, in reports
-
-
-def _class_name(name: str) -> str:
-    if has_controls(name):
-        raise ValueError("a name without control characters")
-    return name
 
 
 @checked
@@ -75,9 +68,7 @@ class _Latents:
     weights_sha256: str
     shift: tuple[float, ...]
     factor: tuple[float, ...]
-    class_names: Annotated[
-        tuple[Annotated[str, AfterValidator(_class_name)], ...], Field(min_length=1)
-    ]
+    class_names: Annotated[tuple[ClassName, ...], Field(min_length=1)]
 
 
 @checked
@@ -165,26 +156,22 @@ def open_experiment(
     )
 
 
-def restore_params(experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
-    """EMA parameters of a checkpoint, on the experiment's mesh.
+def restore_params(
+    experiment: Experiment, checkpointer: Checkpointer, step: int, model: DiT | None = None
+) -> Any:
+    """EMA parameters of a checkpoint, on the experiment's mesh; of its model by default.
 
     Raises:
       CheckpointError: no such checkpoint, or it holds another model.
     """
-    return _restore(experiment.model, experiment, checkpointer, step)
-
-
-def _restore(model: DiT, experiment: Experiment, checkpointer: Checkpointer, step: int) -> Any:
+    model = model or experiment.model
     boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, experiment.mesh)
     return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)[0]
 
 
 def params_sha256(params: Any) -> str:
-    """Digest of parameters, the same on every mesh: of names, shapes and float32 values.
-
-    16 hexadecimal digits of `weights.tensors_sha256`.
-    """
+    """First digits of `tensors_sha256` of parameters; the same on every mesh."""
     named = {name: sharding.to_host(leaf) for name, leaf in named_leaves(params).items()}
     return tensors_sha256(named)[:_SHOWN_DIGITS]
 
@@ -210,15 +197,15 @@ def load_guide(experiment: Experiment) -> Guide | None:
         step = config.sampling.guiding_step
         step = checkpointer.resolve(None if step == -1 else step)
         saved = read_records(checkpointer, step)
-        own = latents_record(experiment)
+        own = experiment.latent_format
         comparisons: dict[str, tuple[Any, Any]] = {
             "config.flow.path": (saved.flow.path, config.flow.path),
             "config.flow.prediction": (saved.flow.prediction, config.flow.prediction),
             "config.model.latent_size": (saved.model.latent_size, config.model.latent_size),
             "config.model.in_channels": (saved.model.in_channels, config.model.in_channels),
             "config.model.num_classes": (saved.model.num_classes, config.model.num_classes),
-            "the latents' shift": (list(saved.latents.shift), own["shift"]),
-            "the latents' factor": (list(saved.latents.factor), own["factor"]),
+            "the latents' shift": (list(saved.latents.shift), own.shift.tolist()),
+            "the latents' factor": (list(saved.latents.factor), own.factor.tolist()),
         }
         for what, (found, expected) in comparisons.items():
             if found != expected:
@@ -230,7 +217,7 @@ def load_guide(experiment: Experiment) -> Guide | None:
             config_lib.ModelConfig, checkpointer.records(step)[0]["model"], f"{run}: config.model"
         )
         model = build_model(model_config, experiment.mesh.devices.flat[0])
-        params = _restore(model, experiment, checkpointer, step)
+        params = restore_params(experiment, checkpointer, step, model)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
 
 

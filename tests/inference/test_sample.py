@@ -174,7 +174,11 @@ def test_a_sample_that_is_not_finite_is_an_error_that_names_it(workdir):
         ),
         ({"flow__prediction": "noise"}, None, "config.flow.prediction is 'noise', but the run"),
         ({"model__in_channels": 4}, None, "config.model.in_channels is 4, but the run has 3"),
-        ({"data__autoencoder": "taesd"}, None, "'identity', but config.data.autoencoder='taesd'"),
+        (
+            {"data__autoencoder": "taesd"},
+            None,
+            "config.data.autoencoder is 'taesd', but the run has 'identity'",
+        ),
         ({"mesh__data": 3}, None, "config.mesh.data=3"),
     ],
     ids=str,
