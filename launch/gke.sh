@@ -46,7 +46,7 @@ submit() {
   local command count
   program
   PROGRAM+=(--distributed=on)
-  # The first worker counts the start; exec, so that SIGTERM reaches the program.
+  # The first worker counts the start. exec lets SIGTERM reach the program.
   count="if [ \"\${TPU_WORKER_ID:-0}\${MEGASCALE_SLICE_ID:-0}\" = 00 ]; then bash launch/worker.sh count $(quote "$WORKDIR" "$MAX_STARTS"); fi"
   command="bash launch/worker.sh install tpu && $count && exec .venv/bin/python -m repulsor_jax.main $(quote "${PROGRAM[@]}")"
   pack_code
@@ -58,13 +58,13 @@ submit() {
     "--command=$command" || die "the workload was not accepted, see above; nothing runs"
 }
 
-# xpk points kubectl at the cluster in each of its commands.
+# Every command of xpk points kubectl at the cluster.
 follow() {
   run kubectl logs --follow --tail=50 --container=jax-tpu \
     "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 }
 
-# A workload that is started again has new pods: their log is picked up.
+# Follows the log again after a restart of the workload, whose pods are new.
 follow_all() {
   while :; do
     quietly follow || true

@@ -11,14 +11,14 @@ LAUNCHER=$(basename "$0" .sh)
 # shellcheck disable=SC2034  # the launchers use it
 RUN_AGAIN=75 # EX_TEMPFAIL: the program has saved and wants to be run again
 
-# A line with the launcher's name and the time, on standard error; --dry-run prints commands only.
+# Prints a line with the launcher's name and the time to standard error; --dry-run prints only commands.
 say() { if ! ((${DRY_RUN-0})); then printf '[%s %(%H:%M:%S)T] %s\n' "$LAUNCHER" -1 "$*" >&2; fi; }
 die() {
   printf '[%s] error: %s\n' "$LAUNCHER" "$*" >&2
   exit 1
 }
 
-# Words as one line that a shell reads back as the same words.
+# Prints words as one line that a shell reads back as the same words.
 quote() {
   local word line=''
   for word; do
@@ -28,24 +28,24 @@ quote() {
   printf '%s' "$line"
 }
 
-# attend PROGRAM...: runs it and waits. By `wait`, which ctrl-C ends at once: in the foreground, a
-# program that was not there yet when ctrl-C came does not hear it and is waited for.
+# attend PROGRAM...: runs a program in the background and waits for it. Ctrl-C ends `wait` at once; a
+# program in the foreground that starts just after ctrl-C never hears it, and bash would wait for it.
 attend() {
   (trap - INT && exec "$@") <&0 &
   wait "$!"
 }
 
-# Prints a command, then runs it; with --dry-run prints it only. The one way to a platform's tools.
+# Prints a command, then runs it; --dry-run only prints it. Every call of a platform's tools goes through it.
 run() {
   if ((DRY_RUN)); then
     printf '$ %s\n' "$(quote "$@")"
   else
-    say "\$ $(quote "$@")"
+    if [[ -z ${QUIET-} ]]; then say "\$ $(quote "$@")"; fi
     attend "$@"
   fi
 }
 
-# Runs a command until it succeeds, RETRIES times more, waiting twice as long each time.
+# Runs a command until it succeeds, at most RETRIES times more, and doubles the wait each time.
 retry() {
   local try code=0 wait=$RETRY_SECONDS
   for ((try = 0; try <= RETRIES; try++)); do
@@ -61,7 +61,7 @@ retry() {
   return "$code"
 }
 
-# Reads the command line: COMMAND, SETTINGS, DRY_RUN, YES, and in ARGS what follows --.
+# Reads the command line into COMMAND, SETTINGS, DRY_RUN, YES, and the words after -- into ARGS.
 parse_command_line() {
   COMMAND='' SETTINGS=$REPO/launch/$LAUNCHER.env DRY_RUN=0 YES=0 ARGS=()
   while (($#)); do
@@ -82,8 +82,8 @@ parse_command_line() {
   [[ -n $COMMAND ]] || { usage >&2 && exit 2; }
 }
 
-# Reads $SETTINGS into variables: KEY=value, a line each, taken as it is: nothing in it is run.
-# REQUIRED holds keys that need a value, OPTIONAL holds KEY=default. ARG= may come many times, each
+# Reads the lines KEY=value of $SETTINGS into variables. A value is taken as it is and never run.
+# REQUIRED holds keys that need a value, OPTIONAL holds KEY=default. ARG= may come many times: each is
 # one argument of the program, before those of the command line.
 read_settings() {
   local line key value number=0 known=" ARG ${REQUIRED[*]} " arguments=()
@@ -114,12 +114,12 @@ read_settings() {
   ARGS=("${arguments[@]}" "${ARGS[@]}")
 }
 
-# check KEY REGEX WORDS: the value of KEY matches; WORDS say what is allowed.
+# check KEY REGEX WORDS: ends the script unless the value of KEY matches; WORDS say what is allowed.
 check() {
   [[ ${!1} =~ ^($2)$ ]] || die "$SETTINGS: $1=${!1}: expected $3"
 }
 
-# The flags of the program, in PROGRAM.
+# Puts the flags of the program into PROGRAM.
 program() {
   PROGRAM=("--config=$CONFIG" "--workdir=$WORKDIR" "${ARGS[@]}")
   if [[ -n $COMPILATION_CACHE_DIR ]]; then
@@ -127,7 +127,7 @@ program() {
   fi
 }
 
-# Asks before something is deleted; without a terminal, only --yes is an answer.
+# Asks before a deletion; without a terminal, only --yes answers.
 confirm() {
   local answer
   if ((YES || DRY_RUN)); then return 0; fi
@@ -136,10 +136,10 @@ confirm() {
   [[ $answer == [yY] || $answer == yes ]] || die "nothing was deleted"
 }
 
-# on_interrupt WORDS...: what ctrl-C says. It stops this script and nothing in the cloud.
+# on_interrupt LINES...: sets the lines that ctrl-C prints. It stops this script and nothing in the cloud.
 on_interrupt() {
   INTERRUPTED=("$@")
-  exec 8>&2 # a trap runs with the redirections of what it interrupts
+  exec 8>&2 # a trap runs with the redirections of the command that it interrupts
   trap 'trap - INT; explain_interrupt 2>&8; exit 130' INT
 }
 
@@ -148,10 +148,10 @@ explain_interrupt() {
   for line in "${INTERRUPTED[@]}"; do say "$line"; done
 }
 
-# For commands in the background: they are not printed.
+# Runs a command without printing it, for commands in the background and for polling.
 quietly() { QUIET=1 "$@"; }
 
-# in_background COMMAND...: as a process group of its own, which ends with this script at the latest.
+# in_background COMMAND...: runs it in its own process group, which ends with this script at the latest.
 in_background() {
   stop_background
   set -m
@@ -165,7 +165,7 @@ stop_background() {
   BACKGROUND=''
 }
 
-# A temporary directory that goes when the script ends, as all do that it still runs.
+# Makes a temporary directory. At the end of the script, it and all running commands are removed.
 make_scratch() {
   SCRATCH=$(mktemp -d)
   trap 'stop_background; stop_attended; rm -rf "$SCRATCH"' EXIT
@@ -183,7 +183,7 @@ need() {
   done
 }
 
-# The committed code as $SCRATCH/code.tar.gz: no data, no credentials, nothing half edited.
+# Packs the committed code as $SCRATCH/code.tar.gz, without data, credentials and uncommitted edits.
 pack_code() {
   if ! ((DRY_RUN)) && [[ -n $(git -C "$REPO" status --porcelain 2>/dev/null) ]]; then
     say "note: what is not committed is not sent"

@@ -28,7 +28,7 @@ TEXT
 QR=(gcloud compute tpus queued-resources)
 VM=(gcloud compute tpus tpu-vm)
 
-# State of the request, in STATE, ABSENT where there is none; and its slices, in NODES.
+# Puts the state of the request into STATE, ABSENT without a request, and its slices into NODES.
 look() {
   local nodes
   local command=("${QR[@]}" describe "$NAME" "${PLACE[@]}"
@@ -55,7 +55,7 @@ read_request() {
   say "$NAME: $STATE"
 }
 
-# Without --force: gcloud refuses to delete a request that has machines.
+# Without --force, gcloud refuses to delete a request that has machines.
 delete_empty_request() { run "${QR[@]}" delete "$NAME" "${PLACE[@]}" --quiet; }
 
 create() {
@@ -81,8 +81,8 @@ create() {
   CREATED=1 STATE=ACTIVE
 }
 
-# Creates the request where there is none and waits for its machines. $1 is 1 where a request that
-# has lost its machines may be replaced.
+# Creates the request if there is none, and waits for its machines. $1 is 1 if a request that lost its
+# machines may be replaced.
 bring_up() {
   local replace=$1 before='' seen=0
   retry look || die "the request cannot be read, see above"
@@ -97,7 +97,7 @@ bring_up() {
         ;;
       FAILED)
         run "${QR[@]}" describe "$NAME" "${PLACE[@]}" "--format=yaml(state)" >&2
-        if ((CREATED)); then # by this very call, and it never had machines
+        if ((CREATED)); then # by this call: the request never had machines
           delete_empty_request || die "the request failed and could not be removed, see above: launch/tpu.sh down $AGAIN"
           die "the request failed, see above (quota, or a setting); it was removed and nothing is left behind"
         fi
@@ -122,8 +122,8 @@ bring_up() {
   done
 }
 
-# on_workers COMMAND: in a shell on all workers, slice by slice; on_first: on the first worker. Not by
-# queued-resources ssh, which takes a slice that cannot be reached for success.
+# on_workers COMMAND: runs it in a shell on all workers, slice by slice; on_first: on the first worker.
+# `queued-resources ssh` would succeed although a slice cannot be reached.
 on_workers() {
   local node code=0
   for node in "${NODES[@]}"; do
@@ -133,11 +133,11 @@ on_workers() {
 }
 on_first() { run "${VM[@]}" ssh "${NODES[0]}" "${PLACE[@]}" --worker=0 "--command=$1" </dev/null; }
 worker() { printf 'bash repulsor_jax/launch/worker.sh %s' "$(quote "$@")"; }
-# Also of a machine on which nothing is installed yet. $(hostname) is the worker's.
+# The worker runs $(hostname). A new machine, with nothing installed, answers too.
 # shellcheck disable=SC2016
 STATUS='if [ -d repulsor_jax ]; then bash repulsor_jax/launch/worker.sh status; else echo "worker $(hostname) none"; fi'
 
-# A machine that has just started refuses connections for a while: both steps are tried again.
+# Both steps are retried: a machine that has just started refuses connections for a while.
 install() {
   local node storage=()
   if [[ -n $BUCKET ]]; then storage=(gcsfuse "$BUCKET" "$MOUNT_POINT"); fi
@@ -158,8 +158,8 @@ start() {
 
 follow() { on_first "$(worker follow)"; }
 
-# How the run stands, in VERDICT: running, done, again, or failed HOST CODE. The first worker that
-# ended tells why: the others end because of it.
+# Puts the state of the run into VERDICT: running, done, again, or failed HOST CODE. The worker that
+# ended first tells the reason: the others ended because of it.
 judge() {
   local first code host
   VERDICT=running
@@ -184,7 +184,7 @@ judge() {
   fi
 }
 
-# Shows the log and waits for the end of the run, which VERDICT then tells.
+# Shows the log and waits for the end of the run; VERDICT then says how it ended.
 watch() {
   local misses=0
   if ((DRY_RUN)); then
@@ -193,7 +193,7 @@ watch() {
     return
   fi
   while :; do
-    # The connection may break, and the log ends where only the first worker has.
+    # Follow the log again if the connection broke, or if the first worker ended before the others.
     if [[ -z ${BACKGROUND-} ]] || ! kill -0 "$BACKGROUND" 2>/dev/null; then in_background quietly follow; fi
     attend sleep "$POLL_SECONDS"
     if judge; then
@@ -224,7 +224,7 @@ run_to_the_end() {
     if [[ $VERDICT != running ]]; then
       if { ((installed)) || install; } && start; then
         installed=1 LOST=0
-      elif look && [[ $STATE != ACTIVE ]]; then # the machines went, or the failure is a real one
+      elif look && [[ $STATE != ACTIVE ]]; then # the start failed because the machines were preempted
         VERDICT=preempted
       else
         die "the program was not started, see above. $COSTS"
@@ -272,7 +272,7 @@ AUTO_RECREATE=$([[ $AUTO_RECREATE == true ]] && echo 1 || echo 0)
 need gcloud git
 PLACE=("--zone=$ZONE" "--project=$PROJECT")
 NODES=("$NAME")
-if ((NUM_SLICES > 1)); then # as they are named, until the request tells
+if ((NUM_SLICES > 1)); then # names by the prefix, until `look` reads the real ones
   NODES=()
   for ((i = 0; i < NUM_SLICES; i++)); do NODES+=("$NAME-$i"); done
 fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the launchers run on the machines of a job. Keeps the state of the run in ~/repulsor_run.
+# The launchers run this on the machines of a job. The state of the run is in ~/repulsor_run.
 #
-#   install EXTRA [KIND SOURCE MOUNT_POINT]  the environment; KIND gcsfuse or nfs mounts SOURCE
+#   install EXTRA [KIND SOURCE MOUNT_POINT]  makes the environment; KIND gcsfuse or nfs mounts SOURCE
 #   count WORKDIR MAX      counts this start; fails after MAX starts without a new checkpoint
-#   start ARGUMENTS...     runs the program detached; nothing where it runs already
-#   status                 "worker HOST none|running|exited CODE TIME"
-#   follow, tail [HOST]    the log, as it grows or its end
-#   stop SECONDS           ends the program, by force after so many seconds
-#   task DIR ARGUMENTS...  runs the program in place and leaves in DIR how it ended (Slurm)
+#   start ARGUMENTS...     runs the program detached, unless it runs already
+#   status                 prints "worker HOST none|running|exited CODE TIME"
+#   follow, tail [HOST]    prints the log as it grows, or its end
+#   stop SECONDS           ends the program, by force after SECONDS
+#   task DIR ARGUMENTS...  runs the program in the foreground and notes in DIR how it ended (Slurm)
 set -euo pipefail
 
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -44,7 +44,7 @@ mount_storage() {
     sudo apt-get install -y -q gcsfuse
   fi
   sudo chown "$(id -u):$(id -g)" "$point"
-  # No cached metadata: every machine must see at once what another has written.
+  # Without cached metadata, every machine sees at once the files that another has written.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "$source" "$point"
 }
 
@@ -57,7 +57,7 @@ newest_checkpoint() {
   echo "$newest"
 }
 
-# The one limit on running again: it holds whoever starts the program, and however it ended.
+# The one limit on restarts. It holds for every launcher, and for every way in which a run ended.
 count() {
   local workdir=$1 max=$2 step starts=0 last=
   mkdir -p "$workdir"
@@ -65,7 +65,7 @@ count() {
   if [[ -f $workdir/.starts ]]; then read -r last starts <"$workdir/.starts" || true; fi
   if [[ $last != "$step" ]]; then starts=0; fi
   if ((starts >= max)); then
-    rm -f "$workdir/.starts" # so that a start by hand, after a look, may try again
+    rm -f "$workdir/.starts" # a person who has read the log may start it again
     echo "error: $starts starts in $workdir without a new checkpoint in $workdir/checkpoints (the newest is $step): not started again." \
       "Read the log; MAX_STARTS is the limit" >&2
     return 1
@@ -86,8 +86,8 @@ start() {
   echo $! >"$RUN/pid"
 }
 
-# run_program pass|keep ARGUMENTS...: returns the program's code. SIGTERM, which asks it to save, is
-# passed on to it, or kept where the sender reaches it too: Slurm signals all processes of a task.
+# run_program pass|keep ARGUMENTS...: returns the program's code. SIGTERM asks the program to save. It
+# is passed on, or kept if the program gets it too: Slurm signals all processes of a task.
 run_program() {
   local how=$1 child code=0 signalled=0
   shift
@@ -96,7 +96,7 @@ run_program() {
   child=$!
   trap 'signalled=1; if [[ $how == pass ]]; then kill -TERM "$child" 2>/dev/null || true; fi' TERM
   wait "$child" || code=$?
-  while ((signalled)); do # the signal ended the wait, perhaps not the program
+  while ((signalled)); do # the signal ended `wait`; the program may still run
     signalled=0 code=0
     wait "$child" || code=$?
   done
@@ -118,7 +118,7 @@ status() {
   elif [[ -f $RUN/exit ]]; then
     how="exited $(<"$RUN/exit")"
   elif [[ -f $RUN/pid ]]; then
-    how="exited 137 0" # gone without a word: killed, or the machine started anew
+    how="exited 137 0" # it left no exit code: killed, or the machine was restarted
   fi
   echo "worker $(hostname) $how"
 }
@@ -147,8 +147,8 @@ stop() {
   fi
 }
 
-# Under srun --kill-on-bad-exit a code other than 0 ends the other tasks at once. "Saved, run me
-# again" must not: the others may still be writing.
+# srun --kill-on-bad-exit ends the other tasks at once if this one returns a code other than 0. The code
+# of "saved, run me again" becomes 0: the other tasks may still be writing.
 task() {
   local marks=$1 code=0
   shift
@@ -156,7 +156,7 @@ task() {
   if ((code == 75)); then
     touch "$marks/again"
     code=0
-  elif ((code > 0 && code < 128)); then # above, it was a signal, and srun says so
+  elif ((code > 0 && code < 128)); then # codes from 128 are signals, which srun reports
     echo "task ${SLURM_PROCID:-0} on $(hostname): exit code $code" >>"$marks/failed"
   fi
   return "$code"
