@@ -1,11 +1,16 @@
-"""Runs the program several times in a process, for the tests of several processes.
+"""Runs the program several times in each of several processes, which join each other.
 
-    python -m tests.program.run_jobs "[{\"mode\": \"train\", \"workdir\": ..., ...}, ...]" --flags
+    python -m tests.program.run_jobs FOLDER COUNT '[{"mode": "train", ...}, ...]' --flags
 
-Starting a process and its libraries takes longer than the tiny jobs do.
+A job has a mode, a workdir and values of the configuration. The processes are forks of one that has
+imported the libraries: importing takes longer than the tiny jobs. The output of process K goes to
+`FOLDER/K.txt`.
 """
 
 import json
+import os
+import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -42,5 +47,16 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    folder, count = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     jax.config.config_with_absl()
-    app.run(main, flags_parser=program._parse_flags)
+    children = []
+    for rank in range(count):
+        if child := os.fork():
+            children.append(child)
+            continue
+        output = os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv[1:] = [*sys.argv[3:], f"--num_processes={count}", f"--process_id={rank}"]
+        app.run(main, flags_parser=program._parse_flags)  # it ends the child
+    sys.exit(max(os.waitpid(child, 0)[1] for child in children) > 0)

@@ -688,7 +688,7 @@ def test_sky_task_joins_its_nodes_and_the_first_counts_the_start(launch, worker)
         assert subprocess.run(["bash", "-c", run], cwd=folder, env=environment).returncode == 0
         words = worker.words()
         assert words[4:6] == [AWKWARD, "two words"]
-        assert f"--process_id={rank}" in words
+        assert {"--distributed=on", f"--process_id={rank}"} <= set(words)
         assert "--coordinator_address=10.0.0.1:8476" in words
     assert (launch.folder / "work" / ".starts").exists()
 
