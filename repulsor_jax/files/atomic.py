@@ -18,8 +18,8 @@ PathLike = str | os.PathLike[str]
 def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling of `path`, which takes its place when the block succeeds.
 
-    The file is written through to the disk before it is renamed, so that a machine that loses its
-    power keeps the old file or the new one. Folders of `path` are made where absent.
+    The file reaches the disk before it is renamed: a machine that loses its power keeps the old
+    file or the new one. Folders are made where absent.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,10 +34,7 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def remove_stale(path: PathLike) -> None:
-    """Removes what `replacing` left beside `path` when it was killed.
-
-    Only for a path that nothing else is writing at this moment.
-    """
+    """Removes what a killed `replacing` left beside `path`, which nothing else may be writing."""
     path = pathlib.Path(path)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*"):
         stale.unlink(missing_ok=True)
@@ -45,10 +42,10 @@ def remove_stale(path: PathLike) -> None:
 
 @contextlib.contextmanager
 def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
-    """Holds the lock of `path` among the jobs on it; waits, and says so, while another has it.
+    """Holds the lock of `path` among jobs; waits, and says so, while another job has it.
 
-    A lock is a file in `.locks` beside the path; that of a job that was killed is free. Where none
-    can be had, in a folder that is read-only or on storage without locks, a warning says so.
+    The lock is a file in `.locks` beside the path; a killed job holds none. A warning says where
+    none can be had: in a read-only folder, or on storage without locks.
 
     Args:
       path: what is made; it need not be there.
@@ -82,12 +79,12 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 class Appender:
-    """Appends whole pieces to a file; what cannot be written now is kept and written later."""
+    """Appends whole pieces to a file; keeps what cannot be written now, and writes it later."""
 
     def __init__(self, path: PathLike) -> None:
-        """Nothing is written before the first piece; folders are made where absent."""
+        """Writes nothing yet; folders are made where absent."""
         self._path = pathlib.Path(path)
-        self._size: int | None = None  # of the pieces that are there whole
+        self._size: int | None = None  # of the whole pieces in the file
         self._kept: list[bytes] = []
         self._complained = False
 
@@ -99,7 +96,7 @@ class Appender:
             self.append_or_keep(b"")
 
     def append_or_keep(self, piece: bytes) -> None:
-        """As `append`; that it cannot be done now is a warning, once until it can be again."""
+        """As `append`, with a warning for the first of several failures in a row."""
         try:
             self.append(piece)
             self._complained = False
@@ -111,16 +108,12 @@ class Appender:
             self._complained = True
 
     def append(self, piece: bytes) -> None:
-        """Writes a piece after those that were kept.
-
-        Raises:
-          OSError: not now; the piece is kept.
-        """
+        """Writes a piece after those that were kept; keeps it, too, where that raises OSError."""
         self._kept.append(piece)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab", buffering=0) as file:
+            # An attempt that failed may have left a part of a piece.
             end = file.seek(0, os.SEEK_END)
-            # What an attempt that failed has written of a piece is taken back.
             self._size = end if self._size is None else min(self._size, end)
             file.truncate(self._size)
             left = memoryview(b"".join(self._kept))
@@ -130,14 +123,11 @@ class Appender:
         self._kept.clear()
 
     def cut(self, size: int) -> None:
-        """Drops all but the first `size` bytes, of the file and of what is kept.
-
-        It is done with the next piece that is written, an empty one for example.
-        """
+        """Drops all but the first `size` bytes, written or kept; done with the next `append`."""
         written = size if self._size is None else min(size, self._size)
         kept = b"".join(self._kept)[: size - written]
         self._size, self._kept = written, [kept] if kept else []
 
     def size(self) -> int:
-        """Bytes that are there, or kept, after the first piece or `cut`."""
+        """Bytes that are written or kept, after the first piece or `cut`."""
         return (self._size or 0) + sum(map(len, self._kept))

@@ -26,8 +26,8 @@ def to_uint8(images: np.ndarray | jax.Array, rounding: str = "dit") -> np.ndarra
 
     Args:
       images: NumPy or JAX array of any shape, under jit too.
-      rounding: "dit" is clip(127.5 x + 128, 0, 255), truncated, as DiT and SiT have it; it inverts
-        v / 127.5 - 1 exactly. "adm" adds 127.5, as ADM's own sampler does: darker by half a level
+      rounding: "dit" is clip(127.5 x + 128, 0, 255), truncated, as in DiT and SiT; it inverts
+        v / 127.5 - 1 exactly. "adm" adds 127.5 instead, as ADM's sampler does: half a level darker
         on average.
     """
     return (images.astype("float32") * 127.5 + _OFFSETS[rounding]).clip(0, 255).astype("uint8")
@@ -49,7 +49,7 @@ def save_grid(
       path: the PNG; it appears complete or not at all.
       columns: images per row; the last row may be short.
       upscale: each pixel becomes `upscale x upscale` pixels.
-      smooth: interpolate (bicubic) when upscaling: a person reads small images far better so.
+      smooth: upscale by bicubic interpolation, which lets a person read small images far better.
       column_labels: text above each column.
 
     Raises:
@@ -64,46 +64,33 @@ def save_grid(
         raise ValueError(f"found {len(images)} images, {columns=}, {upscale=}, expected 1 or more")
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"found {len(column_labels)} column labels for {columns} columns")
-    if smooth:
-        images = np.stack([_enlarge(image, upscale) for image in images])
-    else:
-        images = images.repeat(upscale, axis=1).repeat(upscale, axis=2)
-    count, height, width, channels = images.shape
-    rows = math.ceil(count / columns)
+    height, width = (size * upscale for size in images.shape[1:3])
     border = max(1, min(height, width) // 32)
-    # Every cell carries its border on the left and above; the sheet adds the last ones.
-    cells = np.full(
-        (rows * columns, height + border, width + border, channels), 255, dtype=np.uint8
-    )
-    cells[:count, border:, border:] = images
-    sheet = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * cells.shape[1], columns * cells.shape[2], channels)
+    # PIL measures no text of several lines.
+    labels = [printable(x).replace("\n", " ")[:_MAX_LABEL] for x in column_labels or ()]
     header = 0
-    if column_labels is not None:
-        # PIL measures no text of several lines.
-        column_labels = [
-            printable(label).replace("\n", " ")[:_MAX_LABEL] for label in column_labels
-        ]
+    if labels:
         size = min(height // 3, 24)
-        widest = max(ImageFont.load_default(size).getlength(label) for label in column_labels)
+        widest = max(ImageFont.load_default(size).getlength(label) for label in labels)
         font = ImageFont.load_default(max(9, min(size, int(size * width / max(widest, 1)))))
-        header = math.ceil(max(font.getbbox(label)[3] for label in column_labels)) + 2
-    sheet = np.pad(sheet, [(header, border), (0, border), (0, 0)], constant_values=255)
-    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-    if column_labels is not None:
-        draw = ImageDraw.Draw(picture)
-        for k, label in enumerate(column_labels):
-            middle = k * (width + border) + border + width / 2
-            draw.text((middle, header - 1), label, fill="black", font=font, anchor="md")
+        header = math.ceil(max(font.getbbox(label)[3] for label in labels)) + 2
+    across, down = width + border, height + border
+    rows = math.ceil(len(images) / columns)
+    mode = "L" if images.shape[-1] == 1 else "RGB"
+    sheet = Image.new(mode, (columns * across + border, header + rows * down + border), "white")
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    for k, image in enumerate(images):
+        place = (k % columns * across + border, header + k // columns * down + border)
+        sheet.paste(_picture(image).resize((width, height), method), place)
+    for k, label in enumerate(labels):
+        middle = (k * across + border + width / 2, header - 1)
+        ImageDraw.Draw(sheet).text(middle, label, fill="black", font=font, anchor="md")
     with atomic.replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG")
 
 
-def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
-    height, width, channels = image.shape
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(height * factor, width * factor, channels)
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
@@ -155,8 +142,7 @@ def save_pngs(folder: PathLike, first: int, images: np.ndarray) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(k: int) -> None:
-        picture = Image.fromarray(images[k][..., 0] if images.shape[-1] == 1 else images[k])
-        picture.save(folder / f"{first + k:06d}.png", format="PNG")
+        _picture(images[k]).save(folder / f"{first + k:06d}.png", format="PNG")
 
     with concurrent.futures.ThreadPoolExecutor() as pool:  # compressing lets go of the interpreter
         list(pool.map(write, range(len(images))))

@@ -1,4 +1,4 @@
-"""Text and JSON that others wrote: names in archives, metadata, errors of libraries."""
+"""Text and JSON from elsewhere: names in archives, metadata, errors of libraries."""
 
 import dataclasses
 import functools
@@ -48,22 +48,22 @@ def has_secret(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """A message as it may be shown: secrets as `***`, and no character that moves a cursor.
+    """Makes a message safe to show: secrets become `***`, control characters their escapes.
 
-    Control characters, those that turn the direction of writing, and bytes that are not UTF-8
-    become escapes, as in `repr`; newlines stay.
+    Characters that turn the direction of writing, and bytes that are not UTF-8, become escapes,
+    too; newlines stay.
     """
     text = _IN_QUERY.sub(r"\1=***", _TOKEN.sub("***", _IN_URL.sub("***", text)))
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def has_controls(text: str) -> bool:
-    """Whether a text holds control characters, or such as turn the direction of writing."""
+    """Whether a text holds characters that move the cursor or turn the direction of writing."""
     return _CONTROLS.search(text) is not None
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a name is that of a file in the folder at hand: no path, and nothing odd in it."""
+    """Whether a name can be a file's in the current folder: no path, no control characters."""
     return (
         isinstance(name, str)
         and not has_controls(name)
