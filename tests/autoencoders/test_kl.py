@@ -64,20 +64,14 @@ def small(tmp_path_factory, config, state):
     return get_autoencoder("kl", weights=write_folder(tmp_path_factory.mktemp("kl"), config, state))
 
 
-def test_recorded_values(small, values):
+def test_recorded_values(small, values, config):
     moments = jax.jit(small.encode)(small.params, values["images"])
     decoded = jax.jit(small.decode)(small.params, values["kl/latents"])
     assert moments.dtype == decoded.dtype == np.float32
     assert relative_error(moments, values["kl/moments"]) < 1e-5
     assert relative_error(decoded, values["kl/decoded"]) < 1e-5
-
-
-def test_what_it_says_of_itself(small, config):
-    assert small.name == "kl"
-    assert small.stochastic
+    assert (small.name, small.stochastic) == ("kl", True)
     assert (small.scale, small.shift) == (config["scaling_factor"], 0.0)
-    leaves = jax.tree.leaves(small.params)
-    assert all(isinstance(leaf, jax.Array) and leaf.dtype == np.float32 for leaf in leaves)
 
 
 def test_bfloat16(small, tmp_path, config, state, values):
@@ -104,17 +98,12 @@ def test_old_names_of_the_attention(small, tmp_path, config, state, convolutions
 
 def test_digest_is_of_the_values(small, tmp_path, config, state):
     state = {name: tensor.astype(np.float32) for name, tensor in state.items()}
-    wider = get_autoencoder("kl", weights=write_folder(tmp_path / "wider", config, state))
-    assert wider.weights_sha256 == small.weights_sha256
+    folder = write_folder(tmp_path / "wider", config, state)
+    for weights in (folder, f"{folder}/{WEIGHTS}"):  # a file stands for its folder
+        assert get_autoencoder("kl", weights=weights).weights_sha256 == small.weights_sha256
     state["quant_conv.bias"][0] += 1e-6
     other = get_autoencoder("kl", weights=write_folder(tmp_path / "other", config, state))
     assert other.weights_sha256 != small.weights_sha256
-
-
-def test_a_file_stands_for_its_folder(small, tmp_path, config, state):
-    folder = write_folder(tmp_path, config, state)
-    found = get_autoencoder("kl", weights=f"{folder}/{WEIGHTS}")
-    assert found.weights_sha256 == small.weights_sha256
 
 
 @pytest.mark.parametrize(
@@ -123,7 +112,6 @@ def test_a_file_stands_for_its_folder(small, tmp_path, config, state):
         ({"_class_name": "AutoencoderKLWan"}, "_class_name: found 'AutoencoderKLWan'"),
         ({"act_fn": "gelu"}, "act_fn: found 'gelu', expected 'silu'"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types: found"),
-        ([1], "found list, expected a JSON object"),
     ],
 )
 def test_configs_of_other_models(tmp_path, found, complaint):
@@ -135,9 +123,6 @@ def test_configs_of_other_models(tmp_path, found, complaint):
 
 def test_configs_that_leave_keys_out(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: found no JSON"):
-        kl.read_config(path)
     path.write_text(json.dumps({"shift_factor": None, "block_out_channels": [8, 16]}))
     # diffusers' own defaults: one layer per block, shift none.
     assert kl.read_config(path) == kl.KLConfig(block_out_channels=(8, 16), layers_per_block=1)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from repulsor_jax.autoencoders import get_autoencoder, tiny
+from repulsor_jax.autoencoders import abstract_autoencoder, get_autoencoder, tiny
 from repulsor_jax.autoencoders.base import build
 from repulsor_jax.files.tensors import read_tensors
 from tests.conftest import SHARED
 from tests.oracles import autoencoders as oracles
+from tests.oracles.torch_files import write_state
 
 SMALL = pathlib.Path(__file__).parents[1] / "data" / "autoencoders_small.npz"
 
@@ -52,24 +53,9 @@ def test_recorded_values(values, dtype, bound):
     assert relative_error(decoded, values["tiny/decoded"]) < bound
 
 
-@pytest.fixture(scope="module")
-def taesd():
-    """diffusers' model with random weights, and its tensors."""
+def test_diffusers(tmp_path):
     model = oracles.randomise(oracles.load_diffusers().AutoencoderTiny())
-    return model, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-
-
-def split(state):
-    """The two files of the original layout, out of diffusers' tensors."""
-    halves = {"encoder": {}, "decoder": {}}
-    for name, tensor in state.items():
-        part, _, index, rest = name.split(".", 3)
-        halves[part][f"{int(index) + (part == 'decoder')}.{rest}"] = tensor
-    return halves
-
-
-def test_diffusers(tmp_path, taesd):
-    model, state = taesd
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     ours = get_autoencoder("taesd", weights=str(tmp_path))
     assert (ours.name, ours.stochastic, ours.scale, ours.shift) == ("taesd", False, 1.0, 0.0)
@@ -84,33 +70,50 @@ def test_diffusers(tmp_path, taesd):
     assert relative_error(decode(ours.params, 5 * nhwc(latents)), nhwc(decoded)) < 1e-5
 
 
-def test_every_layout_gives_the_same(tmp_path, taesd):
-    import torch
+@pytest.fixture(scope="module")
+def state():
+    """Random tensors of taesd by their published names."""
+    rng, tensors = np.random.default_rng(0), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_autoencoder("taesd").params):
+        *parts, last = (entry.key for entry in path)
+        kernel = last == "kernel"
+        shape = [leaf.shape[i] for i in (3, 2, 0, 1)] if kernel else leaf.shape
+        name = ".".join([*parts, "weight" if kernel else last])
+        tensors[name] = rng.standard_normal(shape).astype(np.float32)
+    return tensors
 
-    _, state = taesd
-    for layout in ("one", "two", "torch"):
+
+def half(state, part):
+    """The file of one part, in the original layout."""
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def test_every_layout_gives_the_same(tmp_path, state):
+    of_diffusers = {}
+    for name, tensor in state.items():
+        part, layer, rest = name.split(".", 2)
+        of_diffusers[f"{part}.layers.{int(layer) - (part == 'decoder')}.{rest}"] = tensor
+    save_file(of_diffusers, tmp_path / "any_name.safetensors")
+    for layout, suffix, write in (("two", ".safetensors", None), ("torch", ".pth", write_state)):
         (tmp_path / layout).mkdir()
-    one = tmp_path / "one" / "any_name.safetensors"
-    save_file(state, one)
-    for part, tensors in split(state).items():
-        save_file(tensors, tmp_path / "two" / f"taesdxl_{part}.safetensors")
-        tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-        torch.save(tensors, tmp_path / "torch" / f"taesdxl_{part}.pth")
+        for part in ("encoder", "decoder"):
+            path, tensors = tmp_path / layout / f"taesdxl_{part}{suffix}", half(state, part)
+            write(path, tensors) if write else save_file(tensors, path)
     found = [
-        get_autoencoder("taesdxl", weights=str(path))
-        for path in (one, tmp_path / "two", tmp_path / "torch")
+        get_autoencoder("taesdxl", weights=str(tmp_path / path))
+        for path in ("any_name.safetensors", "two", "torch")
     ]
     assert len({autoencoder.weights_sha256 for autoencoder in found}) == 1
     for other in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, found[0].params, other.params)
 
 
-def test_files_of_another_model(tmp_path, taesd):
-    _, state = taesd
+def test_files_of_another_model(tmp_path, state):
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors: decoder\.1\.weight: .*\[64, 16, 3, 3\]"):
         get_autoencoder("taesd3", weights=str(tmp_path / "x.safetensors"))
-    save_file(split(state)["encoder"], tmp_path / "half.safetensors")
+    save_file(half(state, "encoder"), tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match=r"half\.safetensors: .*the folder that holds both"):
         get_autoencoder("taesd", weights=str(tmp_path / "half.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"taef1_encoder\.pth and taef1_decoder\.pth"):
@@ -118,9 +121,10 @@ def test_files_of_another_model(tmp_path, taesd):
 
 
 def test_images_of_an_odd_size():
-    module = tiny.TinyAutoencoder(tiny.TinyConfig(4, width=4))
+    autoencoder = abstract_autoencoder("taesd")
+    images = jax.ShapeDtypeStruct((1, 32, 36, 3), np.float32)
     with pytest.raises(ValueError, match="found 32 x 36 pixels, expected multiples of 8"):
-        module.init(jax.random.key(0), np.zeros((1, 32, 36, 3), np.float32))
+        jax.eval_shape(autoencoder.encode, autoencoder.params, images)
 
 
 @pytest.fixture(scope="module")

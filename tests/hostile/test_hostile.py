@@ -45,21 +45,11 @@ CONTROLS = "c\x1b[31mat"
 
 
 class Case(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-      read: opens the file as the program does.
-      name: says what the file is.
-      write: makes it in a folder, and returns the path that the readers get.
-      message: of the ValueError that `read` raises.
-      plain: asserts what a plain reader does with it, and removes the traces.
-    """
-
-    read: Callable[[pathlib.Path], Any]
+    read: Callable[[pathlib.Path], Any]  # as the program does
     name: str
-    write: Callable[[pathlib.Path], pathlib.Path]
-    message: str
-    plain: Callable[[pathlib.Path], None] | None = None
+    write: Callable[[pathlib.Path], pathlib.Path]  # makes the file in a folder
+    message: str  # of the ValueError that `read` raises
+    plain: Callable[[pathlib.Path], None] | None = None  # asserts what a plain reader does
 
 
 @contextlib.contextmanager
@@ -119,26 +109,29 @@ def escapes(path):
         p.rmdir() if p.is_dir() else p.unlink()
 
 
-def written(name, content, size=0):
-    """Writes one file, filled up to a size with a hole."""
+def maker(write):
+    """Makes `write(folder, *arguments)` a function of its arguments, then of the folder."""
+    return lambda *arguments, **options: lambda folder: write(folder, *arguments, **options)
 
-    def write(folder):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        if size:
-            os.truncate(path, size)
-        return path
 
-    return write
+@maker
+def written(folder, name, content, size=0):
+    """One file, filled up to a size with a hole."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if size:
+        os.truncate(path, size)
+    return path
 
 
 # Files of tensors.
 
 
-def pth(value, storages=(), write=write_zip):
+@maker
+def pth(folder, value, storages=(), write=write_zip):
     content = value if isinstance(value, bytes) else dumps(value)
-    return lambda folder: write(folder / "x.pth", content, storages)
+    return write(folder / "x.pth", content, storages)
 
 
 old_pth = functools.partial(pth, write=write_legacy)
@@ -282,16 +275,14 @@ def npy(shape, descr="<f8"):
     return stream.getvalue()
 
 
-def objects(name):
-    def write(folder):
-        array = np.array([Touch()], object)
-        if name.endswith(".npy"):
-            np.save(folder / name, array)
-        else:
-            np.savez(folder / name, **dict.fromkeys(("arr_0", "mu", "sigma", "count"), array))
-        return folder / name
-
-    return write
+@maker
+def objects(folder, name):
+    array = np.array([Touch()], object)
+    if name.endswith(".npy"):
+        np.save(folder / name, array)
+    else:
+        np.savez(folder / name, **dict.fromkeys(("arr_0", "mu", "sigma", "count"), array))
+    return folder / name
 
 
 def huge_arrays(folder):
@@ -333,19 +324,16 @@ def tar(path, *members, mode="w"):
     return path
 
 
-def outside(name, member):
+@maker
+def outside(folder, name, member):
     """An archive of an image and of another one that leads out of it."""
-
-    def write(folder):
-        names = "cat/1.png", member.format(folder=folder)
-        if name != "x.zip":
-            return tar(folder / name, *zip(names), mode="w:gz" if name.endswith("gz") else "w")
-        with zipfile.ZipFile(folder / name, "w") as archive:
-            for each in names:
-                archive.writestr(each, png())
-        return folder / name
-
-    return write
+    names = "cat/1.png", member.format(folder=folder)
+    if name != "x.zip":
+        return tar(folder / name, *zip(names), mode="w:gz" if name.endswith("gz") else "w")
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for each in names:
+            archive.writestr(each, png())
+    return folder / name
 
 
 def huge_header(kind):
@@ -354,28 +342,23 @@ def huge_header(kind):
     return written("x.tar", entry.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
 
 
-def bomb(stated):
+@maker
+def bomb(folder, stated):
     """A zip with an image of `HUGE` zeros, which states another size of it."""
-
-    def write(folder):
-        add_zeros(folder / "x.zip", "cat/1.png", HUGE)
-        content, size = (folder / "x.zip").read_bytes(), struct.pack("<I", HUGE)
-        assert content.count(size) == 2  # beside the member, and in the directory
-        return written("x.zip", content.replace(size, struct.pack("<I", stated)))(folder)
-
-    return write
+    add_zeros(folder / "x.zip", "cat/1.png", HUGE)
+    content, size = (folder / "x.zip").read_bytes(), struct.pack("<I", HUGE)
+    assert content.count(size) == 2  # beside the member, and in the directory
+    return written("x.zip", content.replace(size, struct.pack("<I", stated)))(folder)
 
 
-def wrong_directory(at):
-    def write(folder):
-        path = outside("x.zip", "cat/2.png")(folder)
-        content = bytearray(path.read_bytes())
-        start = content.index(b"PK\x01\x02") + at
-        content[start : start + 4] = b"\xfe\xff\xff\xff"
-        path.write_bytes(content)
-        return path
-
-    return write
+@maker
+def wrong_directory(folder, at):
+    path = outside("x.zip", "cat/2.png")(folder)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02") + at
+    content[start : start + 4] = b"\xfe\xff\xff\xff"
+    path.write_bytes(content)
+    return path
 
 
 def neighbours(folder):
@@ -421,20 +404,17 @@ def decode(path):
 # Data sets.
 
 
-def dataset(shard_name=None, **changes):
+@maker
+def dataset(folder, shard_name=None, **changes):
     """A data set whose dataset.json was changed."""
-
-    def make(folder):
-        path = folder / "d" / "dataset.json"
-        write(path.parent, *random_latents())
-        if shard_name is not None:
-            (shard,) = json.loads(path.read_text())["shards"]
-            (folder / "d" / shard["name"]).rename(folder / "other")
-            changes["shards"] = [shard | {"name": shard_name.format(folder=folder)}]
-        edit(path.parent, **changes)
-        return path
-
-    return make
+    path = folder / "d" / "dataset.json"
+    write(path.parent, *random_latents())
+    if shard_name is not None:
+        (shard,) = json.loads(path.read_text())["shards"]
+        (folder / "d" / shard["name"]).rename(folder / "other")
+        changes["shards"] = [shard | {"name": shard_name.format(folder=folder)}]
+    edit(path.parent, **changes)
+    return path
 
 
 def nested_dataset(folder):
