@@ -43,14 +43,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.regularizer = ml_collections.ConfigDict()
     c.regularizer.name = "repulsor"  # "none", "dispersive" or "repulsor"
     c.regularizer.weight = 0.5  # lambda; 0 is the same as "none"
-    c.regularizer.warmup_steps = 0  # lambda grows linearly from 0 over so many steps
+    c.regularizer.warmup_steps = 0  # steps over which lambda grows linearly from 0
     c.regularizer.block = -1  # index of the block whose output is tapped; -1 is depth // 4
     c.regularizer.temperature = 0.5  # tau
     c.regularizer.distance = "squared_l2"  # repulsor: "squared_l2" or "cosine"
     c.regularizer.pooling = "mean"  # repulsor: over tokens, "mean" or "flatten"
     c.regularizer.projection_dim = 128  # repulsor: d, length of the projected vectors
-    # A million rows take their own memory and time in proportion; the memory of the loss does not
-    # grow: it goes through them in chunks.
+    # Memory of the bank and time of the loss grow with the rows; memory of the loss does not: the
+    # loss goes through a large bank in chunks.
     c.regularizer.bank_rows = 65_536  # repulsor: K, a multiple of batch_size; 0 is no bank
     c.regularizer.bank_dtype = "bfloat16"  # repulsor: "bfloat16" or "float32"
     c.regularizer.variant = "l2"  # dispersive: "l2", "cosine", "hinge" or "covariance"
@@ -153,8 +153,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.rounding = "dit"  # to 8 bits, as "dit" (and SiT) or "adm" (docs/evaluation.md)
     c.sampling.save_png = False  # --mode=sample: also a folder of PNG files
     # With mesh.fsdp, and no mesh.tensor: gather the parameters once a batch, 4 bytes each on every
-    # device. Where False, for they do not fit, and in training, where the state takes the memory,
-    # they are gathered in every evaluation of every block: many times the traffic.
+    # device. False, for parameters that do not fit, gathers them in every evaluation of every block
+    # at many times the traffic; grids in training always do, for the state takes the memory.
     c.sampling.gather_params = True  # once a batch
     c.sampling.decode_slice = 0  # latents decoded at a time: less memory, same images; 0: all
     c.sampling.seed = 0  # sample i depends on (seed, i) alone

@@ -268,7 +268,7 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     Nothing here needs a device; `check_devices` does the rest once their number is known.
 
     Raises:
-      ConfigError: names the key, what was found, what is expected.
+      ConfigError: names the key, the value found and the values expected.
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()

@@ -106,12 +106,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
-    # orbax prints the traceback of what it raises, too.
+    # orbax logs the traceback of every error that it raises.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # set by JAX where it finds no TPU
         describe_machine()
     if _MODE.value != "train":
-        # It would hear SIGTERM and end nothing; what these modes have made is kept without it.
+        # The service would swallow SIGTERM: these modes keep their work without it.
         jax.config.update("jax_enable_preemption_service", False)
     with _one_line_errors(distributed.JoinError):
         joined = distributed.join(
@@ -166,8 +166,8 @@ def _one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 def _stop(message: str, code: int) -> NoReturn:
     """Ends this process with one line on standard error.
 
-    One of several processes ends at once: leaving in order would first wait for the others, which
-    wait for this one.
+    One of several processes ends at once: an orderly exit would wait for the others, and they for
+    this process.
     """
     print(printable(message), file=sys.stderr, flush=True)
     if jax.process_count() > 1:
@@ -201,7 +201,7 @@ def _verify(config: Config, workdir: pathlib.Path) -> None:
 def _plan(config: Config, workdir: pathlib.Path) -> None:
     if _TOPOLOGY.value != "local":
         jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
-        # What is compiled for devices elsewhere can be written to the cache, and not read.
+        # JAX can write programs for devices elsewhere to its cache, but not read them back.
         jax.config.update("jax_enable_compilation_cache", False)
     options = Options(
         topology=_TOPOLOGY.value,

@@ -55,7 +55,7 @@ def train(
 
     Raises:
       ConfigError: the run that is there was trained otherwise.
-      CheckpointError: what is there does not fit or is damaged, or nothing can be saved any more.
+      CheckpointError: the run's checkpoints do not fit or are damaged, or saving keeps failing.
       DivergedError: after saving the last good state.
       Preempted: after saving, when the process was told to stop.
     """
@@ -81,7 +81,7 @@ def train(
         left_out = bad_batches(workdir / EVENTS, config.batch_size)
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
-            """That of the newest checkpoint with its position in the data, or a fresh one."""
+            """The state of the newest checkpoint and its position in the data, or a fresh state."""
             if checkpointer.latest_step() is None:
                 return program.create_state(), None
             state, position, notes = checkpointer.restore(
@@ -170,8 +170,8 @@ def train(
                 if verdict is Verdict.STOP:
                     raise diverged(step, state)
                 if verdict is Verdict.BACK:
-                    del state, step_metrics  # makes room for the other
-                    state, _ = newest_state()  # the data go on past the batch
+                    del state, step_metrics  # frees memory for the state that is read
+                    state, _ = newest_state()  # the position in the data stays past the batch
                     step = int(jax.device_get(state.step))
                     recorder.rewind(step)
                     writer.rewind(step)

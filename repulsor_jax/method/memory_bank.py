@@ -66,10 +66,10 @@ def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> M
     Args:
       bank: the queue.
       z: `[B, d]` projections, cast to the bank's dtype; no gradient flows through them.
-      valid: scalar bool; when False the bank comes back unchanged. (Selecting the slot here, and
-        not the whole bank outside, is what keeps a refused update from copying the bank. And one
-        that depends on the loss makes the update wait until the loss has read the bank: else XLA
-        may copy a donated bank to do both at once.)
+      valid: scalar bool; when False the bank comes back unchanged. The slot is selected here: a
+        select on the whole bank outside would copy it. A `valid` that depends on the loss makes
+        the update wait until the loss has read the bank; without it XLA may copy a donated bank to
+        do both at once.
 
     Raises:
       ValueError: z does not have the shape of a slot.
@@ -124,7 +124,7 @@ def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
     filled = jnp.minimum(num_rows // batch_size, num_slots)
     oldest = bank.cursor - bank.filled
     rows = jnp.roll(bank.features, -oldest, axis=0).reshape(-1, dim)
-    # Past the last row come those of slots that were never written, zeros as these.
+    # Rows past the newest are those of slots that were never written: zeros.
     rows = jnp.concatenate([rows, empty.features.reshape(-1, dim)])
     kept = jax.lax.dynamic_slice_in_dim(
         rows, num_rows - filled * batch_size, num_slots * batch_size

@@ -3,7 +3,7 @@
 The running maximum and sum are those of arXiv 1805.02867. The gradient runs along with them: the
 value of a sample depends on its own row of z alone, so its gradient is a weighted sum over the
 same rows, and is rescaled as the sum is. Rows are read once, in the forward pass; the backward
-pass multiplies what that left, an array of the shape of z. Depends on jax alone.
+pass multiplies the gradient that the forward pass left, an array of the shape of z.
 """
 
 import functools
@@ -48,12 +48,12 @@ def online_logsumexp(
 
         def add_chunk(sums: Sums, first: Array) -> tuple[Sums, None]:
             largest, total, gradient = sums
-            # The last chunk begins early enough to be whole; what it repeats does not count.
+            # The last chunk begins early enough to be whole; slots that it repeats do not count.
             start = jnp.minimum(first, num_slots - chunk_slots)
             slots = start + jnp.arange(chunk_slots)
             counts = (slots >= first) & (slots < num_valid)
-            # The barrier ties the rows to this turn of the loop: else XLA on CPUs converts a
-            # bfloat16 bank before it, all at once.
+            # The barrier ties the rows to this turn of the loop: without it XLA on CPUs converts
+            # the whole of a bfloat16 bank before the loop.
             all_rows, start = jax.lax.optimization_barrier((rows, start))
             chunk = jax.lax.dynamic_slice_in_dim(all_rows, start, chunk_slots)
             chunk = chunk.reshape(chunk_slots, groups, -1, dim)
@@ -102,9 +102,9 @@ def slots_at_once(rows: Array, num_samples: int, max_logits: int) -> int:
 def _groups(batch_size: int) -> int:
     """Groups of rows whose sums are kept apart: a multiple of the pieces a mesh cuts a batch into.
 
-    So the rows of a group lie on one device, and summing them communicates nothing. Which axes of
-    the mesh split the batch is not known here, but the number of pieces divides both B and the
-    number of devices.
+    The rows of a group then lie on one device, and summing them communicates nothing. The axes of
+    the mesh that split the batch are not known here, but the number of pieces divides both B and
+    the number of devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return math.gcd(batch_size, jax.device_count() if mesh.empty else mesh.size)

@@ -21,14 +21,14 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Regularizer:
-    """A loss on the hidden tokens of one block, with what it carries from step to step.
+    """A loss on the hidden tokens of one block, with its parameters and its memory.
 
     Attributes:
       init: `(key, abstract tokens [B, N, D]) -> params`, boxed with logical axis names; `{}` when
         there is nothing to learn.
       create_bank: `() -> MemoryBank`, or None when there is no memory.
-      loss: `(params, tokens [B, N, D], bank) -> (loss scalar, z [B, d] or None)`; z is what the
-        bank is fed with.
+      loss: `(params, tokens [B, N, D], bank) -> (loss scalar, z [B, d] or None)`; z goes into the
+        bank.
     """
 
     init: Callable[[Array, jax.ShapeDtypeStruct], Any]

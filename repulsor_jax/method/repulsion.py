@@ -19,8 +19,8 @@ from repulsor_jax.method.online_logsumexp import online_logsumexp, slots_at_once
 
 DISTANCES = ("squared_l2", "cosine")
 
-# Logits of the bank, per device, that are made at once: 8 MiB. A bank with more is gone through in
-# chunks, which is also faster from there on (`python -m benchmarks.bank`).
+# Logits of the bank that one device makes at once: 8 MiB. The loss goes through a larger bank in
+# chunks, which is also faster from this size on (`python -m benchmarks.bank`).
 MAX_LOGITS = 2**21
 
 
@@ -37,7 +37,7 @@ def repulsion_per_sample(
     distance: str = "squared_l2",
     chunk_slots: int | None = None,
 ) -> jax.Array:
-    """Log of the mean repulsion that each sample feels from its negatives.
+    """Log of the mean repulsion of each sample from its negatives.
 
     The mean divides by the count of negatives that are really there (B - 1 of the batch plus the
     filled rows of the bank), so that the loss is continuous while the bank fills. No `[B, K, d]`

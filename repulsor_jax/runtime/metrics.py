@@ -1,4 +1,4 @@
-"""Where numbers go: TensorBoard event files, a JSONL file, the console; and how fast steps are."""
+"""Writes the numbers of a run: TensorBoard event files, a JSONL file, the console."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
 class MetricWriter:
     """Writes scalars and pictures of one run; on processes but the first it does nothing.
 
-    What cannot be written now, for the disk is full or away, is kept and written later.
+    Lines and events that a full or absent disk refuses are kept and written later.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, enabled: bool = True):
@@ -56,7 +56,7 @@ class MetricWriter:
 
         Args:
           workdir: events go to `<workdir>/tensorboard`, lines to `<workdir>/metrics.jsonl`.
-          first_step: step resumed from; what an interrupted run wrote after it is dropped.
+          first_step: step resumed from; later lines, of an interrupted run, are dropped.
           enabled: False on processes that do not write.
         """
         self._enabled = enabled
@@ -79,7 +79,7 @@ class MetricWriter:
             self._events.close()
 
     def rewind(self, step: int) -> None:
-        """Drops what was written after a step, to go on from there."""
+        """Drops the lines and events after a step, to go on from that step."""
         if not self._enabled:
             return
         while self._ends and self._ends[-1][0] > step:
@@ -119,7 +119,7 @@ class MetricWriter:
         self._kept_events.append(event)
 
     def flush(self) -> None:
-        """Writes all that was kept, and waits until the disk has it.
+        """Writes all kept lines and events, and waits until the disk has them.
 
         The event file is written here and not by `SummaryWriter`, whose thread ends when the disk
         is full: its queue then blocks the training loop.
@@ -235,7 +235,7 @@ class StepRecorder:
         return refused
 
     def settle(self) -> list[Refusal]:
-        """Reads what is pending, waiting for its step to finish; returns it if it was refused."""
+        """Waits for the pending step and reads its metrics; returns the step if it was refused."""
         if self._pending is None:
             return []
         (batch, device_values), self._pending = self._pending, None
@@ -252,7 +252,7 @@ class StepRecorder:
         return []
 
     def rewind(self, step: int) -> None:
-        """Goes on counting from a step before; what is pending is forgotten."""
+        """Goes on counting from an earlier step, and forgets the metrics that are pending."""
         self._pending, self._step, self._count, self._sums = None, step, 0, {}
         self._started, self._paused_seconds = time.perf_counter(), 0.0
         self._bar.n = step
