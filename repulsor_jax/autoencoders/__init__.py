@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from repulsor_jax.autoencoders.base import IDENTITY, Autoencoder
+from repulsor_jax.autoencoders.base import PIXELS, Autoencoder
 from repulsor_jax.autoencoders.kl import REPOSITORIES, KLConfig, load_kl
 from repulsor_jax.autoencoders.slices import decode_in_slices
 from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
@@ -41,10 +41,10 @@ def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> 
 
 
 def abstract_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
-    """The same with shapes in place of its parameters: to compile with, where no weights are.
+    """Returns the same with shapes in place of parameters, to compile with, without any weights.
 
     Raises:
-      ValueError, FileNotFoundError: see `get_autoencoder`; of "kl" the config.json is read.
+      ValueError, FileNotFoundError: see `get_autoencoder`; "kl" needs its config.json.
     """
     return _build(name, weights, dtype, abstract=True)
 
@@ -59,15 +59,15 @@ def _build(name: str, weights: str, dtype: str, *, abstract: bool) -> Autoencode
             raise ValueError(
                 f"config.data.autoencoder_weights: found {weights!r}, expected none for 'identity'"
             )
-        return IDENTITY
+        return PIXELS
     load = load_kl if name in REPOSITORIES else load_tiny
     return load(name, weights, _DTYPES[dtype], abstract=abstract)
 
 
 def latent_scale(name: str, *, weights: str = "") -> tuple[float, float]:
-    """Returns scale and shift of an autoencoder's latents; only those of "kl" need its files.
+    """Returns scale and shift of an autoencoder's latents; only "kl" needs its files for them.
 
-    "none" stands for latents that no autoencoder here decodes: scale 1, shift 0.
+    The name "none" stands for latents that no autoencoder here decodes: scale 1, shift 0.
 
     Raises:
       ValueError, FileNotFoundError: see `get_autoencoder`.

@@ -45,7 +45,7 @@ class Autoencoder:
 
     @property
     def identity(self) -> str:
-        """All that its images and latents follow from: name, weights and float type."""
+        """What determines its images and latents: name, weights and float type."""
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.params)})
         return " ".join([self.name, self.weights_sha256[:16], *dtypes])
 
@@ -54,8 +54,8 @@ def _same(params: Any, x: jax.Array) -> jax.Array:
     return x
 
 
-# Pixels are the latents.
-IDENTITY = Autoencoder("identity", {}, _same, _same, stochastic=False, scale=1.0)
+# The latents of "identity" are the images.
+PIXELS = Autoencoder("identity", {}, _same, _same, stochastic=False, scale=1.0)
 
 
 def build(
@@ -75,7 +75,7 @@ def build(
       name: see `Autoencoder`, as `stochastic`, `scale` and `shift`.
       module: has methods `encode` and `decode`, is called with images to do both, and bears
         PyTorch's names, see `to_linen`; parameters are cast to its `dtype`.
-      image: shape [1, H, W, C] of an image that it takes.
+      image: shape [1, H, W, C] of an image that the module takes.
       tensors: by PyTorch's names; without any, `params` holds shapes and dtypes alone.
       source: the file, for errors.
 

@@ -179,7 +179,7 @@ def _read(name: str, weights: str) -> tuple[dict[str, np.ndarray], str]:
 def _with_published_names(
     tensors: dict[str, np.ndarray], file: pathlib.Path
 ) -> dict[str, np.ndarray]:
-    """Renames diffusers' `<part>.layers.<i>`, whose decoder begins at 0, where ours begins at 1."""
+    """Renames diffusers' `<part>.layers.<i>`, which counts the decoder's layers from 0, not 1."""
     if tensors and not any(name.startswith(("encoder.", "decoder.")) for name in tensors):
         raise ValueError(
             f"{file}: found {next(iter(tensors))}, expected names that begin with encoder. or "

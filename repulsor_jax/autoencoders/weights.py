@@ -15,7 +15,7 @@ def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> p
     Args:
       name: the autoencoder, for errors.
       weights: path of a file or folder, or a repository "org/name"; empty is `repository`.
-      repository: the repository the weights are published in; empty if there is no one such.
+      repository: where the weights are published; empty where they are not.
       wanted: file names (or patterns of `fnmatch`) to download from a repository.
 
     Returns:
@@ -23,8 +23,8 @@ def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> p
 
     Raises:
       ValueError: `weights` is empty and has no default.
-      FileNotFoundError: there is nothing at that path, or the repository cannot be had; says what
-        to fetch and which key to set.
+      FileNotFoundError: the path does not exist, or the repository cannot be downloaded; says
+        what to fetch and which key to set.
     """
     if not (weights or repository):
         raise ValueError(
@@ -46,7 +46,7 @@ def find(folder: pathlib.Path, candidates: Sequence[Sequence[str]]) -> list[path
     """Returns the first group of files that are all in `folder`.
 
     Raises:
-      FileNotFoundError: none is; lists what was looked for.
+      FileNotFoundError: no group is complete; lists all of them.
     """
     for group in candidates:
         paths = [folder / file for file in group]
