@@ -26,7 +26,7 @@ from benchmarks import corrupt_checkpoint
 from configs import default
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import integrity
+from repulsor_jax.checkpoints import manifest
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import make_trainer
@@ -118,7 +118,7 @@ def main() -> None:
             checkpointer.wait()
             plain = sum(loop.run(args.steps)[0])
             transfer = timed(lambda: jax.tree.map(copy_to_host, loop.state))
-            fingerprints = timed(lambda: integrity.fingerprints(loop.state))
+            fingerprints = timed(lambda: manifest.fingerprints(loop.state))
             loop.run(1)  # a state that is not on the host yet
             blocked = timed(lambda: save(loop, checkpointer))
             seconds, beside = loop.run(args.steps, checkpointer)
@@ -147,7 +147,7 @@ def main() -> None:
 
 def save(loop: Loop, checkpointer: Checkpointer) -> None:
     """Looks at the state and begins to save, as the training loop does."""
-    if spoiled := integrity.not_finite(loop.state):
+    if spoiled := manifest.not_finite(loop.state):
         raise RuntimeError(spoiled)
     position = {"next_index": loop.number}
     checkpointer.save(loop.number, loop.state, position, loop.record, {"factor": 1.0})

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from configs import default
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import integrity
+from repulsor_jax.checkpoints import manifest
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.experiment import make_trainer
 from repulsor_jax.train_state import TrainState, abstract_train_state, create_train_state
@@ -66,18 +66,23 @@ def abstract_state(config: config_lib.Config) -> TrainState:
     return abstract_train_state(make_trainer(config, mesh), mesh)
 
 
-def save_two(folder: pathlib.Path, config: config_lib.Config) -> dict[int, TrainState]:
-    """Saves two states of other values everywhere; returns them."""
+def random_states(config: config_lib.Config) -> dict[int, TrainState]:
+    """Two states of other values everywhere, by their steps."""
     mesh = sharding.create_mesh()
     fresh = create_train_state(make_trainer(config, mesh), mesh)
     states = {}
-    with Checkpointer(folder) as checkpointer:
-        for step in (OLD, NEW):
-            rng = np.random.default_rng(step)
-            random = jax.tree.map(lambda leaf, rng=rng: _random(leaf, rng), fresh)
-            states[step] = random.replace(step=jax.device_put(jnp.int32(step), fresh.step.sharding))
-            checkpointer.save(step, states[step], *records(step))
+    for step in (OLD, NEW):
+        rng = np.random.default_rng(step)
+        random = jax.tree.map(lambda leaf, rng=rng: _random(leaf, rng), fresh)
+        states[step] = random.replace(step=jax.device_put(jnp.int32(step), fresh.step.sharding))
     return states
+
+
+def save(folder: pathlib.Path, states: dict[int, TrainState]) -> None:
+    """Saves states by their steps."""
+    with Checkpointer(folder) as checkpointer:
+        for step, state in states.items():
+            checkpointer.save(step, state, *records(step))
 
 
 def records(step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -145,11 +150,11 @@ def measure(megabytes: int) -> str:
         for k in range(16)
     }
     jax.block_until_ready(arrays)
-    integrity.fingerprints(arrays)  # compiles
+    manifest.fingerprints(arrays)  # compiles
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        integrity.fingerprints(arrays)
+        manifest.fingerprints(arrays)
         times.append(time.perf_counter() - started)
     total = 16 * size * 4 / 1e6
     with tempfile.TemporaryDirectory() as scratch, Checkpointer(scratch) as checkpointer:
@@ -218,7 +223,8 @@ def main() -> None:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) / "checkpoints"
-        states = save_two(folder, config)
+        states = random_states(config)
+        save(folder, states)
         rounds = zip(range(args.damages), damages(folder, rng), strict=False)
         for _, (what, copy) in tqdm(rounds, total=args.damages):
             verdict, said = outcome(copy, abstract, states)

@@ -121,12 +121,12 @@ def _write_events(events: SummaryWriter, records: Sequence[report.Record]) -> No
 
 
 def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
-    """Waits until a run that is about to start has made its directory of checkpoints."""
+    """Waits until a run that is about to start has saved a checkpoint."""
     folder = open_folder(directory)
 
     def is_there() -> bool:
         try:
-            return folder.exists()
+            return bool(folder.steps())
         except OSError:  # away for a while
             return False
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.checkpoints.checkpointer import open_for_training
-from repulsor_jax.checkpoints.integrity import not_finite
+from repulsor_jax.checkpoints.manifest import not_finite
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.evaluation.monitor import Monitor, is_due

@@ -27,7 +27,7 @@ import fsspec
 import jax
 import pytest
 
-from tests.oracles import fake_bucket
+from tests.oracles import disks, fake_bucket
 
 pytest_plugins = ["tests.oracles.runs"]  # fixtures
 
@@ -81,6 +81,16 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir / "data"
 
 
+@pytest.fixture
+def disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system of 3 MB of the test's own."""
+    (tmp_path / "disk").mkdir()
+    with disks.small_disk(tmp_path / "disk") as folder:
+        if folder is None:
+            pytest.skip("mounting a file system is not permitted here")
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def _bucket_server() -> Iterator[fake_bucket.Bucket]:
     from repulsor_jax.checkpoints import places
@@ -90,7 +100,6 @@ def _bucket_server() -> Iterator[fake_bucket.Bucket]:
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
         patch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        patch.setattr(places, "_WRITE_RETRIES", 1)
         places.bound_waiting()
         yield bucket
 

@@ -2,28 +2,28 @@
 
 Layout: `<directory>/<step>/{state,data,config,latents,manifest}`. Saving is asynchronous and
 atomic: a checkpoint that was interrupted is never listed. Arrays come back exactly, on any mesh and
-any number of processes, or not at all: what is read is compared with the checksums of the manifest.
-A run may go on with another batch size or number of bank rows: the position in the data and the
-bank are then translated.
+any number of processes, or not at all. A run may go on with another batch size or number of bank
+rows: the position in the data and the bank are then translated.
 
 Storage that fails does not stop training: saving is tried again, with a warning each time, until
 more steps would be lost than allowed.
 """
 
+import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import integrity, manifest
-from repulsor_jax.checkpoints.places import DAMAGED, is_bucket
-from repulsor_jax.checkpoints.storage import CheckpointError, DamagedCheckpointError, Storage
+from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError, Manifest
+from repulsor_jax.checkpoints.places import DAMAGED, Folder, is_bucket, open_folder
+from repulsor_jax.checkpoints.storage import Storage
 from repulsor_jax.config import CheckpointConfig
 from repulsor_jax.data.pipeline import rescale_position
 from repulsor_jax.method import memory_bank
@@ -61,7 +61,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Folder,
         *,
         keep_last: int = 3,
         keep_every: int = 0,
@@ -71,10 +71,10 @@ class Checkpointer:
         read_only: bool = False,
         read_delay: float = 1.0,
     ) -> None:
-        """Opens, and creates where absent, a directory of checkpoints.
+        """Opens a directory of checkpoints, and creates it where absent unless `read_only`.
 
         Args:
-          directory: the folder, or gs://bucket/path.
+          directory: a path, gs://bucket/path, or what `places.open_folder` returns.
           keep_last: how many of the newest checkpoints to keep.
           keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
           retry_steps: steps from a save that failed to the next attempt.
@@ -85,9 +85,10 @@ class Checkpointer:
           read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
-          CheckpointError: the folder is not there, where it is not to be created, or cannot be
-            written.
+          CheckpointError: the directory cannot be made, written or read.
         """
+        if isinstance(directory, str | os.PathLike):
+            directory = open_folder(directory)
         self._storage = Storage(
             directory,
             keep_last=None if read_only else keep_last,
@@ -101,7 +102,7 @@ class Checkpointer:
         self._patience = patience
         self._pending: int | None = None  # step that is being saved
         self._check_at: int | None = None  # step at which to look how that went
-        self._failed = False  # what was last tried is not saved
+        self._failed = False  # the newest attempt to save failed
         self._saved = max(self.steps(), default=0)  # newest step that is safe
 
     def __enter__(self) -> Self:
@@ -118,14 +119,9 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until what is being saved is saved; a failure is a warning here."""
-        if self._pending is None:
-            return
-        step, self._pending = self._pending, None
-        problem = self._storage.outcome()
-        if problem and step not in self.steps():
-            self._note_failure(step, problem)
-        else:
-            self._note_success(step)
+        if self._pending is not None:
+            step, self._pending = self._pending, None
+            self._note(step, self._storage.outcome())
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, or None; waits for what is being saved."""
@@ -148,7 +144,7 @@ class Checkpointer:
         if self._check_at is None or step < self._check_at:
             return False
         self._check_at = step + self._retry_steps
-        if self._pending is not None and not self.is_saving():
+        if not self.is_saving():
             self.wait()
         return self._failed and self._pending is None
 
@@ -159,7 +155,6 @@ class Checkpointer:
         data_state: Records,
         config: Records,
         latents: Records,
-        overwrite: bool = False,
         *,
         patience: float | None = None,
     ) -> None:
@@ -168,13 +163,11 @@ class Checkpointer:
         Storage that fails is a warning: ask `retry_due` when to try again.
 
         Args:
-          step: the state's step; saved already is no error, and does nothing unless `overwrite`.
+          step: the state's step; nothing is done where a checkpoint of it exists.
           state: the training state.
           data_state: the data iterator's `get_state()`, the same on every process.
           config: the configuration, for the record.
           latents: what sampling needs to know of the data, `experiment.latents_record`.
-          overwrite: replace a checkpoint of this step: the state is the same, the position in the
-            data has moved on. The old one is kept until the new one is there.
           patience: None saves in the background; a number waits until the checkpoint is there, and
             tries again for so many seconds, as at the end of a run.
 
@@ -183,22 +176,25 @@ class Checkpointer:
         """
         self.wait()
         steps = self.steps()
-        exists = step in steps
-        if exists and not overwrite:
+        if step in steps:
             return
         newest = max(steps, default=0)
         if newest < self._saved:
             _warn(f"step {self._saved} is gone from {self.directory}; the newest is {newest}")
             self._saved = newest
         records = {"data": dict(data_state), "config": dict(config), "latents": dict(latents)}
-        records["manifest"] = manifest.describe(step, state, records)
         last_chance = step + self._retry_steps - self._saved > self._max_lost_steps
-        waits = exists or last_chance or patience is not None
+        waits = last_chance or patience is not None
         deadline = time.monotonic() + (self._patience if patience is None else patience)
         pause = 1.0
-        while problem := self._try(step, state, records, overwrite, waits):
-            self._note_failure(step, problem)
-            if not waits:
+        while True:
+            problem = self._storage.begin(step, state, records)
+            if not problem and not waits:
+                self._pending, self._check_at = step, step + self._retry_steps
+                return
+            problem = problem or self._storage.outcome()
+            self._note(step, problem)
+            if not problem or not waits:
                 return
             if sharding.agree(time.monotonic() + pause > deadline):
                 raise CheckpointError(
@@ -220,8 +216,7 @@ class Checkpointer:
         """Restores a state (the newest by default) onto the shardings of `abstract_state`.
 
         Where the newest is damaged, the one before it is taken, and so on; the damaged ones are
-        moved into `damaged/`, and nothing is where none is left. A step that is given is the only
-        one that will do.
+        then moved into `damaged/`. Nothing is moved where all are damaged, or a step is given.
 
         Where the run had another batch size or number of bank rows, its bank is laid out anew and
         its position in the data stays that of the same sample: `memory_bank.reslot` and
@@ -230,7 +225,7 @@ class Checkpointer:
         Args:
           abstract_state: shapes with shardings, from `abstract_train_state`.
           batch_size: of the global batch from now on.
-          step: which checkpoint.
+          step: the only checkpoint to try.
           check: called with the saved configuration and latents before any array is read; raises
             where the run must not go on from them, and returns lines to report.
 
@@ -243,8 +238,7 @@ class Checkpointer:
           CheckpointError: no such checkpoint, or it holds another model, head or optimizer.
         """
         self.wait()
-        newest = self.resolve(step)
-        candidates = [newest]
+        candidates = [self.resolve(step)]
         if step is None and not self._storage.read_only:
             candidates = self.steps()[::-1]
         problems: dict[int, str] = {}
@@ -282,13 +276,11 @@ class Checkpointer:
           CheckpointError: no such checkpoint, or it holds another model.
         """
         step = self.resolve(step)
-        try:
-            about = self._records(step, ())["manifest"]
-            wanted = {"ema_params": abstract_params}
-            self._check_fits(step, about, wanted)
-            found = self._arrays(step, about, wanted, partial=True)
-        except DamagedCheckpointError as error:
-            raise self._with_advice(error) from error
+        wanted = {"ema_params": abstract_params}
+        with self._advice():
+            about, _ = self._storage.read_records(step, ())
+            self._check_fits(step, about, wanted, "ema_params/")
+            found = self._storage.read_arrays(step, about, wanted, partial=True)
         return found["ema_params"], step
 
     def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -302,59 +294,37 @@ class Checkpointer:
           CheckpointError: no such checkpoint.
         """
         step = self.resolve(step)
-        try:
-            found = self._records(step, ("config", "latents"))
-        except DamagedCheckpointError as error:
-            raise self._with_advice(error) from error
+        with self._advice():
+            _, found = self._storage.read_records(step, ("config", "latents"))
         return found["config"], found["latents"], step
 
     def resolve(self, step: int | None) -> int:
         """Returns the step, or the newest for None; raises CheckpointError if it is not there."""
         steps = self.steps()
         if not steps:
-            raise CheckpointError(f"{self.directory} holds no checkpoint: train first")
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint: train first, or check --workdir and "
+                "--config.checkpoint.directory"
+            )
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
         return steps[-1] if step is None else step
 
-    # Saving.
+    # Within.
 
-    def _try(
-        self, step: int, state: TrainState, records: Records, overwrite: bool, waits: bool
-    ) -> str:
-        """One attempt; returns what went wrong, or ""."""
-        # Asked each time: an attempt that failed may have left the old one under its other name.
-        if overwrite and step in self.steps():
-            try:
-                self._storage.put_aside(step)
-            except CheckpointError as error:
-                return str(error)
-        problem = self._storage.begin(step, state, records)
-        if not problem and waits:
-            problem = self._storage.outcome()
-        if overwrite and waits:
-            self._storage.finish_replacing()
-        if problem:
-            return problem
-        if waits:
-            self._note_success(step)
-        else:
-            self._pending, self._check_at = step, step + self._retry_steps
-        return ""
-
-    def _note_success(self, step: int) -> None:
-        self._saved, self._failed, self._check_at = step, False, None
-
-    def _note_failure(self, step: int, problem: str) -> None:
-        self._failed, self._check_at = True, step + self._retry_steps
+    def _note(self, step: int, problem: str) -> None:
+        """Remembers how saving a step went, and warns where it failed."""
+        self._failed = bool(problem)
+        if not problem:
+            self._saved, self._check_at = step, None
+            return
+        self._check_at = step + self._retry_steps
         if jax.process_index() == 0 or problem != "another process failed":
             _warn(
                 f"step {step} is not saved ({problem}). The newest checkpoint in {self.directory} "
                 f"is step {self._saved}: free space there or make it writable. Saving is tried "
                 f"again; training stops rather than lose more than {self._max_lost_steps:,} steps"
             )
-
-    # Restoring.
 
     def _restore(
         self,
@@ -363,9 +333,8 @@ class Checkpointer:
         batch_size: int,
         check: Callable[[Records, Records], list[str]] | None,
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
-        found = self._records(step, ("data", "config", "latents"))
+        about, found = self._storage.read_records(step)
         notes = check(found["config"], found["latents"]) if check else []
-        about = found["manifest"]
         wanted = _with_saved_bank(about, abstract_state)
         self._check_fits(step, about, wanted)
         data_state = found["data"]
@@ -374,7 +343,7 @@ class Checkpointer:
         for what, number, least in (("batch_size", saved_size, 1), ("next_index", position, 0)):
             if type(number) is not int or number < least:
                 raise DamagedCheckpointError(f"{self.directory / str(step)}: {what} is {number!r}")
-        state = self._arrays(step, about, wanted)
+        state = self._storage.read_arrays(step, about, wanted)
         if abstract_state.bank is not None and wanted.bank is not abstract_state.bank:
             bank = memory_bank.lay_out(state.bank, abstract_state.bank)
             old, new = map(memory_bank.describe, (state.bank, bank))
@@ -389,65 +358,24 @@ class Checkpointer:
             )
         return state, data_state, notes
 
-    def _records(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
-        """The manifest and some of the other records, checked against it."""
-        try:
-            found = self._storage.read_records(step, ("manifest", *names))
-        except DamagedCheckpointError:
-            if self._storage.holds(step, "manifest"):
-                raise
-            raise DamagedCheckpointError(
-                f"{self.directory / str(step)}: it has no manifest: an older version saved it, or "
-                "it is damaged"
-            ) from None
-        problem = manifest.record_problem(
-            found["manifest"], step, {name: found[name] for name in names}
-        )
-        if problem:
-            raise DamagedCheckpointError(f"{self.directory / str(step)}: {problem}")
-        return found
-
-    def _arrays(self, step: int, about: Records, wanted: Any, *, partial: bool = False) -> Any:
-        """Arrays of the state, checked against the manifest."""
-        found = self._storage.read_arrays(step, wanted, partial=partial)
-        problem = manifest.array_problem(about, found)
-        if problem:
-            raise DamagedCheckpointError(f"{self.directory / str(step)}: {problem}")
-        return found
-
-    def _with_advice(self, error: DamagedCheckpointError) -> DamagedCheckpointError:
-        return DamagedCheckpointError(
-            f"{error}. Choose another --checkpoint_step of {self.steps()}; --mode=verify says "
-            "which are whole"
-        )
-
-    def _check_fits(self, step: int, about: Records, wanted: Any) -> None:
+    def _check_fits(self, step: int, about: Manifest, wanted: Any, within: str = "") -> None:
         """Compares names, shapes and dtypes with the saved ones, before anything is read."""
-        expected = manifest.shapes_and_dtypes(wanted)
-        saved = {
-            name: (tuple(each["shape"]), each["dtype"]) for name, each in about["arrays"].items()
-        }
-        where = f"{self.directory}/{step} does not fit this configuration"
-        for name, (shape, dtype) in expected.items():
-            if name not in saved:
-                raise CheckpointError(f"{where}: {name} is missing; use the run's own config")
-            for what, one, other in zip(
-                ("shape", "dtype"), saved[name], (shape, dtype), strict=True
-            ):
-                if one != other:
-                    raise CheckpointError(
-                        f"{where}: {name} has {what} {one}, expected {other}; use the run's own "
-                        "config"
-                    )
-        parts = {name.split("/")[0] for name in expected}
-        everything = isinstance(wanted, TrainState)
-        unexpected = sorted(
-            name for name in set(saved) - set(expected) if everything or name.split("/")[0] in parts
-        )
-        if unexpected:
+        if problem := manifest.misfit(about, wanted, within):
             raise CheckpointError(
-                f"{where}: it also holds {unexpected[0]}; use the run's own config"
+                f"{self.directory / str(step)} does not fit this configuration: {problem}; use the "
+                "run's own config"
             )
+
+    @contextlib.contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Says what to do about damage where no other checkpoint is tried."""
+        try:
+            yield
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(
+                f"{error}. Choose another --checkpoint_step of {self.steps()}; --mode=verify says "
+                "which are whole"
+            ) from error
 
 
 def _warn(message: str) -> None:
@@ -455,14 +383,11 @@ def _warn(message: str) -> None:
     tqdm.write(f"warning: {who}{message}")
 
 
-def _with_saved_bank(about: Records, wanted: TrainState) -> TrainState:
+def _with_saved_bank(about: Manifest, wanted: TrainState) -> TrainState:
     """Asks for the bank in the layout in which it was saved."""
-    names = integrity.named_leaves({"bank": wanted.bank})
-    if wanted.bank is None or not names.keys() <= about["arrays"].keys():
+    names = manifest.named_leaves({"bank": wanted.bank})
+    if wanted.bank is None or not names.keys() <= about.arrays.keys():
         return wanted
-    saved = [
-        jax.ShapeDtypeStruct(tuple(each["shape"]), jnp.dtype(each["dtype"]))
-        for each in map(about["arrays"].get, names)
-    ]
-    bank = jax.tree.unflatten(jax.tree.structure(wanted.bank), saved)
-    return wanted.replace(bank=memory_bank.saved_layout(bank, wanted.bank))
+    leaves = [about.arrays[name].abstract() for name in names]
+    saved = jax.tree.unflatten(jax.tree.structure(wanted.bank), leaves)
+    return wanted.replace(bank=memory_bank.saved_layout(saved, wanted.bank))

@@ -1,30 +1,92 @@
-"""The manifest of a checkpoint: what was saved, by whom, and the checksums that prove it unchanged.
+"""What a checkpoint holds, and the proof that it came back as it was saved.
 
-It is one of the records of a checkpoint, so that it is there exactly when the rest is:
+The manifest is one of the records of a checkpoint, so that it is there exactly when the rest is:
 
     {"format": 1, "step": 10, "version": ..., "jax": ..., "mesh": {"data": 4, ...}, "processes": 2,
      "records": {"data": SHA-256, "config": ..., "latents": ...},
      "arrays": {"params/model/final/bias": {"shape": [32], "dtype": "float32", "fingerprint": ...}},
      "digest": SHA-256 of all of the above}
 
-The configuration, and the identity of the data set, are the records "config" and "latents".
+A fingerprint is 64 bits, computed where the array is: every device reads its own shards once, and
+three integers per array travel. Each element's bits are mixed with its place in the whole array and
+summed, so that no mesh, and no order of summing, makes a difference. Any change of one element
+changes the fingerprint, because the mixing is one to one; any other change is missed with a
+probability of 2^-64.
 """
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pydantic
 
 from repulsor_jax import __version__
-from repulsor_jax.checkpoints import integrity
+from repulsor_jax.files import untrusted
 from repulsor_jax.files.checksums import values_sha256
 
+Array = jax.Array
 FORMAT = 1
+
+# Odd constants of the golden ratio, and of murmur3's finaliser (the two lanes start elsewhere).
+_STRIDES = (0x9E3779B9, 0x85EBCA77)
+_LANES = (0x243F6A88, 0x13198A2E)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, cannot be saved, or does not fit; says which and why."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read, or came back otherwise than it was saved."""
+
+
+def _check_dtype(name: str) -> str:
+    """Refuses names of other things than numbers: whoever can write files can write a manifest."""
+    if not name.startswith("key<"):
+        try:
+            known = jnp.issubdtype(name, np.number) or jnp.dtype(name) == np.bool_
+        except (TypeError, ValueError, SyntaxError):
+            known = False
+        if not known:
+            raise ValueError("a dtype of numbers")
+    return name
+
+
+@untrusted.checked
+class SavedArray:
+    """One array; the dtype of a random key is as "key<fry>"."""
+
+    shape: tuple[pydantic.NonNegativeInt, ...]
+    dtype: Annotated[str, pydantic.AfterValidator(_check_dtype)]
+    fingerprint: str
+
+    def abstract(self, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
+        """Shape and dtype; of any random key, those of this library's keys."""
+        is_key = self.dtype.startswith("key<")
+        dtype = jax.eval_shape(jax.random.key, 0).dtype if is_key else jnp.dtype(self.dtype)
+        return jax.ShapeDtypeStruct(self.shape, dtype, sharding=sharding)
+
+
+@untrusted.checked
+class Manifest:
+    """See the module."""
+
+    format: int
+    step: int
+    version: str
+    jax: str
+    mesh: dict[str, int]
+    processes: int
+    records: dict[str, str]
+    arrays: dict[str, SavedArray]
+    digest: str
 
 
 def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the manifest; every device reads its shards once.
+    """Returns the manifest as plain values; every device reads its shards once.
 
     Args:
       step: of the state.
@@ -32,7 +94,7 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
       records: the other records, plain values.
     """
     mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
-    fingerprints = integrity.fingerprints(state)
+    proofs = fingerprints(state)
     found: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -42,75 +104,188 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
         "processes": jax.process_count(),
         "records": {name: values_sha256(value) for name, value in records.items()},
         "arrays": {
-            name: {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprints[name]}
-            for name, (shape, dtype) in shapes_and_dtypes(state).items()
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": proofs[name]}
+            for name, leaf in named_leaves(state).items()
         },
     }
     return found | {"digest": values_sha256(found)}
 
 
-def shapes_and_dtypes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every array by its name; the dtype of a random key is as "key<fry>"."""
-    return {
-        name: (tuple(leaf.shape), str(leaf.dtype))
-        for name, leaf in integrity.named_leaves(tree).items()
-    }
-
-
-def record_problem(manifest: Mapping[str, Any], step: int, records: Mapping[str, Any]) -> str:
-    """What is wrong with a checkpoint's records, its manifest first; "" where nothing is.
+def check(values: Mapping[str, Any], step: int, records: Mapping[str, Any], where: str) -> Manifest:
+    """Checks a manifest, and other records of its checkpoint against it.
 
     Args:
-      manifest: as read.
+      values: the manifest as it was read.
       step: of the checkpoint that it was read from.
       records: those of the others that were read.
+      where: the checkpoint, for an error.
+
+    Raises:
+      DamagedCheckpointError: names what was changed, or what is wrong with the manifest.
     """
-    about = {name: value for name, value in manifest.items() if name != "digest"}
-    if manifest.get("digest") != values_sha256(about):
-        return "its manifest was changed"
-    if not _is_well_formed(manifest):
-        return "its manifest is none"
-    if manifest["format"] != FORMAT:
-        return f"its manifest has format {manifest['format']}, this version reads {FORMAT}"
-    if manifest["step"] != step:
-        return f"it was saved as step {manifest['step']}"
+    about = {name: value for name, value in values.items() if name != "digest"}
+    if values.get("digest") != values_sha256(about):
+        raise DamagedCheckpointError(f"{where}: its manifest was changed")
+    if values.get("format") != FORMAT:
+        raise DamagedCheckpointError(
+            f"{where}/manifest: expected format {FORMAT}, found {values.get('format')!r}"
+        )
+    try:
+        found = untrusted.parse(Manifest, values, f"{where}/manifest")
+    except ValueError as error:
+        raise DamagedCheckpointError(str(error)) from error
+    if found.step != step:
+        raise DamagedCheckpointError(f"{where}: it was saved as step {found.step}")
     for name, value in records.items():
-        if manifest["records"].get(name) != values_sha256(value):
-            return f"its record {name!r} was changed"
-    return ""
+        if found.records.get(name) != values_sha256(value):
+            raise DamagedCheckpointError(f"{where}: its record {name!r} was changed")
+    return found
 
 
-def array_problem(manifest: Mapping[str, Any], tree: Any) -> str:
-    """Which arrays came back otherwise than saved, or are not finite; "" where all is well.
+def check_arrays(manifest: Manifest, tree: Any, where: str) -> None:
+    """Compares arrays with the manifest.
 
     Args:
-      manifest: whose own digest was checked.
+      manifest: of the checkpoint.
       tree: the arrays that were read, all or a part of those that the manifest has.
+      where: the checkpoint, for an error.
+
+    Raises:
+      DamagedCheckpointError: some came back otherwise than saved, or are not finite: training
+        saves no such state, but older versions did.
     """
-    fingerprints = integrity.fingerprints(tree)
-    found = {
-        name: {"shape": list(shape), "dtype": dtype, "fingerprint": fingerprints[name]}
-        for name, (shape, dtype) in shapes_and_dtypes(tree).items()
-    }
-    changed = sorted(name for name in found if found[name] != manifest["arrays"][name])
-    if not changed:
-        spoiled = integrity.not_finite(tree)  # training saves no such state; older versions did
-        return f"not finite: {spoiled}" if spoiled else ""
-    more = f" and {len(changed) - 1} more" if changed[1:] else ""
-    return f"{changed[0]}{more} came back otherwise than saved"
-
-
-def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
-    """Whether it has what the functions here ask of it: whoever can write files can make one."""
-    try:
-        arrays = manifest["arrays"]
-        types = {"format": int, "step": int, "version": str, "mesh": dict, "records": dict}
-        return all(isinstance(manifest[key], kind) for key, kind in types.items()) and all(
-            isinstance(each["dtype"], str)
-            and isinstance(each["fingerprint"], str)
-            and all(type(size) is int and size >= 0 for size in each["shape"])
-            and (each["dtype"].startswith("key<") or jnp.dtype(each["dtype"]).itemsize > 0)
-            for each in arrays.values()
+    found = _measured(tree)
+    changed = [
+        name
+        for name, each in found.items()
+        if _fingerprint(*each) != manifest.arrays[name].fingerprint
+    ]
+    if changed:
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        raise DamagedCheckpointError(
+            f"{where}: {min(changed)}{more} came back otherwise than saved"
         )
-    except (KeyError, TypeError, AttributeError):
-        return False
+    if spoiled := _not_finite(found):
+        raise DamagedCheckpointError(f"{where}: not finite: {spoiled}")
+
+
+def misfit(manifest: Manifest, wanted: Any, within: str = "") -> str:
+    """The first difference in names, shapes and dtypes between saved and wanted arrays, or "".
+
+    Args:
+      manifest: of the checkpoint.
+      wanted: a tree of `jax.ShapeDtypeStruct`.
+      within: how the names begin that `wanted` has all of; "" for every name.
+    """
+    expected = named_leaves(wanted)
+    for name, leaf in expected.items():
+        saved = manifest.arrays.get(name)
+        if saved is None:
+            return f"{name} is missing"
+        for what, found, needed in (
+            ("shape", saved.shape, tuple(leaf.shape)),
+            ("dtype", saved.dtype, str(leaf.dtype)),
+        ):
+            if found != needed:
+                return f"{name} has {what} {found}, expected {needed}"
+    others = [n for n in manifest.arrays if n.startswith(within) and n not in expected]
+    return f"it also holds {min(others)}" if others else ""
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree, in its order, by their names in a manifest."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def fingerprints(tree: Any) -> dict[str, str]:
+    """Fingerprint of every array of a tree, by its name: 16 hexadecimal digits each.
+
+    Args:
+      tree: arrays on the devices, on any mesh; random keys count as their data. Shape and dtype
+        are part of a fingerprint.
+
+    Returns:
+      name, as "params/model/final/kernel", to fingerprint; the same on every process.
+    """
+    return {name: _fingerprint(*each) for name, each in _measured(tree).items()}
+
+
+def not_finite(tree: Any) -> str:
+    """Names arrays with numbers that are not finite: no training can go on from such a state.
+
+    Args:
+      tree: arrays on the devices, on any mesh; every device reads its own shards once.
+
+    Returns:
+      As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
+    """
+    return _not_finite(_measured(tree))
+
+
+def _measured(tree: Any) -> dict[str, tuple[Array, list[int]]]:
+    """Each array by its name, and its `sums`."""
+    found = {}
+    for name, leaf in named_leaves(tree).items():
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = jax.random.key_data(leaf) if is_key else leaf
+        # One array at a time: arrays of one shape share a compiled program, and virtual CPU
+        # devices, which share few threads, do not get stuck in many all-reduces at once.
+        found[name] = array, jax.device_get(sums(array)).tolist()
+    return found
+
+
+def _fingerprint(array: Array, sums: list[int]) -> str:
+    about = f"{array.dtype}{list(array.shape)}".encode()
+    prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
+    return f"{prefix ^ (sums[0] << 32 | sums[1]):016x}"
+
+
+def _not_finite(measured: Mapping[str, tuple[Array, list[int]]]) -> str:
+    bad = {name: count for name, (_, (*_, count)) in measured.items() if count}
+    if not bad:
+        return ""
+    (name, count), *others = bad.items()
+    more = f" and {len(others)} more array{'s' * (len(others) > 1)}" if others else ""
+    return f"{name} ({count:,} number{'s' * (count > 1)}){more}"
+
+
+@jax.jit
+def sums(array: Array) -> Array:
+    """uint32 `[3]`: two sums of the mixed elements, modulo 2^32, and how many are not finite."""
+    words = _words(array)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(words.ndim)):  # modulo 2^32, which the mixing does not mind
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place += index * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    mixed = [
+        _mix(words ^ _mix(place * np.uint32(step) + np.uint32(start)))
+        for step, start in zip(_STRIDES, _LANES, strict=True)
+    ]
+    is_inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+    bad = ~jnp.isfinite(array) if is_inexact else jnp.zeros(())
+    return jnp.stack([each.sum(dtype=jnp.uint32) for each in (*mixed, bad)])
+
+
+def _words(array: Array) -> Array:
+    """The bits of each element in uint32 words; 64-bit elements become two, on a last axis."""
+    array = jnp.asarray(array)
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint32)
+    if array.dtype.itemsize in (4, 8):
+        return jax.lax.bitcast_convert_type(array, jnp.uint32)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}[array.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(array, narrow).astype(jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """Murmur3's finaliser: one to one on 32 bits, every bit of the result depends on all."""
+    x ^= x >> 16
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> 13
+    x *= np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

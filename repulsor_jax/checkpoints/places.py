@@ -1,31 +1,31 @@
 """Folders of checkpoints, on a file system or in a bucket: which steps are whole, and moving them.
 
-On a file system a checkpoint is whole when it has its name: orbax renames it last. A bucket has no
-folders and renames nothing: there a checkpoint is whole where orbax's `commit_success.txt` is,
-which is written last and here deleted first.
+On a file system a checkpoint is whole when it has its name: orbax renames it last. A bucket renames
+nothing: there a checkpoint is whole while it has `commit_success.txt`, which orbax writes last and
+`remove` deletes first.
+
+Deleting old checkpoints is not left to orbax (`max_to_keep`, orbax 0.12.8): it deletes file by file
+under the checkpoint's own name, and in a bucket some objects before `commit_success.txt`. A run
+killed at that moment would leave half a checkpoint that is listed as whole.
 
 Whatever fails here is an OSError. A bucket that does not answer is given up on after
-`ANSWER_SECONDS`; one that answers has `MANY_SECONDS` for each listing or deletion of many objects.
-Moving copies them one by one, each tried again by gcsfs, which may take minutes.
+`ANSWER_SECONDS`; one that answers has `MANY_SECONDS` for each listing or deletion.
 """
 
-import concurrent.futures
+import collections
 import logging
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from typing import Any, Protocol
 
 import tensorstore as ts
 from etils import epath
-from tqdm.auto import tqdm
 
 BUCKET = "gs://"
 RECORDS = ("manifest", "data", "config", "latents")  # JSON, beside the arrays of "state"
 DAMAGED = "damaged"  # the folder of checkpoints that were set aside
-REPLACED = ".replaced"  # ends the name of a checkpoint that is being replaced
 ANSWER_SECONDS = 10.0  # for one small request
 MANY_SECONDS = 120.0  # for as many as a listing or a deletion takes
 _UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of orbax's temporary folders
@@ -35,8 +35,6 @@ _PROBE = "probe"
 _MARKER = "commit_success.txt"
 # All that a checkpoint has at its top.
 _PARTS = {"state", *RECORDS, "_CHECKPOINT_METADATA", _MARKER}
-_WRITE_RETRIES = 6  # of tensorstore, a minute in all; it would go on for a quarter of an hour
-_COPIES = 16  # at the same time
 
 
 class Folder(Protocol):
@@ -48,24 +46,33 @@ class Folder(Protocol):
         """Whether anything is there."""
 
     def steps(self) -> list[int]:
-        """Steps that are whole."""
+        """Steps that are whole, in any order."""
 
     def tidy(self) -> None:
-        """Removes what a save that failed or was killed left, and ends replacing."""
+        """Makes the folder where absent; removes what a killed save or deletion left in it."""
 
     def probe(self) -> None:
-        """Writes a little, to see whether that works; makes the folder where it is gone."""
+        """Makes the folder where absent, and writes a little, to see whether that works."""
 
     def move(self, name: str, target: str) -> None:
-        """Moves a checkpoint to another name in the folder: it is whole under one of them."""
+        """Moves a checkpoint to another name; at every moment it is there under one of them."""
 
     def remove(self, name: str) -> None:
-        """Removes a checkpoint, which is no longer whole from the first moment on."""
+        """Removes a checkpoint, which is not listed from the first moment on."""
 
 
-def open_folder(directory: str | os.PathLike[str]) -> Folder:
-    """The folder of that name; nothing is made or asked for yet."""
-    return _Bucket(str(directory)) if is_bucket(directory) else _Disk(directory)
+def open_folder(
+    directory: str | os.PathLike[str], *, answer_seconds: float = ANSWER_SECONDS
+) -> Folder:
+    """The folder of that name; nothing is made or asked for yet.
+
+    Args:
+      directory: a path, or gs://bucket/path.
+      answer_seconds: after which a bucket that does not answer one small request is away.
+    """
+    if is_bucket(directory):
+        return _Bucket(str(directory), answer_seconds)
+    return _Disk(directory)
 
 
 def is_bucket(directory: str | os.PathLike[str]) -> bool:
@@ -91,13 +98,8 @@ class _Disk:
     def tidy(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
-            replaced = path.with_name(path.name.removesuffix(REPLACED))
-            deleted = path.suffix == _DELETED and path.stem.isdecimal()
-            unfinished = deleted or _UNFINISHED in path.name
-            if unfinished or (replaced != path and replaced.exists()):
+            if _UNFINISHED in path.name or (path.suffix == _DELETED and path.stem.isdecimal()):
                 shutil.rmtree(path, ignore_errors=True)
-            elif replaced != path:
-                path.rename(replaced)
 
     def probe(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -117,13 +119,11 @@ class _Disk:
 
 
 class _Bucket:
-    """The objects of a bucket below a prefix.
+    """The objects of a bucket below a prefix, always listed in one go."""
 
-    They are listed all at once: no answer is half of one and half of another moment.
-    """
-
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, answer_seconds: float) -> None:
         self.path = epath.Path(address)
+        self._answer_seconds = answer_seconds
         name, _, prefix = str(self.path).removeprefix(BUCKET).partition("/")
         self._store = ts.KvStore.open(
             {"driver": "gcs", "bucket": name, "path": prefix + "/"},
@@ -131,67 +131,51 @@ class _Bucket:
         ).result()
 
     def exists(self) -> bool:
-        return bool(self._names())
+        return bool(self._contents())
 
     def steps(self) -> list[int]:
-        return [int(name) for name in _whole(self._names()) if name.isdecimal()]
+        found = self._contents()
+        return [int(name) for name in found if name.isdecimal() and _MARKER in found[name]]
 
     def tidy(self) -> None:
-        names = self._names()
-        whole = _whole(names)
-        parts = [name.split("/") for name in names]
-        others = {top for top, *below in parts if not below or below[0] not in _PARTS}
-        for name in sorted({top for top, *_ in parts}):
-            step = name.removesuffix(REPLACED)
-            if not step.isdecimal() or (name == step and name in whole):
-                continue
-            if others & {name, step}:  # not only ours, as the folder of another run
-                continue
-            if name in whole and step not in whole:
-                self.move(name, step)
-            else:
+        for name, parts in self._contents().items():
+            # Objects that no checkpoint has belong to somebody else, as the folder of another run.
+            if name.isdecimal() and _MARKER not in parts and parts <= _PARTS:
                 self.remove(name)
 
     def probe(self) -> None:
         for value in (bytes(_PROBE_BYTES), None):  # None deletes
-            self._ask(self._store.write(_PROBE, value), ANSWER_SECONDS)
+            self._ask(self._store.write(_PROBE, value), self._answer_seconds)
 
     def move(self, name: str, target: str) -> None:
-        names = self._names()
-        arrived = f"{target}/{_MARKER}" in names
-        if f"{name}/{_MARKER}" in names:
-            if not arrived:
-                self.remove(target)
-            self._copy_all([key for key in names if key.startswith(f"{name}/")], name, target)
-        elif not arrived:
-            raise OSError(f"{self.path / name} is not whole")
+        import gcsfs
+
+        keys = self._ask((self._store + f"{name}/").list(), MANY_SECONDS)
+        names = {key.decode() for key in keys} - {_MARKER}
+        try:
+            bucket = gcsfs.GCSFileSystem()  # copies within the bucket: the bytes do not come here
+            for part in (sorted(names), [_MARKER]):
+                sources, targets = (
+                    [str(self.path / top / each) for each in part] for top in (name, target)
+                )
+                bucket.copy(sources, targets)
+        except Exception as error:  # of gcsfs, aiohttp, google.auth
+            raise OSError(f"copying {self.path / name}: {error}") from error
         self.remove(name)
 
     def remove(self, name: str) -> None:
-        for each in (_MARKER, ""):
-            self._ask(self._store.delete_range(_below(f"{name}/{each}")), MANY_SECONDS)
+        self._ask(self._store.write(f"{name}/{_MARKER}", None), self._answer_seconds)
+        below = self._store + f"{name}/"
+        self._ask(below.delete_range(ts.KvStore.KeyRange()), MANY_SECONDS)
 
-    def _copy_all(self, keys: list[str], name: str, target: str) -> None:
-        """Copies what is whole; its marker comes last."""
-        pairs = [(key, target + key.removeprefix(name)) for key in keys]
-        pairs.sort(key=lambda pair: pair[0] == f"{name}/{_MARKER}")
-        *most, last = pairs
-        try:
-            with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-                list(pool.map(self._copy, most))
-            self._copy(last)
-        except Exception as error:  # of gcsfs, aiohttp, google.auth
-            raise OSError(f"copying {self.path / name}: {error}") from error
-
-    def _copy(self, pair: tuple[str, str]) -> None:
-        """Within the bucket: the bytes do not come here."""
-        import gcsfs
-
-        gcsfs.GCSFileSystem().cp_file(*(str(self.path / key) for key in pair))
-
-    def _names(self) -> list[str]:
-        self._ask(self._store.read(_PROBE), ANSWER_SECONDS)  # whether there is an answer at all
-        return [name.decode() for name in self._ask(self._store.list(), MANY_SECONDS)]
+    def _contents(self) -> dict[str, set[str]]:
+        """The folders and objects at the top, each with the names directly below it."""
+        self._ask(self._store.read(_PROBE), self._answer_seconds)  # whether there is an answer
+        found: dict[str, set[str]] = collections.defaultdict(set)
+        for key in self._ask(self._store.list(), MANY_SECONDS):
+            top, _, below = key.decode().partition("/")
+            found[top].add(below.partition("/")[0])
+        return found
 
     def _ask(self, future: Any, seconds: float) -> Any:
         try:
@@ -202,44 +186,24 @@ class _Bucket:
             raise OSError(str(error)) from error
 
 
-def _whole(names: list[str]) -> set[str]:
-    """Folders that hold orbax's marker."""
-    found = (re.fullmatch(rf"([^/]+)/{_MARKER}", name) for name in names)
-    return {match[1] for match in found if match}
-
-
-def _below(prefix: str) -> ts.KvStore.KeyRange:
-    return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
-
-
 def bound_waiting() -> None:
-    """Has what orbax uses give up on a bucket within minutes, and see what others have written.
+    """Bounds the time for which orbax's file systems wait for a bucket that is away.
 
-    For the program to call once, before it opens the first bucket: it sets the environment,
-    fsspec's configuration, and defaults within orbax. What the first two say already stays.
+    For the program to call once, before it opens the first bucket: it sets environment variables
+    of tensorstore and gcsfs, and fsspec's configuration. What they say already stays. How often
+    tensorstore tries a request again within orbax has no setting: 32 times.
     """
     import fsspec
 
-    # Else it asks another service about the bucket, for a minute each time when it is away.
+    # Without it gcsfs asks another service about the bucket, for a minute each time it is away.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # A request that moves no byte for so long has failed.
+    # A request that moves no byte for this long has failed.
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    # It prints the traceback of what it raises, too.
+    # gcsfs logs the traceback of each error that it also raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     options = fsspec.config.conf.setdefault("gcs", {})
     options.setdefault("requests_timeout", 3 * ANSWER_SECONDS)
+    # With its cache gcsfs would not see what other processes have written.
     options.setdefault("use_listings_cache", False)
-    try:
-        from orbax.checkpoint._src.serialization import tensorstore_utils as orbax
-
-        contexts = orbax._BASE_TS_CONTEXT, orbax._DEFAULT_OCDBT_TS_CONTEXT
-    except (ImportError, AttributeError) as error:
-        tqdm.write(
-            "warning: a checkpoint that a bucket does not take is given up only after a quarter of "
-            f"an hour: this version of orbax keeps that elsewhere ({error})"
-        )
-        return
-    for context in contexts:
-        context.setdefault("gcs_request_retries", {"max_retries": _WRITE_RETRIES})

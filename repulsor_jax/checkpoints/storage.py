@@ -1,16 +1,17 @@
-"""Where checkpoints lie: orbax's manager, made to fail in two ways only, of reading and of writing.
+"""Checkpoints as orbax writes and reads them, made to fail in two ways only: saving and reading.
 
-orbax reports a failed asynchronous save at some later call, keeps what was half written, and its
-manager is then not to be relied on: here an outcome is asked for, what is half written is removed,
-and the manager is made anew.
+orbax reports a failed asynchronous save at some later call, and keeps what was half written: here
+`outcome` reports it, what is half written is removed, and orbax's checkpointer is made anew.
 
-Several processes act together: whatever fails on one of them fails on all, at the same call. Those
-that wait for one that failed give up after `BARRIER_SECONDS`; none of them waits for ever.
+Whatever is read is compared with the manifest: orbax alone returns changed bytes without a word.
+
+Several processes act together: whatever fails on one of them fails on all, at the same call. A
+process gives up waiting for one that failed after `BARRIER_SECONDS`.
 """
 
 import concurrent.futures
 import contextlib
-import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, REPLACED, is_bucket, open_folder
+from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError, Manifest
+from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, Folder, is_bucket
 
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
@@ -36,151 +39,105 @@ _TROUBLE = (
 )
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, cannot be saved, or does not fit; says which and why."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that cannot be read, or came back otherwise than it was saved."""
-
-
-class _Manager(ocp.CheckpointManager):
-    """Does not ask JAX's preemption service, as orbax does at every save, with the step.
-
-    The service takes the number it was last asked with for the place of this process, and has all
-    stop after the furthest; it is the training loop that asks, and it counts otherwise.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        return False
-
-
 class Storage:
-    """The checkpoints of one directory."""
+    """The checkpoints of one folder."""
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        folder: Folder,
         *,
-        keep_last: int | None,
-        keep_every: int | None,
-        read_only: bool,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
         read_delay: float = 1.0,
     ) -> None:
-        """Opens the directory, and creates it where absent unless `read_only`.
+        """Opens the folder, and creates it where absent unless `read_only`.
 
         Args:
-          directory: the folder, or gs://bucket/path.
+          folder: where the checkpoints are.
           keep_last: how many of the newest checkpoints to keep; None keeps all.
           keep_every: keep those whose step is a multiple of this as well; None keeps no more.
           read_only: neither create nor delete anything.
           read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
-          CheckpointError: the folder is not there, or cannot be made, read or written.
+          CheckpointError: the folder cannot be made, read or written.
         """
-        self._folder = open_folder(directory)
-        self.directory = self._folder.path
+        self._folder = folder
+        self.directory = folder.path
         self.read_only = read_only
         self._read_delay = read_delay
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._opened = 0
         self._seen: list[int] = []
         self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
-        self._opened_manager: _Manager | None = None
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._opened = 0
+        self._orbax = self._open()
         if not read_only:
-            problem = self._tidy() or self._probe()
+            problem = self._on_first(folder.tidy) or self._on_first(folder.probe)
             if problem:
                 raise CheckpointError(f"{self.directory} cannot be written ({problem})")
-        there, problem = True, ""
-        try:
-            there, self._seen = self._folder.exists(), self._folder.steps()
-        except OSError as error:
-            problem = one_line(error)
-        problem = agreed(problem)
+        problem = self._on_first(self._look)
         if problem:
             raise CheckpointError(f"{self.directory} cannot be read ({problem})")
-        if read_only and sharding.any_process(not there):
-            raise CheckpointError(
-                f"{self.directory} is not there: train first, or check --workdir and "
-                "--config.checkpoint.directory"
-            )
 
     def close(self) -> None:
         """Waits for what is being saved, and closes; call `outcome` first to learn how it went."""
         self._waiter.shutdown()
-        self._forget()
+        self._close_orbax()
 
     def steps(self) -> list[int]:
         """Steps that are there now, ascending, as the first process sees them.
 
-        While the directory cannot be read, those that were there last.
+        While the folder cannot be read, those that were there last.
         """
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                self._seen = self._folder.steps()
+        self._on_first(self._look)
         count = int(sharding.agree(len(self._seen)))
-        steps = np.resize(np.array(sorted(self._seen), np.int64), count)
+        steps = np.resize(np.array(self._seen, np.int64), count)
         return sharding.agree(steps).tolist() if count else []
 
     # Writing.
 
     def begin(self, step: int, state: Any, records: Mapping[str, Any]) -> str:
-        """Starts saving; the state may be donated right after.
+        """Starts saving, with a manifest; the state may be donated right after.
 
         Call `outcome` first, where something was begun before.
 
         Returns:
           What went wrong already, or "".
         """
-        items = {name: ocp.args.JsonSave(dict(values)) for name, values in records.items()}
-        # Most failures are found here, by all at once: in orbax, others would wait for the first.
-        problem = self._probe()
-        if problem:
+        # Finds most failures on all processes at once: within orbax, the others would wait for the
+        # one that fails.
+        if problem := self._on_first(self._folder.probe):
             return problem
+        records = dict(records) | {"manifest": manifest.describe(step, state, records)}
+        items = {name: ocp.args.JsonSave(values) for name, values in records.items()}
         try:
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), **items)
-            if not self._manager.save(step, args=args):
-                self._forget()  # it remembers later steps, which are gone
-                self._manager.save(step, args=args)
+            self._orbax.save(self._path(step), args=args)
         except Exception as error:  # of orbax, tensorstore, the file system
             problem = one_line(error)
         problem = agreed(problem)
         if problem:
             self._recover()
         else:
-            self._pending = self._waiter.submit(self._finish)
+            self._saving = step, self._waiter.submit(self._finish)
         return problem
 
     def is_saving(self) -> bool:
         """Whether any process is still writing; does not wait for it."""
-        busy = self._pending is not None and not self._pending.done()
-        return sharding.any_process(busy)
+        return sharding.any_process(self._saving is not None and not self._saving[1].done())
 
     def outcome(self) -> str:
         """Waits for what was begun; returns what went wrong, or ""."""
-        if self._pending is None:
+        if self._saving is None:
             return ""
-        error = self._pending.exception()
-        self._pending = None
+        (step, future), self._saving = self._saving, None
+        error = future.exception()
         problem = agreed(one_line(error) if error else "")
         if problem:
             self._recover()
-        self.steps()
-        return problem
-
-    def put_aside(self, step: int) -> None:
-        """Renames a checkpoint that is to be replaced; `finish_replacing` ends it.
-
-        Raises:
-          CheckpointError: it cannot be renamed.
-        """
-        self._rename({step: f"{step}{REPLACED}"})
-
-    def finish_replacing(self) -> None:
-        """Drops what `put_aside` renamed, or brings it back where nothing took its place."""
-        self._recover()
+        return "" if step in self.steps() else problem
 
     def set_aside(self, steps: Sequence[int]) -> dict[int, str]:
         """Moves damaged checkpoints into `damaged/`; returns the name of each there.
@@ -190,175 +147,171 @@ class Storage:
         """
         now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         names = {step: f"{step}-{now}" for step in steps}
-        self._rename({step: f"{DAMAGED}/{name}" for step, name in names.items()})
+
+        def move() -> None:
+            for step, name in names.items():
+                self._folder.move(str(step), f"{DAMAGED}/{name}")
+
+        if problem := self._on_first(move):
+            raise CheckpointError(
+                f"{self.directory}: cannot move step {', '.join(map(str, steps))} ({problem}); "
+                "make the directory writable"
+            )
         return names
 
     # Reading.
 
-    def read_records(self, step: int, names: Sequence[str] = RECORDS) -> dict[str, Any]:
-        """Reads the JSON records of a checkpoint.
+    def read_records(
+        self, step: int, names: Sequence[str] = RECORDS[1:]
+    ) -> tuple[Manifest, dict[str, Any]]:
+        """Reads the manifest and JSON records of a checkpoint, and compares them.
 
         Raises:
-          DamagedCheckpointError: one cannot be read.
+          DamagedCheckpointError: one cannot be read, or was changed.
+          CheckpointError: the bucket is away.
         """
         found = {}
-        for name in names:
-            args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-            value = self._read(step, name, args)
-            if not isinstance(value, dict):
-                raise DamagedCheckpointError(f"{self.directory / str(step)}: {name} is no record")
-            found[name] = value
-        return found
+        for name in ("manifest", *names):
+            found[name] = self._restore(step, name, ocp.args.JsonRestore())
+            if not isinstance(found[name], dict):
+                raise DamagedCheckpointError(f"{self._path(step)}: {name} is no record")
+        values = found.pop("manifest")
+        return manifest.check(values, step, found, str(self._path(step))), found
 
-    def read_arrays(self, step: int, wanted: Any, *, partial: bool = False) -> Any:
-        """Reads arrays onto the shardings of `wanted`, a tree of `jax.ShapeDtypeStruct`.
+    def read_arrays(self, step: int, about: Manifest, wanted: Any, *, partial: bool = False) -> Any:
+        """Reads arrays onto the shardings of `wanted`, and compares them with the manifest.
 
         Args:
           step: of the checkpoint.
-          wanted: shapes with shardings.
+          about: its manifest.
+          wanted: a tree of `jax.ShapeDtypeStruct` with shardings; `orbax.checkpoint.PLACEHOLDER`
+            for an array that is not to be read.
           partial: `wanted` is only a part of what was saved.
 
         Raises:
-          DamagedCheckpointError: they cannot be read. What came back otherwise is not noticed here.
+          DamagedCheckpointError: they cannot be read, came back otherwise, or are not finite.
+          CheckpointError: the bucket is away.
         """
         args = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=partial,
         )
-        return self._read(step, "state", ocp.args.Composite(state=args))
+        found = self._restore(step, "state", args)
+        arrays = {
+            name: leaf
+            for name, leaf in manifest.named_leaves(found).items()
+            if leaf is not ocp.PLACEHOLDER
+        }
+        manifest.check_arrays(about, arrays, str(self._path(step)))
+        return found
 
     def structure(self, step: int) -> Any:
         """The tree of the saved state, as orbax knows it: its leaves are no arrays.
 
         Raises:
           DamagedCheckpointError: it cannot be read.
+          CheckpointError: the bucket is away.
         """
-        return self._attempts(
-            step, "state", lambda: self._manager.item_metadata(step)["state"].tree
-        )
+        path = self._path(step)
+        read = self._orbax.metadata
+        return self._read(step, "state", lambda: read(path).item_metadata["state"].tree)
 
-    def holds(self, step: int, name: str) -> bool:
-        """Whether a checkpoint has a record, as the first process sees it; True where it cannot."""
-        found = True
-        if jax.process_index() == 0:
-            with contextlib.suppress(Exception):  # of gcsfs, aiohttp, google.auth
-                found = (self.directory / str(step) / name).exists()
-        return bool(sharding.agree(found))
+    def _restore(self, step: int, name: str, args: Any) -> Any:
+        items = ocp.args.Composite(**{name: args})
+        read = self._orbax.restore
+        return self._read(step, name, lambda: read(self._path(step), args=items)[name])
 
-    def _read(self, step: int, name: str, args: ocp.args.Composite) -> Any:
-        return self._attempts(step, name, lambda: self._manager.restore(step, args=args)[name])
-
-    def _attempts(self, step: int, name: str, read: Callable[[], Any]) -> Any:
+    def _read(self, step: int, name: str, read: Callable[[], Any]) -> Any:
+        of_bucket = is_bucket(self.directory)
         for attempt in range(_READ_ATTEMPTS):
-            problem, passes = "", False
-            found = None
+            found, problem, passes = None, "", False
             try:
                 found = read()
                 problem = "" if found is not None else "nothing there"
             except Exception as error:  # of orbax, tensorstore, JSON, the file system
-                problem = one_line(error)
-                passes = _may_pass(error, is_bucket(self.directory))
+                problem, passes = one_line(error), may_pass(error, of_bucket)
             problem = agreed(problem)
             if not problem:
                 return found
-            if attempt == _READ_ATTEMPTS - 1 or not sharding.any_process(passes):
+            passes = sharding.any_process(passes)
+            if not passes:
                 break
-            time.sleep(self._read_delay)
-        said = f"{self.directory / str(step)}: {name} cannot be read ({problem})"
-        if is_bucket(self.directory) and sharding.any_process(passes):
+            if attempt < _READ_ATTEMPTS - 1:
+                time.sleep(self._read_delay)
+        said = f"{self._path(step)}: {name} cannot be read ({problem})"
+        if of_bucket and passes:
             raise CheckpointError(f"{said}; the bucket is away: the same command tries it again")
         raise DamagedCheckpointError(said)
 
     # Within.
 
-    @property
-    def _manager(self) -> _Manager:
-        """Made when first needed: it asks the storage, which may be away."""
-        if self._opened_manager is None:
-            self._opened_manager = self._open()
-        return self._opened_manager
+    def _path(self, step: int) -> Any:
+        return self.directory / str(step)
 
-    def _open(self) -> _Manager:
+    def _look(self) -> None:
+        self._seen = sorted(self._folder.steps())
+
+    def _open(self) -> ocp.AsyncCheckpointer:
         count = jax.process_count()
         together = ocp.options.MultiprocessingOptions(
-            # Named processes meet at barriers that end some time, and not in a collective.
+            # Processes that are named meet at barriers with a time limit, not in a collective.
             active_processes=set(range(count)) if count > 1 else None,
-            # Those of a manager that failed may have stopped at different places.
+            # After a failure the processes may have stopped at different barriers: new names.
             barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
         )
-        return _Manager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                lightweight_initialize=True,  # else one damaged step hides all
-                multiprocessing_options=together,
-                async_options=ocp.options.AsyncOptions(
-                    timeout_secs=BARRIER_SECONDS,
-                    # Else threads wait five minutes for a directory that could not be made.
-                    create_directories_asynchronously=False,
-                ),
+        beside = ocp.options.AsyncOptions(
+            timeout_secs=BARRIER_SECONDS,
+            # Threads would wait five minutes for a directory that could not be made.
+            create_directories_asynchronously=False,
+        )
+        handlers = {
+            name: ocp.JsonCheckpointHandler(multiprocessing_options=together) for name in RECORDS
+        }
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(
+                multiprocessing_options=together, async_options=beside
             ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=together),
-                **{
-                    name: ocp.JsonCheckpointHandler(multiprocessing_options=together)
-                    for name in RECORDS
-                },
-            },
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=together),
+            **handlers,
+        )
+        return ocp.AsyncCheckpointer(
+            handler, async_options=beside, multiprocessing_options=together
         )
 
     def _finish(self) -> None:
-        """Waits for what is being saved, then removes the old; orbax says here what went wrong."""
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0 and self._keep_last is not None:
+        """Waits for what is being saved, then removes the old; orbax says here what went wrong.
+
+        A bucket that is away is tried again by tensorstore for up to half an hour. Orbax's own time
+        limit would leave the threads that do so behind, and the program could not end before them.
+        """
+        seconds = 0.9 * BARRIER_SECONDS
+        timer = threading.Timer(seconds, self._orbax.cancel)
+        started = time.monotonic()
+        timer.start()
+        try:
+            self._orbax.wait_until_finished()
+        finally:
+            timer.cancel()
+        if time.monotonic() - started >= seconds:
+            raise TimeoutError(f"not written within {seconds:g} s")
+        if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # what stays is removed after a later save
                 self._folder.tidy()
-            for step in self._old_steps():
-                with contextlib.suppress(OSError):
-                    self._folder.remove(str(step))
-
-    def _old_steps(self) -> list[int]:
-        """Steps that need not be kept; none while the folder cannot be read."""
-        try:
-            steps = sorted(self._folder.steps())[: -(self._keep_last or 0)]
-        except OSError:
-            return []
-        return [step for step in steps if self._keep_every is None or step % self._keep_every]
-
-    def _forget(self) -> None:
-        """Closes the manager; the next one is made anew."""
-        manager, self._opened_manager = self._opened_manager, None
-        self._opened += 1  # here, where all processes come, whatever became of their managers
-        if manager is not None:
-            with contextlib.suppress(Exception):  # it may say once more what went wrong
-                manager.close()
+                for step in sorted(self._folder.steps())[: -(self._keep_last or 0)]:
+                    if self._keep_every is None or step % self._keep_every:
+                        self._folder.remove(str(step))
 
     def _recover(self) -> None:
-        """Frees what a failed save took, and makes a new manager."""
-        self._tidy()
-        self._forget()
+        """Frees what a failed save took, and has orbax begin anew."""
+        self._on_first(self._folder.tidy)
+        self._close_orbax()
+        self._opened += 1
+        self._orbax = self._open()
 
-    def _tidy(self) -> str:
-        """Removes what a save that failed or was killed left; returns what went wrong, or ""."""
-        return self._on_first(self._folder.tidy)
-
-    def _probe(self) -> str:
-        """Writes a small file; returns what went wrong, or ""."""
-        return self._on_first(self._folder.probe)
-
-    def _rename(self, moves: Mapping[int, str]) -> None:
-        def rename() -> None:
-            for step, target in moves.items():
-                self._folder.move(str(step), target)
-
-        problem = self._on_first(rename)
-        if problem:
-            raise CheckpointError(
-                f"{self.directory}: cannot move step {', '.join(map(str, moves))} ({problem}); "
-                "make the directory writable"
-            )
-        self._forget()
+    def _close_orbax(self) -> None:
+        with contextlib.suppress(Exception):  # it may say once more what went wrong
+            self._orbax.close()
 
     def _on_first(self, act: Callable[[], None]) -> str:
         """Acts on the first process alone; returns what went wrong, or "", on all."""
@@ -374,7 +327,7 @@ class Storage:
 def one_line(error: BaseException) -> str:
     """What an exception says, in one line of readable length.
 
-    A process that failed, and did not meet the others, says why it failed.
+    Of a process that failed and therefore did not meet the others: why it failed.
     """
     while error.__context__ is not None and "Barrier timed out" in str(error):
         error = error.__context__
@@ -382,11 +335,11 @@ def one_line(error: BaseException) -> str:
     return f"{text[:240]} [...] {text[-120:]}" if len(text) > 380 else text
 
 
-def _may_pass(error: Exception, of_bucket: bool) -> bool:
+def may_pass(error: Exception, of_bucket: bool) -> bool:
     """Whether reading once more may help: a disk or network in trouble, not what a file holds.
 
-    Of a bucket all does that is not known to be damage: gcsfs, aiohttp and google.auth have their
-    own errors for a connection that ended, or a login that is over.
+    Of a bucket, every error that is not known to be damage: gcsfs, aiohttp and google.auth have
+    their own errors for a connection that ended, or a login that is over.
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)

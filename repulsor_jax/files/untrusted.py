@@ -104,7 +104,8 @@ def parse(schema: type[T], values: Any, where: str) -> T:
     if problem["type"] == "unexpected_keyword_argument":
         section: Any = schema
         for name in problem["loc"][:-1]:
-            section = typing.get_type_hints(section)[str(name)]
+            items = [each for each in typing.get_args(section) if dataclasses.is_dataclass(each)]
+            section = items[0] if items else typing.get_type_hints(section)[str(name)]
         known = ", ".join(sorted(field.name for field in dataclasses.fields(section)))
         raise ValueError(f"{key}: unknown key; expected one of {known}")
     if problem["type"] == "missing":

@@ -18,7 +18,7 @@ from repulsor_jax.checkpoints.checkpointer import (
     CheckpointError,
     checkpoint_directory,
 )
-from repulsor_jax.checkpoints.integrity import named_leaves
+from repulsor_jax.checkpoints.manifest import named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import ClassName, LatentFormat

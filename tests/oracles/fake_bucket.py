@@ -31,7 +31,7 @@ class Bucket:
         self.heal()
 
     def heal(self) -> None:
-        self.trouble = ""  # "503", "reset" (no answer, and the connection ends) or "hang"
+        self.trouble = ""  # a status as "503", "reset" (the connection ends) or "hang"
         self.fails: Callable[[str, str], bool] = lambda method, name: True  # where there is trouble
 
     def names(self, prefix: str = "") -> list[str]:
@@ -93,8 +93,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if trouble and bucket.fails(self.command, name):
             while bucket.trouble == "hang":
                 time.sleep(0.02)
-            if trouble == "503":
-                self.answer(503, {"error": {"code": 503, "message": "Service Unavailable"}})
+            if trouble.isdecimal():
+                message = http.HTTPStatus(int(trouble)).phrase
+                self.answer(int(trouble), {"error": {"code": int(trouble), "message": message}})
             else:
                 self.close_connection = True
             return
