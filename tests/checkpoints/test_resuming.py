@@ -7,7 +7,6 @@ import pytest
 
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import latents as latents_lib
 from repulsor_jax.files import atomic
 from tests.oracles import tiny
 
@@ -112,21 +111,3 @@ def test_changes_are_written_down(tmp_path):
         (5, ["one"]),
         (9, ["two", "three"]),
     ]
-
-
-def test_the_identity_of_a_data_set_is_its_content(tmp_path):
-    def dataset(directory="a", sha256="1", **changes):
-        about = dataclasses.asdict(tiny.description(**changes)) | {
-            "directory": tmp_path / directory,
-            "shape": (4, 4, 2),
-            "num_images": 8,
-            "mean": (0.0, 0.0),
-            "std": (1.0, 1.0),
-            "shards": (latents_lib.Shard(f"{directory}.array_record", 8, sha256),),
-        }
-        return latents_lib.identity(latents_lib.LatentDataset(**about))
-
-    assert dataset() == dataset("b", source="elsewhere")
-    assert json.loads(json.dumps(dataset())) == dataset()
-    others = [dataset(sha256="2"), dataset(class_names=("a", "b")), dataset(weights_sha256="x")]
-    assert all(other != dataset() for other in others)

@@ -1,13 +1,9 @@
 """Storage that fails: full, read-only, gone, and back again."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 
 import aiohttp

@@ -1,6 +1,7 @@
 """The format of the data set: what opening checks, and what the model gets of a record."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from repulsor_jax.data import latents as ld
+from tests.oracles import tiny
 from tests.oracles.latent_sets import edit, random_latents, write
 
 SHARD = r"0000{}-of-00002\.array_record"
@@ -151,3 +153,21 @@ def test_sample_posterior():
     )
     other = ld.sample_posterior(jax.random.key(1), moments)
     assert not np.array_equal(samples, other)
+
+
+def test_the_identity_of_a_data_set_is_its_content(tmp_path):
+    def dataset(directory="a", sha256="1", **changes):
+        about = dataclasses.asdict(tiny.description(**changes)) | {
+            "directory": tmp_path / directory,
+            "shape": (4, 4, 2),
+            "num_images": 8,
+            "mean": (0.0, 0.0),
+            "std": (1.0, 1.0),
+            "shards": (ld.Shard(name=f"{directory}.array_record", records=8, sha256=sha256),),
+        }
+        return ld.identity(ld.LatentDataset(**about))
+
+    assert dataset() == dataset("b", source="elsewhere")
+    assert json.loads(json.dumps(dataset())) == dataset()
+    others = [dataset(sha256="2"), dataset(class_names=("a", "b")), dataset(weights_sha256="x")]
+    assert all(other != dataset() for other in others)
