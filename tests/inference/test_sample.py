@@ -189,7 +189,7 @@ def test_what_does_not_fit_the_run_is_refused(workdir, overrides, step, message)
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
-    with pytest.raises(CheckpointError, match="checkpoints is not there"):
+    with pytest.raises(CheckpointError, match="checkpoints holds no checkpoint"):
         draw(tmp_path)
     assert not list(tmp_path.iterdir())
 
