@@ -18,8 +18,8 @@ from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
 from repulsor_jax.models.build import build_model
-from repulsor_jax.models.dit import DiT
-from repulsor_jax.optimizer import build_optimizer
+from repulsor_jax.models.dit import DiT, drop_labels
+from repulsor_jax.optimizer import build_optimizer, learning_rate
 from repulsor_jax.train_state import Objective, Trainer
 
 
@@ -107,6 +107,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         model=build_model(config.model, mesh.devices.flat[0]),
         objective=_make_objective(config),
         optimizer=build_optimizer(config),
+        learning_rate=learning_rate(config),
     )
 
 
@@ -127,6 +128,9 @@ def _make_objective(config: Config) -> Objective:
             t1=t1,
             location=f.logit_normal_location,
             scale=f.logit_normal_scale,
+        ),
+        drop_labels=functools.partial(
+            drop_labels, num_classes=config.model.num_classes, rate=config.model.label_dropout
         ),
         tap=None if regularizer is None else config_lib.tap_block(config),
         regularizer=regularizer,

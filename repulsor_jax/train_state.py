@@ -49,6 +49,7 @@ class Objective(NamedTuple):
       path: from noise to data.
       flow_loss: `(output, data, noise, t) -> [B]`, the loss of the model's prediction.
       sample_times: `(key, batch size) -> [B]`, the times to train at.
+      drop_labels: `(key, labels [B]) -> [B]`, some of them the null class.
       tap: index of the block whose tokens the regulariser sees; None without a regulariser.
       regularizer: the loss on those tokens, or None.
       weight: optimizer step -> lambda, the weight of the regulariser.
@@ -57,6 +58,7 @@ class Objective(NamedTuple):
     path: Path
     flow_loss: Callable[[Array, Array, Array, Array], Array]
     sample_times: Callable[[Array, int], Array]
+    drop_labels: Callable[[Array, Array], Array]
     tap: int | None
     regularizer: Regularizer | None
     weight: Callable[[Array], Array]
@@ -69,6 +71,7 @@ class Trainer(NamedTuple):
     model: DiT
     objective: Objective
     optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule  # of the optimizer, for the metrics
 
 
 def create_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:

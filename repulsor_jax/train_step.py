@@ -17,9 +17,13 @@ from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 from repulsor_jax.flows.paths import interpolate
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.memory_bank import MemoryBank
-from repulsor_jax.models.dit import drop_labels
-from repulsor_jax.optimizer import learning_rate
-from repulsor_jax.train_state import Trainer, TrainState, abstract_train_state, create_train_state
+from repulsor_jax.train_state import (
+    Objective,
+    Trainer,
+    TrainState,
+    abstract_train_state,
+    create_train_state,
+)
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -56,8 +60,8 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
       scalars. A step whose loss or gradient is not finite, or above the configured limits, leaves
       the state as it was, and has the metric "refused" at 1.
     """
-    config, model, objective, optimizer = trainer
-    regularizer, schedule = objective.regularizer, learning_rate(config)
+    config, model, objective, optimizer, learning_rate = trainer
+    regularizer = objective.regularizer
 
     def loss_fn(
         params: dict, inputs: Inputs, bank: MemoryBank | None, weight: Array
@@ -76,7 +80,7 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        inputs = draw_inputs(rng, batch, trainer, latent_format)
+        inputs = draw_inputs(rng, batch, objective, latent_format)
         weight = objective.weight(state.step)
         grad_fn = jax.grad(loss_fn, has_aux=True)
         grads, (metrics, z) = accumulate(
@@ -86,7 +90,7 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
         )
 
         grad_norm = optax.tree.norm(grads)
-        metrics |= {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate(state.step)}
         if regularizer is not None:
             metrics["regularizer_weight"] = weight
 
@@ -117,7 +121,9 @@ def _within(value: Array, limit: float) -> Array:
     return jnp.isfinite(value) & (value <= limit if limit else True)
 
 
-def draw_inputs(rng: Array, batch: Batch, trainer: Trainer, latent_format: LatentFormat) -> Inputs:
+def draw_inputs(
+    rng: Array, batch: Batch, objective: Objective, latent_format: LatentFormat
+) -> Inputs:
     """Draws all that is random in a step: posterior, noise, times, dropped labels.
 
     A row's numbers depend on the key and its place in the global batch alone, so every mesh and
@@ -126,7 +132,7 @@ def draw_inputs(rng: Array, batch: Batch, trainer: Trainer, latent_format: Laten
     Args:
       rng: the key of this step.
       batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`.
-      trainer: whose objective draws the times.
+      objective: draws the times, and drops labels.
       latent_format: how stored latents become the model's.
     """
     posterior_key, noise_key, time_key, label_key = jax.random.split(rng, 4)
@@ -134,10 +140,9 @@ def draw_inputs(rng: Array, batch: Batch, trainer: Trainer, latent_format: Laten
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
     data = normalize(latents, latent_format)
-    t = trainer.objective.sample_times(time_key, data.shape[0])
-    c = trainer.config.model
-    labels = drop_labels(label_key, labels, c.num_classes, c.label_dropout)
-    return Inputs(data, jax.random.normal(noise_key, data.shape), t, labels)
+    t = objective.sample_times(time_key, data.shape[0])
+    noise = jax.random.normal(noise_key, data.shape)
+    return Inputs(data, noise, t, objective.drop_labels(label_key, labels))
 
 
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:

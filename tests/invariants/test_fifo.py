@@ -15,7 +15,7 @@ def test_the_bank_holds_the_last_batches_row_by_row():
 
     @jax.jit
     def features(params, key, batch):
-        inputs = draw_inputs(key, batch, tiny.trainer(c), tiny.FORMAT)
+        inputs = draw_inputs(key, batch, tiny.trainer(c).objective, tiny.FORMAT)
         t = inputs.t[:, None, None, None]
         _, tokens = step.model.apply(
             {"params": params["model"]},
