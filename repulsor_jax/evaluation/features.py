@@ -30,7 +30,7 @@ class FeatureSpace:
 
     Attributes:
       name: "inception", "pixels" or "autoencoder".
-      digest: of its weights, or what names them; "" where it has none.
+      digest: of its weights, or a name of them; "" where it has none.
       params: first argument of `apply`.
       apply: (params, uint8 `[B, H, W, C]`) -> float32 arrays `[B, D]`: "pool", whose Gaussians the
         Fréchet distance compares; in Inception's space "spatial" and "logits" (unbiased) too.
@@ -121,7 +121,9 @@ def autoencoder_space(autoencoder: Autoencoder) -> FeatureSpace:
     return FeatureSpace("autoencoder", autoencoder.identity, autoencoder.params, apply)
 
 
-def download_inception(folder: pathlib.Path | None = None, url: str = inception.WEIGHTS_URL) -> Any:
+def download_inception(
+    folder: pathlib.Path | None = None, url: str = inception.WEIGHTS_URL
+) -> pathlib.Path:
     """Returns the path of the published Inception weights, fetched on first use (95 MB).
 
     Args:
@@ -130,7 +132,7 @@ def download_inception(folder: pathlib.Path | None = None, url: str = inception.
 
     Raises:
       FileNotFoundError: they cannot be fetched; says where to get them, and how to do without.
-      ValueError: what was fetched is another file.
+      ValueError: the file has another SHA-256.
     """
     folder = pathlib.Path(pooch.os_cache("repulsor_jax")) if folder is None else folder
     path = folder / inception.WEIGHTS_NAME

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ class ImageSet:
 
     Attributes:
       name: for reports.
-      digest: of the content, or of what stands for it.
+      digest: of the content, or of the names and sizes of its files.
       count: number of images.
       shape: of one item as read.
       dtype: of one item as read.
@@ -133,8 +132,3 @@ def device_batches(
             own[start : start + len(items)] = items
             start += len(run)
         yield batch, sharding.to_global(own, mesh)
-
-
-def folder_or_archive(path: pathlib.Path) -> str:
-    """The kind of image source that a path is, as `data.sources.open_source` calls it."""
-    return "folder" if path.is_dir() else "archive"

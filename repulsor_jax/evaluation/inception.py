@@ -13,7 +13,7 @@ Everything is float32, NHWC, with full-precision products on accelerators whose 
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,19 +38,9 @@ _BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-class _Convolution(Protocol):
-    """A convolution without bias, batch norm and ReLU, under the name of the PyTorch module."""
-
-    def __call__(
-        self,
-        name: str,
-        x: Array,
-        features: int,
-        kernel: tuple[int, int] = (1, 1),
-        *,
-        stride: int = 1,
-        padding: str = "SAME",
-    ) -> Array: ...
+# (name of the PyTorch module, x, features, kernel=(1, 1), stride=1, padding="SAME") -> Array: a
+# convolution without bias, batch norm and ReLU.
+_Convolution = Callable[..., Array]
 
 
 def features(params: Params, images: Array | np.ndarray) -> dict[str, Array]:
@@ -120,16 +110,8 @@ def _resize_rule(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def activations(params: Params, x: Array) -> dict[str, Array]:
     """What `features` returns, from an input that `preprocess` made, float32 `[B, 299, 299, 3]`."""
 
-    def convolution(
-        name: str,
-        x: Array,
-        features: int,
-        kernel: tuple[int, int] = (1, 1),
-        *,
-        stride: int = 1,
-        padding: str = "SAME",
-    ) -> Array:
-        found = _convolve(x, params[name]["kernel"], stride, padding)
+    def convolution(name: str, x: Array, *shape: Any, **steps: Any) -> Array:
+        found = _convolve(x, params[name]["kernel"], **steps)
         return jax.nn.relu(found + params[name]["bias"])
 
     layers = _network(convolution, x)
@@ -235,7 +217,9 @@ def _block_8(conv: _Convolution, name: str, x: Array, pool: Callable[[Array], Ar
     return jnp.concatenate(branches, axis=-1)
 
 
-def _convolve(x: Array, kernel: Array | np.ndarray, stride: int, padding: str) -> Array:
+def _convolve(
+    x: Array, kernel: Array | np.ndarray, stride: int = 1, padding: str = "SAME"
+) -> Array:
     return lax.conv_general_dilated(
         x,
         jnp.asarray(kernel),
@@ -338,17 +322,11 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(
-        name: str,
-        x: Array,
-        features: int,
-        kernel: tuple[int, int] = (1, 1),
-        *,
-        stride: int = 1,
-        padding: str = "SAME",
+        name: str, x: Array, features: int, kernel: tuple[int, int] = (1, 1), **steps: Any
     ) -> Array:
         shapes[f"{name}.conv.weight"] = (features, x.shape[-1], *kernel)
         shapes.update({f"{name}.bn.{key}": (features,) for key in _BATCH_NORM})
-        return _convolve(x, jnp.zeros((*kernel, x.shape[-1], features)), stride, padding)
+        return _convolve(x, jnp.zeros((*kernel, x.shape[-1], features)), **steps)
 
     # Every shape follows from the network itself, which is traced but not run.
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)

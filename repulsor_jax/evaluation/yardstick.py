@@ -20,7 +20,6 @@ from repulsor_jax.evaluation.features import (
 )
 from repulsor_jax.evaluation.image_sets import (
     ImageSet,
-    folder_or_archive,
     latent_images,
     npz_images,
     source_images,
@@ -78,13 +77,13 @@ def open_yardstick(
     autoencoder: Autoencoder | None,
     image_shape: tuple[int, ...],
 ) -> Yardstick:
-    """As `make_yardstick`, for samples of no run.
+    """As `make_yardstick`, for samples that no run of ours drew.
 
     Args:
       config: the configuration.
       workdir: records and caches are kept in `evaluations` of it.
       mesh: the devices.
-      autoencoder: of the configuration; None loads it where it is needed.
+      autoencoder: of the configuration; None loads it where the reference or the space needs it.
       image_shape: `[H, W, C]` of the samples.
     """
     folder, is_main = workdir / "evaluations", jax.process_index() == 0
@@ -194,23 +193,18 @@ def _open_images(
             f"config.evaluation.reference={c.reference!r}: its images are cropped to squares, but "
             f"samples are {height} x {width}: give an .npz"
         )
-    path = c.reference
-    kind = path
-    if not path.startswith("tfds:"):
-        located = pathlib.Path(path).expanduser()
+    kind, path = c.reference, config.data.source_path
+    if not kind.startswith("tfds:"):
+        located = pathlib.Path(c.reference).expanduser()
         if not located.exists():
             raise ConfigError(
-                f"config.evaluation.reference={path!r}: found no such file or folder, expected an "
-                ".npz, a folder or archive of images, 'tfds:<name>', 'train' or 'test'"
+                f"config.evaluation.reference={c.reference!r}: found no such file or folder, "
+                "expected an .npz, a folder or archive of images, 'tfds:<name>', 'train' or 'test'"
             )
-        kind = folder_or_archive(located)
+        kind, path = "folder" if located.is_dir() else "archive", str(located)
+    cache = workdir / "evaluations" / _ARCHIVE
     try:
-        source = open_source(
-            kind,
-            c.reference_split,
-            path=config.data.source_path if kind == path else str(located),
-            cache_dir=workdir / "evaluations" / _ARCHIVE,
-        )
+        source = open_source(kind, c.reference_split, path=path, cache_dir=cache)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.evaluation.reference={path!r}: {error}") from error
-    return source_images(source, f"{path} {c.reference_split}".removesuffix(" ."), height)
+        raise ConfigError(f"config.evaluation.reference={c.reference!r}: {error}") from error
+    return source_images(source, f"{c.reference} {c.reference_split}".removesuffix(" ."), height)
