@@ -68,8 +68,7 @@ class ImageFolder(Listing):
 
     def signature(self) -> str:
         """See `ImageSource`; asks the file system for every file's size."""
-        sizes = file_sizes(self.root, self.names)
-        return source_signature("folder", self.class_names, self.names, self.labels, sizes)
+        return source_signature("folder", self, file_sizes(self.root, self.names))
 
 
 def open_image_folder(path: str, split: str) -> ImageFolder:
@@ -86,8 +85,7 @@ def open_image_folder(path: str, split: str) -> ImageFolder:
         outside, or a class folder without any.
     """
     root = find_folder(path, split, "folder")
-    listing = arrange(root, scan(root, IMAGE_SUFFIXES), "image")
-    return ImageFolder(**vars(listing), root=root)
+    return ImageFolder(**vars(arrange(root, scan(root, IMAGE_SUFFIXES), "image")), root=root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +131,13 @@ class ImageArchive(Listing):
 
     def signature(self) -> str:
         """See `ImageSource`; known since the archive was opened."""
-        return source_signature("archive", self.class_names, self.names, self.labels, self.sizes)
+        return source_signature("archive", self, self.sizes)
 
 
 def _check_size(size: int, name: str) -> None:
     if size > MAX_FILE_BYTES:
-        raise OSError(
-            errno.EFBIG, f"refused, as it has {size:,} bytes, more than {MAX_FILE_BYTES:,}", name
-        )
+        problem = f"refused, as it has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
+        raise OSError(errno.EFBIG, problem, name)
 
 
 def open_image_archive(
@@ -148,12 +145,12 @@ def open_image_archive(
 ) -> ImageArchive:
     """Opens the images in a tar, zip or compressed tar, by the rules of `open_image_folder`.
 
-    The kind is known by the content, whatever the name. Nothing is extracted: members are read
-    where they are, so their names only serve as labels. A compressed tar (gzip, xz, bzip2) is
-    decompressed once to a plain tar in `cache_dir`, and reused while the archive keeps its size
-    and time of change. A tar in a tar counts as a folder of its name without ".tar": so reads
-    `ILSVRC2012_img_train.tar` as it is distributed, with the split ".". Of members with the same
-    name the last one counts, as for `tar`. Links and devices are left out, with the other files.
+    The kind is known by the content, whatever the name. Members are read in place, and their names
+    only serve as labels. A compressed tar (gzip, xz, bzip2) is decompressed once to a plain tar in
+    `cache_dir`, and reused while the archive keeps its size and time of change. A tar in a tar
+    counts as a folder of its name without ".tar": so reads `ILSVRC2012_img_train.tar` as it is
+    distributed, with the split ".". Of members with the same name the last one counts, as for
+    `tar`. Links and devices are left out, with the other files.
 
     Args:
       path: the archive.
@@ -174,16 +171,18 @@ def open_image_archive(
     try:
         with open(path, "rb") as file:
             start = file.read(_BLOCK)
-        compressed = [value for magic, value in _COMPRESSIONS.items() if start.startswith(magic)]
-        data_path = _decompress(path, compressed[0], cache_dir) if compressed else path
-        data_path, changed = os.path.abspath(data_path), os.stat(data_path).st_mtime_ns
+        data_path = os.path.abspath(path)
+        for magic, method in _COMPRESSIONS.items():
+            if start.startswith(magic):
+                data_path = os.path.abspath(_decompress(path, method, cache_dir))
+        changed = os.stat(data_path).st_mtime_ns
         is_zip = start.startswith(_ZIP_STARTS)
         found = _list_zip(path, changed) if is_zip else _list_tar(path, data_path)
         bar = tqdm(found, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
-        # Of one name the last counts, as for `tar`.
         members = {m.name: m for m in bar if m.name and not is_hidden(m.name)}
     except OSError as error:
-        raise ValueError(f"{path}: cannot be opened: {error.strerror or error}") from error
+        to = f", or decompressed to {cache_dir}" if cache_dir else ""
+        raise ValueError(f"{path}: cannot be read{to}: {error.strerror or error}") from error
     folders = {name for name, member in members.items() if member.kind == "folder"}
     for name in members:  # some folders only show in the names of their members
         while (name := name.rpartition("/")[0]) and name not in folders:
@@ -191,13 +190,10 @@ def open_image_archive(
     prefix = _find_prefix(path, folders, split)
     below = {n[len(prefix) :]: m for n, m in members.items() if n.startswith(prefix)}
     images = [n for n, m in below.items() if m.kind == "file" and suffix(n) in IMAGE_SUFFIXES]
-    tops = sorted({n.removeprefix(prefix) for n in folders if n.startswith(prefix)})
-    files = Files(
-        images,
-        [name for name in tops if "/" not in name],
-        [n for n in below.keys() - set(images) if below[n].kind != "folder"],
-    )
-    listing = arrange(f"{path}:{prefix}".removesuffix(":"), files, "image")
+    tops = {n.removeprefix(prefix).partition("/")[0] for n in folders if n.startswith(prefix)}
+    others = [n for n in below.keys() - set(images) if below[n].kind != "folder"]
+    title = f"{path}:{prefix}".removesuffix(":")
+    listing = arrange(title, Files(images, list(tops), others), "image")
     chosen = [below[listing.names[i]] for i in range(len(listing))]
     return ImageArchive(
         **vars(listing),
@@ -233,12 +229,10 @@ def _inside(archive: str, name: str) -> str:
 def _find_prefix(path: str, folders: set[str], split: str) -> str:
     """The folder of a split in the archive, "" or with a slash at the end."""
     split = "/".join(part for part in split.split("/") if part not in ("", "."))
-    if not split:
-        return ""
-    if split in folders:
-        return f"{split}/"
     tops = sorted(folder for folder in folders if "/" not in folder)
-    found = [f"{top}/{split}/" for top in tops if f"{top}/{split}" in folders]
+    found = [f"{top}/{split}" for top in tops if f"{top}/{split}" in folders]
+    if not split or split in folders:
+        found = [split]
     if len(found) != 1:
         several = f", but {shorten(found)}" if found else ""
         raise ValueError(
@@ -246,7 +240,7 @@ def _find_prefix(path: str, folders: set[str], split: str) -> str:
             f'top are {shorten(tops)}: give one of them as the split, "a/b" for a folder in '
             'a folder, or "." for all of the archive'
         )
-    return found[0]
+    return found[0] and f"{found[0]}/"
 
 
 @functools.lru_cache(maxsize=2)
@@ -256,12 +250,12 @@ def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
 
 
 def _list_zip(path: str, changed: int) -> Iterator[_Member]:
+    early = f"{path}: ends early or is damaged"
     try:
         entries = _open_zip(os.path.abspath(path), changed).infolist()
     except _BAD_ZIP as error:
         raise ValueError(
-            f"{path}: ends early or is damaged, a zip's directory at its end is missing or wrong "
-            f"({error}): fetch it again"
+            f"{early}, in the directory at its end ({error}): fetch it again"
         ) from error
     end = os.path.getsize(path)
     for index, entry in enumerate(entries):
@@ -269,22 +263,19 @@ def _list_zip(path: str, changed: int) -> Iterator[_Member]:
         name = _inside(path, entry.filename.replace("\\", "/"))
         if entry.is_dir():
             yield _Member(name, "folder")
-        elif entry.flag_bits & 1 or entry.compress_type not in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-        ):
+        elif entry.flag_bits & 1 or entry.compress_type not in (0, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{path}: {name} is encrypted or compressed by method {entry.compress_type}, "
                 "expected 0 (as it is) or 8 (deflate): make the zip again, without a password and "
                 "best without compression"
             )
+        elif not 0 <= entry.header_offset <= end - entry.compress_size:
+            raise ValueError(f"{early}, in the member {name}: fetch it again")
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
             yield _Member(name, "other")
-        elif not 0 <= entry.header_offset <= end - entry.compress_size:
-            raise ValueError(f"{path}: damaged, {name} would reach beyond its end: fetch it again")
         else:
-            size = min(entry.file_size, MAX_FILE_BYTES + 1)  # which is refused when it is read
-            yield _Member(name, "file", index, size)
+            # A larger size is refused when the member is read, and might not fit the array.
+            yield _Member(name, "file", index, min(entry.file_size, MAX_FILE_BYTES + 1))
 
 
 def _list_tar(path: str, data_path: str) -> Iterator[_Member]:
@@ -300,15 +291,15 @@ def _walk_tar(
 
     Without a folder, the members of a tar in it take the place of that tar. `tarfile` takes a
     damaged header, or no more bytes, for the end of the archive; a block of zeros, which tar
-    writes, tells the real end. `tarfile` reads a header of any size that the header gives: it gets
-    `_MAX_TAR_HEADER` bytes at once, and no more.
+    writes, tells the real end.
     """
     early = f"{where}: ends early or is damaged"
     file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (entry := tar.next()) is not None:
-                if entry.size < 0 or entry.offset_data + entry.size > end:
+                first, beyond = entry.offset_data, entry.offset_data + entry.size
+                if entry.size < 0 or beyond > end:
                     raise ValueError(f"{early}, in the member {entry.name}: fetch it again")
                 name = folder + _inside(where, entry.name)
                 if entry.isdir():
@@ -316,10 +307,9 @@ def _walk_tar(
                 elif not entry.isreg() or entry.issparse():
                     yield _Member(name, "other")
                 elif folder or suffix(name) != "tar" or is_hidden(name):
-                    yield _Member(name, "file", entry.offset_data, entry.size)
+                    yield _Member(name, "file", first, entry.size)
                 else:
                     inner = name[: -len(".tar")]
-                    first, beyond = entry.offset_data, entry.offset_data + entry.size
                     yield _Member(inner, "folder")
                     yield from _walk_tar(file, f"{where}:{name}", first, beyond, f"{inner}/")
                 tar.members.clear()  # type: ignore[attr-defined]  # which would hold them all
@@ -338,7 +328,7 @@ def _walk_tar(
 
 
 class _Headers(io.FileIO):
-    """A tar of which `tarfile` reads the headers, but none that is larger than any tar needs."""
+    """A tar of which `tarfile` reads the headers, but none of a size that no tar needs."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_TAR_HEADER:
@@ -352,30 +342,26 @@ class _Headers(io.FileIO):
 def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None) -> str:
     """Returns the path of the decompressed copy in `cache_dir`, made if it is not there yet.
 
-    Args:
-      path: of the compressed tar.
-      method: one of the modules gzip, lzma and bz2.
-      cache_dir: for the copy.
+    The method is one of the modules gzip, lzma and bz2.
     """
     if cache_dir is None:
         raise ValueError(
             f"{path}: a tar compressed with {method.__name__} is read from a decompressed copy: "
             "give a cache_dir to put it in, or decompress it yourself"
         )
-    status = os.stat(path)
-    name = os.path.basename(path).partition(".")[0]
-    target = pathlib.Path(cache_dir, f"{name}-{status.st_size:x}-{status.st_mtime_ns:x}.tar")
+    status, name = os.stat(path), os.path.basename(path)
+    stem = f"{name.partition('.')[0]}-{status.st_size:x}-{status.st_mtime_ns:x}"
+    target = pathlib.Path(cache_dir, f"{stem}.tar")
     if target.exists():
         return str(target)
     most = max(_ALWAYS_EXPANDED, _MAX_EXPANSION * status.st_size)
-    title = {"desc": f"decompress {os.path.basename(path)}", "total": status.st_size, "delay": 2}
-    atomic.remove_stale(target)
+    bar = {"desc": f"decompress {name}", "total": status.st_size, "delay": 2}
     try:
         with (
             open(path, "rb") as file,
-            tqdm.wrapattr(file, "read", **title) as watched,
-            atomic.replacing(target) as temporary,
+            tqdm.wrapattr(file, "read", **bar) as watched,
             method.open(watched) as stream,
+            atomic.replacing(target) as temporary,
             temporary.open("wb") as copy,
         ):
             while chunk := stream.read(1 << 20):
@@ -385,10 +371,7 @@ def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None
                         f"{most:,}: if you trust it, decompress it yourself"
                     )
                 copy.write(chunk)
-    except (EOFError, lzma.LZMAError, zlib.error, OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # as of a full disk
-            problem = f"decompressing it to {target.parent} failed: {error.strerror}"
-            raise OSError(error.errno, problem) from error
+    except (EOFError, lzma.LZMAError, zlib.error, MemoryError) as error:
         raise ValueError(
             f"{path}: ends early or is damaged, {method.__name__} says: {error}: fetch it again"
         ) from error

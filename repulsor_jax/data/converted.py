@@ -15,6 +15,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from repulsor_jax.data.listing import (
+    Listing,
     Names,
     arrange,
     file_sizes,
@@ -103,9 +104,7 @@ def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
 def _array_files(
     kind: str,
     root: str,
-    class_names: Sequence[str],
-    names: Names,
-    labels: np.ndarray,
+    listing: Listing,
     *,
     scaled: bool = False,
     stochastic: bool = False,
@@ -115,7 +114,7 @@ def _array_files(
 
     Stochastic are means, then log-variances, or standard deviations, which become log-variances.
     """
-    first = os.path.join(root, names[0])
+    first = os.path.join(root, listing.names[0])
     shape = _load_latents(first).shape
     if stochastic and shape[0] % 2:
         raise ValueError(
@@ -123,7 +122,7 @@ def _array_files(
         )
 
     def read(index: int) -> tuple[np.ndarray, str]:
-        path = os.path.join(root, names[index])
+        path = os.path.join(root, listing.names[index])
         stored = _load_latents(path)
         if stored.shape != shape:
             raise ValueError(
@@ -135,9 +134,10 @@ def _array_files(
         return np.ascontiguousarray(stored.transpose(1, 2, 0)[None]), path
 
     def signature() -> str:
-        return source_signature(kind, class_names, names, labels, file_sizes(root, names))
+        return source_signature(kind, listing, file_sizes(root, listing.names))
 
-    return LatentSource(class_names, labels, read, signature, stochastic, 1, scaled)
+    classes, labels = listing.class_names, listing.labels
+    return LatentSource(classes, labels, read, signature, stochastic, 1, scaled)
 
 
 def _fast_dit(split: str, path: str) -> LatentSource:
@@ -173,7 +173,8 @@ def _fast_dit(split: str, path: str) -> LatentSource:
             )
         values.append(label.item())
     classes, numbers = _numbered_classes(labels, values)
-    return _array_files("fast-dit", features, classes, Names.pack(names), numbers, scaled=True)
+    listing = Listing(classes, Names.pack(names), numbers)
+    return _array_files("fast-dit", features, listing, scaled=True)
 
 
 @checked
@@ -206,8 +207,8 @@ def _repa(split: str, path: str) -> LatentSource:
     labels = dict(parse(_RepaLabels, values, file).labels)
     names = sorted(_arrays_with_labels(root, labels, file))
     classes, numbers = _numbered_classes(file, [labels[name] for name in names])
-    packed = Names.pack(names)
-    return _array_files("repa", root, classes, packed, numbers, stochastic=True, has_std=True)
+    listing = Listing(classes, Names.pack(names), numbers)
+    return _array_files("repa", root, listing, stochastic=True, has_std=True)
 
 
 def _npy(split: str, path: str, name: str) -> LatentSource:
@@ -218,13 +219,8 @@ def _npy(split: str, path: str, name: str) -> LatentSource:
     """
     root = find_folder(path, split, "npy")
     listing = arrange(root, scan(root, ("npy",)), ".npy file")
-    return _array_files(
-        name,
-        root,
-        **vars(listing),
-        stochastic=name == "npy:moments",
-        scaled=name == "npy:scaled",
-    )
+    stochastic, scaled = name == "npy:moments", name == "npy:scaled"
+    return _array_files(name, root, listing, stochastic=stochastic, scaled=scaled)
 
 
 def _lightning_dit(split: str, path: str) -> LatentSource:
@@ -284,8 +280,8 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     def signature() -> str:
         names = Names.pack(os.path.basename(path) for path in paths)
         sizes = np.array([os.path.getsize(path) for path in paths])
-        items = np.concatenate([ends, numbers])
-        return source_signature("lightning-dit", class_names, names, items, sizes)
+        listing = Listing(class_names, names, np.concatenate([ends, numbers]))
+        return source_signature("lightning-dit", listing, sizes)
 
     return LatentSource(class_names, numbers, read, signature, views=2)
 

@@ -10,7 +10,6 @@ with flips holds two records an image, its latent and that of the mirrored image
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from pydantic import AfterValidator, Field, FiniteFloat
 from tqdm import tqdm
 
-from repulsor_jax.files.checksums import file_sha256
+from repulsor_jax.files.checksums import file_sha256, values_sha256
 from repulsor_jax.files.untrusted import checked, has_controls, is_plain_name, parse, read_json
 
 FORMAT_VERSION = 2
@@ -160,7 +159,7 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
 
     Raises:
       FileNotFoundError: dataset.json or a shard is missing.
-      ValueError: dataset.json is not one this version reads, or a shard is damaged.
+      ValueError: dataset.json is damaged or of another version, or a shard is damaged.
     """
     directory = pathlib.Path(directory).absolute()
     path = directory / METADATA
@@ -218,16 +217,11 @@ def check_files(
     unknown = [name for name, stamp in stamps.items() if known.get(name) != stamp]
     if not unknown:
         return
-    bytes_left = sum(stamps[name][0] for name in unknown)
+    title, total = f"verify {dataset.directory.name}", sum(stamps[name][0] for name in unknown)
     damaged = []
     with (
         tqdm(
-            total=bytes_left,
-            desc=f"verify {dataset.directory.name}",
-            unit="B",
-            unit_scale=True,
-            delay=1,
-            disable=not progress,
+            total=total, desc=title, unit="B", unit_scale=True, delay=1, disable=not progress
         ) as bar,
         concurrent.futures.ThreadPoolExecutor() as pool,  # hashing releases the interpreter lock
     ):
@@ -238,9 +232,8 @@ def check_files(
             bar.update(stamps[name][0])
     if damaged:
         raise ValueError(
-            f"{dataset.directory / damaged[0]}: damaged, its SHA-256 is not the one in dataset.json"
-            + (f" (and {len(damaged) - 1} more: {', '.join(damaged[1:5])})" if damaged[1:] else "")
-            + f": {_REMEDY}"
+            f"{dataset.directory / damaged[0]}: damaged, its SHA-256 is not the one in "
+            f"dataset.json, and so for {len(damaged)} files in all: {_REMEDY}"
         )
     with contextlib.suppress(OSError):  # a read-only data set is checked at every start
         note.write_text(json.dumps(stamps))
@@ -251,7 +244,6 @@ def identity(dataset: LatentDataset) -> dict[str, Any]:
 
     Two data sets with the same identity hold the same records in the same order.
     """
-    shards = [[shard.records, shard.sha256] for shard in dataset.shards]
     return {
         "images": dataset.num_images,
         "flipped": dataset.flipped,
@@ -259,8 +251,8 @@ def identity(dataset: LatentDataset) -> dict[str, Any]:
         "dtype": dataset.dtype,
         "autoencoder": dataset.autoencoder,
         "weights_sha256": dataset.weights_sha256,
-        "class_names_sha256": hashlib.sha256(json.dumps(dataset.class_names).encode()).hexdigest(),
-        "shards_sha256": hashlib.sha256(json.dumps(shards).encode()).hexdigest(),
+        "class_names_sha256": values_sha256(dataset.class_names),
+        "shards_sha256": values_sha256([[shard.records, shard.sha256] for shard in dataset.shards]),
     }
 
 
@@ -311,12 +303,11 @@ def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
         data set's own mean and 1 / std per channel.
 
     Raises:
-      ValueError: unknown normalization, or "statistics" with a constant channel.
+      ValueError: "statistics" with a constant channel.
     """
     if normalization == "scale":
-        shift = np.full(len(dataset.mean), dataset.shift)
-        factor = np.full(len(dataset.mean), dataset.scale)
-    elif normalization == "statistics":
+        shift, factor = np.full((2, len(dataset.mean)), [[dataset.shift], [dataset.scale]])
+    else:
         shift, std = np.array(dataset.mean), np.array(dataset.std)
         constant = std <= 1e-6 * np.maximum(np.abs(shift), 1e-6)
         if constant.any():
@@ -326,10 +317,6 @@ def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
                 'use normalization "scale"'
             )
         factor = 1 / std
-    else:
-        raise ValueError(
-            f'normalization: found {normalization!r}, expected "scale" or "statistics"'
-        )
     return LatentFormat(dataset.stochastic, shift.astype(np.float32), factor.astype(np.float32))
 
 

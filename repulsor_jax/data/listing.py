@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The files of a data set in order of class, then name.
+    """The items of a data set in order of class, then name.
 
     Attributes:
       class_names: sorted names of the classes, or `UNLABELLED` alone.
@@ -76,7 +76,7 @@ class Listing:
 
 
 class Files(NamedTuple):
-    """What `scan` found, as paths below the root with "/" between components.
+    """Paths below a root, "/" between components.
 
     Attributes:
       names: the wanted files.
@@ -103,18 +103,17 @@ def find_folder(path: str, split: str, kind: str) -> str:
     """Returns the folder of a split: `path/split`, or `path` itself for ".".
 
     Raises:
-      ValueError: there is no such folder; the message lists those there are. Or the split leads
-        out of `path`.
+      ValueError: there is no such folder, or the split leads out of `path`.
     """
     if os.path.isabs(split) or ".." in split.replace("\\", "/").split("/"):
         raise ValueError(
             f"{kind}: found the split {split!r}, which leads out of {path}; expected a folder in it"
         )
-    if not path:
-        raise ValueError(f"{kind}: found no path, expected the folder of the data set")
     if not os.path.isdir(path):
         found = "is a file, not a folder" if os.path.exists(path) else "not found"
-        raise ValueError(f"{kind}: {path} {found}; expected the folder of the data set")
+        raise ValueError(
+            f"{kind}: {path or 'no path'} {found}; expected the folder of the data set"
+        )
     root = os.path.join(path, split) if split not in ("", ".") else path
     if not os.path.isdir(root):
         raise ValueError(
@@ -130,11 +129,7 @@ def subfolders(path: str) -> list[str]:
     Raises:
       ValueError: the folder cannot be read.
     """
-    try:
-        with os.scandir(path) as entries:
-            return sorted(e.name for e in entries if _is_folder(e) and not is_hidden(e.name))
-    except OSError as error:
-        raise ValueError(f"{path}: the folder cannot be read: {error.strerror}") from error
+    return sorted(e.name for e in _entries(path) if _is_folder(e))
 
 
 def scan(root: str, suffixes: Collection[str]) -> Files:
@@ -149,26 +144,19 @@ def scan(root: str, suffixes: Collection[str]) -> Files:
     files = Files([], [], [])
 
     def visit(folder: str, below: str, parents: frozenset[tuple[int, int]]) -> None:
-        try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in parents:
-                raise ValueError(f"{folder}: a link to a folder that holds it: remove the link")
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if is_hidden(name):
-                        continue
-                    if _is_folder(entry):
-                        if not below:
-                            files.folders.append(name)
-                        visit(entry.path, f"{below}{name}/", parents | {identity})
-                    elif suffix(name) in suffixes and _is_file(entry):
-                        files.names.append(below + name)
-                    else:
-                        files.others.append(below + name)
-        except OSError as error:
-            raise ValueError(f"{folder}: the folder cannot be read: {error.strerror}") from error
+        entries = _entries(folder)
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in parents:
+            raise ValueError(f"{folder}: a link to a folder that holds it: remove the link")
+        for entry in entries:
+            if _is_folder(entry):
+                if not below:
+                    files.folders.append(entry.name)
+                visit(entry.path, f"{below}{entry.name}/", parents | {identity})
+            else:
+                is_wanted = suffix(entry.name) in suffixes and _is_file(entry)
+                (files.names if is_wanted else files.others).append(below + entry.name)
 
     visit(root, "", frozenset())
     return files
@@ -177,86 +165,62 @@ def scan(root: str, suffixes: Collection[str]) -> Files:
 def arrange(where: str, files: Files, what: str) -> Listing:
     """Sorts files into classes by the first component of their paths.
 
-    Says in a warning how many files were left out.
-
     Args:
       where: for messages: the folder, or the archive and the folder in it.
-      files: what is there.
+      files: the files; a warning says how many were left out.
       what: for messages: "image", ".npy file".
 
     Raises:
-      ValueError: no file, files both in class folders and outside, a class without files, or one
-        whose name holds control characters.
+      ValueError: no file, files both in class folders and outside, a class without files, or a
+        class whose name holds control characters.
     """
     if not files.names:
-        others = (
-            f"; the files there are others, such as {min(files.others)}" if files.others else ""
-        )
+        others = f"; found other files, such as {min(files.others)}" if files.others else ""
         raise ValueError(
             f"{where}: found no {what}, expected folders of them, one for each class, or all of "
             f"them directly inside{others}"
         )
-    flat: list[str] = []
     classes: dict[str, list[str]] = {}
     for name in files.names:
-        folder, separator, rest = name.partition("/")
-        if separator:
-            classes.setdefault(folder, []).append(rest)
-        else:
-            flat.append(name)
-    if flat and classes:
+        classes.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
+    class_names = sorted(classes)
+    flat = classes.get("", [])
+    if flat and len(class_names) > 1:
         raise ValueError(
-            f"{where}: found both {min(flat)} directly inside and {min(files.names, key=_outside)} "
+            f"{where}: found both {min(flat)} directly inside and {min(classes[class_names[1]])} "
             "in a folder; expected every file in a folder of its class, or none"
         )
-    empty = [] if flat else sorted(set(files.folders) - classes.keys())
-    if empty:
+    if not flat and (empty := sorted(set(files.folders) - classes.keys())):
         raise ValueError(
             f"{where}: found no {what} in {shorten(empty)}; expected at least one in each class "
             "folder: add them, or remove the folder"
         )
-    if files.others:
-        logging.warning(
-            "%s: left out %d files that are not %ss by their name or kind, such as %s",
-            printable(where),
-            len(files.others),
-            what,
-            printable(min(files.others)),
-        )
-    if flat:
-        names = Names.pack(sorted(flat))
-        return Listing((UNLABELLED,), names, np.zeros(len(flat), np.int32))
-    class_names = sorted(classes)
-    odd = [name for name in class_names if has_controls(name)]
-    if odd:
+    if odd := [name for name in class_names if has_controls(name)]:
         raise ValueError(
             f"{where}: found the class name {odd[0]!r}, which holds control characters; it would "
             "go into tables and pictures: rename the folder"
         )
-    names = Names.pack(f"{c}/{rest}" for c in class_names for rest in sorted(classes[c]))
+    if files.others:
+        message = "%s: left out %d files that are not %ss by their name or kind, such as %s"
+        example = printable(min(files.others))
+        logging.warning(message, printable(where), len(files.others), what, example)
+    names = Names.pack(name for c in class_names for name in sorted(classes[c]))
     counts = [len(classes[c]) for c in class_names]
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
-    return Listing(tuple(class_names), names, labels)
+    return Listing((UNLABELLED,) if flat else tuple(class_names), names, labels)
 
 
-def source_signature(
-    kind: str,
-    class_names: Sequence[str],
-    names: Names,
-    labels: np.ndarray,
-    sizes: np.ndarray,
-) -> str:
-    """SHA-256 in hex of what tells one data set from another without reading its contents.
+def source_signature(kind: str, listing: Listing, sizes: np.ndarray) -> str:
+    """SHA-256 in hex that tells one data set from another; no contents are read.
 
     Args:
       kind: of the source.
-      class_names: label k is `class_names[k]`.
-      names: of the items, without what leads to the data set.
-      labels: `[N]`.
-      sizes: `[N]`, bytes of each item as stored.
+      listing: class names, labels, and names without the path of the data set.
+      sizes: bytes of each item as stored.
     """
-    found = hashlib.sha256(json.dumps([kind, list(class_names), len(names)]).encode())
-    for part in (names.text, names.ends, labels, sizes):
+    names = listing.names
+    found = hashlib.sha256(json.dumps([kind, list(listing.class_names), len(names)]).encode())
+    for part in (names.text, names.ends, listing.labels, sizes):
         found.update(part if isinstance(part, bytes) else part.astype("<i8").tobytes())
     return found.hexdigest()
 
@@ -276,9 +240,12 @@ def shorten(names: Collection[str], limit: int = 10) -> str:
     return f"{list(names)[:limit]}{more}"
 
 
-def _outside(name: str) -> tuple[bool, str]:
-    """Sorts files in folders before those outside."""
-    return "/" not in name, name
+def _entries(folder: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as error:
+        raise ValueError(f"{folder}: the folder cannot be read: {error.strerror}") from error
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -1,17 +1,19 @@
 """Image sources: random access to labelled images, looked up by name."""
 
+import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from repulsor_jax.data.archives import open_image_archive, open_image_folder
-from repulsor_jax.data.listing import Item, Names, source_signature
+from repulsor_jax.data.listing import Item, Listing, Names, source_signature
 from repulsor_jax.files.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
@@ -23,6 +25,7 @@ _Path = str | os.PathLike[str]
 _TFDS_NAME = re.compile(r"[a-z0-9_]+(/[\w+-]+(\.[\w+-]+)*)?(:[\d.*]+)?")
 _TFDS_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _TFDS_CLASSES = "tensorflow_datasets.core.features."
+_NONE = np.zeros(0, np.int64)
 
 
 class ImageSource(Protocol):
@@ -52,11 +55,7 @@ class ImageSource(Protocol):
 
 
 def open_source(
-    name: str,
-    split: str,
-    *,
-    path: str = "",
-    cache_dir: _Path | None = None,
+    name: str, split: str, *, path: str = "", cache_dir: _Path | None = None
 ) -> ImageSource:
     """Opens an image source.
 
@@ -71,71 +70,33 @@ def open_source(
     Raises:
       ValueError: unknown name or split, or a source without images and labels.
     """
-    kind, _, argument = name.partition(":")
-    if name not in _SOURCES and not (kind == "tfds" and argument):
-        expected = sorted([*_SOURCES, "tfds:<name>"])
-        raise ValueError(f"image source: found {name!r}, expected one of {expected}")
-    return _tfds(argument, split, path) if argument else _SOURCES[kind](split, path, cache_dir)
+    if name == "folder":
+        return open_image_folder(path, split)
+    if name == "archive":
+        return open_image_archive(path, split, cache_dir=cache_dir)
+    if name == "digits":
+        return _digits(split, path)
+    if name.startswith("tfds:") and name != "tfds:":
+        return _tfds(name, split, path)
+    expected = ["archive", "digits", "folder", "tfds:<name>"]
+    raise ValueError(f"image source: found {name!r}, expected one of {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Digits:
-    """Images held in memory, `[N, H, W, C]`, and labels `[N]`."""
+class _Digits(Listing):
+    """Images held in memory, `[N, H, W, C]`."""
 
     images: np.ndarray
-    labels: np.ndarray
-    class_names: Sequence[str]
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
-        name = f"digits {self.split}[{index}]"
+        name = f"digits {self.names[index]}"
         return Item(self.images[index], int(self.labels[index]), name)
 
     def signature(self) -> str:
-        names = Names.pack(f"{self.split}[{i}]" for i in range(len(self)))
-        sizes = np.full(len(self), self.images[0].nbytes)
-        return source_signature("digits", self.class_names, names, self.labels, sizes)
+        return source_signature("digits", self, np.full(len(self), self.images[0].nbytes))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tfds:
-    """A tfds data source of examples with "image", not decoded, and "label".
-
-    Attributes:
-      examples: the tfds data source.
-      name: as in `open_source`.
-      split: as in `open_source`.
-      version: name, configuration and version of the data set, as tfds writes them.
-      class_names: label k is `class_names[k]`.
-    """
-
-    examples: Any
-    name: str
-    split: str
-    version: str
-    class_names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Item:
-        name = f"{self.name} {self.split}[{index}]"
-        try:
-            example = self.examples[index]
-        except RuntimeError as error:  # how ArrayRecord says that a checksum is wrong
-            raise OSError(errno.EIO, f"damaged: {error}", name) from error
-        return Item(example["image"], int(example["label"]), name)
-
-    def signature(self) -> str:
-        """The version stands for labels and sizes: tfds data sets of one version are the same."""
-        names = Names.pack([f"{self.version} {self.split} {len(self)}"])
-        return source_signature("tfds", self.class_names, names, np.zeros(0), np.zeros(0))
-
-
-def _digits(split: str, path: str, cache_dir: _Path | None) -> ImageSource:
+def _digits(split: str, path: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits, uint8 `[8, 8, 1]`.
 
     Values 0..16 become round(v * 255 / 16). With `order = RandomState(0).permutation(1797)`,
@@ -155,45 +116,80 @@ def _digits(split: str, path: str, cache_dir: _Path | None) -> ImageSource:
     # RandomState's streams are frozen for good; default_rng's may change between NumPy versions.
     rows = np.random.RandomState(0).permutation(len(digits.target))[splits[split]]
     images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)[..., None]
-    return _Digits(images, digits.target[rows], tuple(str(k) for k in range(10)), split)
+    names = Names.pack(f"{split}[{i}]" for i in range(len(rows)))
+    return _Digits(tuple("0123456789"), names, digits.target[rows], images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tfds:
+    """A tfds data source of examples with "image", not decoded, and "label".
+
+    Attributes:
+      examples: the tfds data source.
+      name: as in `open_source`.
+      split: as in `open_source`.
+      version: name, configuration and version of the data set, as tfds writes them.
+      class_names: label k is `class_names[k]`.
+    """
+
+    examples: Any
+    name: str
+    split: str
+    version: str
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Item:
+        name = f"{self.name} {self.split}[{index}]"
+        try:
+            example = self.examples[index]
+        except RuntimeError as error:  # which ArrayRecord raises where a checksum is wrong
+            raise OSError(errno.EIO, f"damaged: {error}", name) from error
+        return Item(example["image"], int(example["label"]), name)
+
+    def signature(self) -> str:
+        """The version stands for labels and sizes: tfds data sets of one version are the same."""
+        names = Names.pack([f"{self.version} {self.split} {len(self)}"])
+        return source_signature("tfds", Listing(self.class_names, names, _NONE), _NONE)
 
 
 def _tfds(name: str, split: str, path: str) -> ImageSource:
     """A TensorFlow Datasets data set in array_record format, downloaded if it is not there yet."""
     import tensorflow_datasets as tfds
 
-    if not _TFDS_NAME.fullmatch(name):
+    data_set = name.removeprefix("tfds:")
+    if not _TFDS_NAME.fullmatch(data_set):
         raise ValueError(
-            f"image source: found 'tfds:{name}', expected the name of a data set of TensorFlow "
+            f"image source: found {name!r}, expected the name of a data set of TensorFlow "
             "Datasets in lower case, perhaps with a configuration and a version, as "
             "'tfds:imagenet_v2/matched-frequency:3.0.0'; data sets with a namespace bring code "
             "along, which is not run"
         )
-    _check_tfds_features(path or str(tfds.core.constants.DATA_DIR), name)
+    data_dir = path or str(tfds.core.constants.DATA_DIR)
+    _check_tfds_features(data_dir, data_set)
     try:
-        builder = tfds.builder(name, data_dir=path or None)
+        builder = tfds.builder(data_set, data_dir=path or None)
     except tfds.core.DatasetNotFoundError as error:
-        where = f"the data_dir {path}" if path else "its default data_dir"
         raise ValueError(
-            f"image source: found 'tfds:{name}', but TensorFlow Datasets does not know {name!r} "
-            f"and {where} does not hold it"
+            f"image source: found {name!r}, but TensorFlow Datasets does not know {data_set!r} and "
+            f"{data_dir} does not hold it"
         ) from error
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-        raise ValueError(
-            f"tfds:{name}: found features {features}, expected an image and a class label"
-        )
+        raise ValueError(f"{name}: found features {features}, expected an image and a class label")
     try:
         builder.download_and_prepare(file_format="array_record")
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"tfds:{name}: preparing it failed: {str(error).splitlines()[-1]}. Where "
-            f"TensorFlow is installed, run `tfds build {name} --file_format=array_record` once "
-            "and give the resulting data_dir here: reading it does without TensorFlow"
+            f"{name}: preparing it failed: {str(error).splitlines()[-1]}. Where TensorFlow is "
+            f"installed, run `tfds build {data_set} --file_format=array_record` once and give the "
+            "resulting data_dir here: reading it does without TensorFlow"
         ) from error
-    except AssertionError as error:  # what tfds says of a data set that it cannot download
+    except AssertionError as error:  # which tfds raises for a data set that it cannot download
         raise ValueError(
-            f"tfds:{name}: is not prepared in {builder.data_dir}, and preparing it failed: "
+            f"{name}: is not prepared in {builder.data_dir}, and preparing it failed: "
             f"{' '.join(str(error).split())} Or encode the archive as it was fetched, by "
             'config.data.source="archive" (docs/data.md)'
         ) from error
@@ -203,13 +199,12 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
         examples = builder.as_data_source(split=split, decoders=decoders)
     except ValueError as error:
         raise ValueError(
-            f"tfds:{name}: found split {split!r}, expected one of {sorted(builder.info.splits)}"
+            f"{name}: found split {split!r}, expected one of {sorted(builder.info.splits)}"
         ) from error
-    version = builder.info.full_name
-    return _Tfds(examples, f"tfds:{name}", split, version, tuple(features["label"].names))
+    return _Tfds(examples, name, split, builder.info.full_name, tuple(features["label"].names))
 
 
-def _check_tfds_features(data_dir: str, name: str) -> None:
+def _check_tfds_features(data_dir: str, data_set: str) -> None:
     """Refuses a prepared data set that has TFDS import a module of the data set's own choice.
 
     TFDS makes the features that features.json names by importing their modules, and a data set
@@ -217,45 +212,30 @@ def _check_tfds_features(data_dir: str, name: str) -> None:
     """
     from etils import epath
 
-    folder = epath.Path(data_dir).expanduser() / re.split("[/:]", name)[0]
-    for depth in ("*/features.json", "*/*/features.json"):
-        for file in folder.glob(depth):
-            try:
-                _check_tfds_classes(read_json(file))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{file}: {error}; expected features of TensorFlow Datasets itself: is this "
-                    "data set from a source you trust?"
-                ) from error
+    folder = epath.Path(data_dir).expanduser() / re.split("[/:]", data_set)[0]
+    for file in itertools.chain(*map(folder.glob, ("*/features.json", "*/*/features.json"))):
+        try:
+            _check_tfds_classes(read_json(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: {error}; expected features of TensorFlow Datasets itself: is this data "
+                "set from a source you trust?"
+            ) from error
 
 
 def _check_tfds_classes(value: Any) -> None:
     """Raises ValueError where a tree of JSON, or JSON in it as text, names another class."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
     if isinstance(value, list):
         for each in value:
             _check_tfds_classes(each)
     elif isinstance(value, dict):
         for key, each in value.items():
-            if (
-                key in _TFDS_CLASS_KEYS
-                and isinstance(each, str)
-                and "." in each
-                and not each.startswith(_TFDS_CLASSES)
-            ):
+            is_class = key in _TFDS_CLASS_KEYS and isinstance(each, str) and "." in each
+            if is_class and not each.startswith(_TFDS_CLASSES):
                 raise ValueError(f"found the class {each!r}, whose module would be imported")
             if "/" in key or "\\" in key:
                 raise ValueError(f"found the feature {key!r}, expected a name that is no path")
             _check_tfds_classes(each)
-    elif isinstance(value, str) and value.lstrip().startswith(("{", "[")):
-        try:
-            inner = json.loads(value)
-        except ValueError:
-            return
-        _check_tfds_classes(inner)
-
-
-_SOURCES: dict[str, Callable[[str, str, _Path | None], ImageSource]] = {
-    "archive": lambda split, path, cache_dir: open_image_archive(path, split, cache_dir=cache_dir),
-    "digits": _digits,
-    "folder": lambda split, path, cache_dir: open_image_folder(path, split),
-}

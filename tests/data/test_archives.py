@@ -190,7 +190,7 @@ def test_folder_errors(tmp_path, tree, split, message):
 
 
 def test_a_path_that_is_no_folder():
-    for path, message in ((__file__, "is a file, not a folder"), ("", "found no path")):
+    for path, message in ((__file__, "is a file, not a folder"), ("", "no path not found")):
         with pytest.raises(ValueError, match=message):
             open_source("folder", ".", path=path)
 
@@ -256,7 +256,7 @@ def test_where_an_archive_begins(tmp_path, name):
     assert list(flat.class_names) == ["unlabelled"]
     assert found(flat, f"{name}:") == [(b"a", 0, "a.jpg"), (b"b", 0, "b.jpg")]
     both = {"one/train/cat/1.jpg": b"", "two/train/cat/1.jpg": b""}
-    with pytest.raises(ValueError, match=r"no folder 'train'.*but \['one/train/', 'two/train/'\]"):
+    with pytest.raises(ValueError, match=r"no folder 'train'.*but \['one/train', 'two/train'\]"):
         open_archive(tmp_path, KINDS[name](both), name=name)
     with pytest.raises(ValueError, match=r"no folder 'val'.*at the top are \['one', 'two'\]"):
         open_archive(tmp_path, KINDS[name](both), "val", name)
@@ -411,7 +411,9 @@ def test_no_room_to_decompress(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow beyond
     try:
-        with pytest.raises(ValueError, match=r"x\.tar\.gz: .*decompressing it to .*cache failed"):
+        with pytest.raises(
+            ValueError, match=r"x\.tar\.gz: .*decompressed to .*cache: File too large"
+        ):
             open_archive(tmp_path, data, name="x.tar.gz")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
