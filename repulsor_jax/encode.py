@@ -65,7 +65,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
         elif split:
             todo[folder] = split
     cache = directory / ".archive"
-    # All that can be refused is refused before the first image is encoded.
+    # Sources, classes and autoencoder are checked before the first image is encoded.
     sources = _open_sources(config, todo, cache)
     _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
     autoencoder = load_autoencoder(config) if todo and data.source not in LATENT_KINDS else None
@@ -82,7 +82,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
 def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:
     """Opens an image or latent source for each folder to be made."""
     name, path = config.data.source, os.path.expanduser(config.data.source_path)
-    # An archive may have to be decompressed: the first process does it, for all.
+    # Only the first process may decompress an archive: the others wait for its copy.
     if name == "archive" and jax.process_index() > 0:
         multihost_utils.sync_global_devices("decompressed")
     sources = {
@@ -243,7 +243,7 @@ def _check_classes(directory: pathlib.Path, found: Mapping[str, Sequence[str]]) 
 def _write_preview(
     dataset: LatentDataset, source: ImageSource, autoencoder: Autoencoder, count: int
 ) -> None:
-    """Writes `<data set>_preview.png`, images above what is decoded of them, and says the PSNR."""
+    """Writes `<data set>_preview.png`, images above their decoded latents; prints the PSNR."""
     skipped = np.array([s.index for s in dataset.skipped], int)
     present = np.setdiff1d(np.arange(len(source)), skipped)
     chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).astype(int)]
@@ -267,5 +267,5 @@ def _write_preview(
     with contextlib.suppress(ValueError):  # images that are neither grey nor RGB
         upscale = max(1, 64 // originals.shape[1])
         pictures.save_grid(np.concatenate(rows), path, columns=columns, upscale=upscale)
-        tqdm.write(f"{path}: {len(chosen)} images above what is decoded of their latents")
+        tqdm.write(f"{path}: {len(chosen)} images above their decoded latents")
     tqdm.write(f"PSNR of these {psnr.mean():.2f} dB (from {psnr.min():.2f} to {psnr.max():.2f})")

@@ -42,7 +42,7 @@ IMAGE_SUFFIXES = frozenset(
 
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"\xfd7zXZ\x00": lzma, b"BZh": bz2}
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a member, or the end of an empty one
-# What zipfile raises on damaged files; all but the first on headers that no zip program writes.
+# Errors of zipfile on damaged files; all but the first on headers that no zip program writes.
 _BAD_ZIP = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
     *(ValueError, struct.error, OverflowError, zlib.error, EOFError),
@@ -119,7 +119,7 @@ class ImageArchive(Listing):
             if self.is_zip:
                 archive = _open_zip(self.path, self.changed)
                 with archive.open(archive.infolist()[place]) as member:
-                    data = member.read(size)  # and no more: a bomb does not go off
+                    data = member.read(size)  # no more, so that a zip bomb is not inflated
             else:
                 with open(self.path, "rb", buffering=0) as file:
                     data = os.pread(file.fileno(), size, place)
@@ -184,7 +184,7 @@ def open_image_archive(
         to = f", or decompressed to {cache_dir}" if cache_dir else ""
         raise ValueError(f"{path}: cannot be read{to}: {error.strerror or error}") from error
     folders = {name for name, member in members.items() if member.kind == "folder"}
-    for name in members:  # some folders only show in the names of their members
+    for name in members:  # an archive need not list its folders
         while (name := name.rpartition("/")[0]) and name not in folders:
             folders.add(name)
     prefix = _find_prefix(path, folders, split)
@@ -289,9 +289,9 @@ def _walk_tar(
 ) -> Iterator[_Member]:
     """Yields the members of the plain tar at [start, end) of the file, named below a folder.
 
-    Without a folder, the members of a tar in it take the place of that tar. `tarfile` takes a
-    damaged header, or no more bytes, for the end of the archive; a block of zeros, which tar
-    writes, tells the real end.
+    At the top, without a folder, the members of an inner tar take its place. `tarfile` stops
+    without an error at a damaged header or where the bytes end; only a block of zeros, which tar
+    writes, marks the end of an archive.
     """
     early = f"{where}: ends early or is damaged"
     file.seek(start)
@@ -328,7 +328,7 @@ def _walk_tar(
 
 
 class _Headers(io.FileIO):
-    """A tar of which `tarfile` reads the headers, but none of a size that no tar needs."""
+    """A tar for `tarfile`, which would read a header of any size that a file claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_TAR_HEADER:

@@ -1,6 +1,6 @@
 """Reads latents that other programs wrote, so that they need not be encoded again.
 
-The docstring of the function of each kind says what it undoes. All give float32, channels last.
+Each function's docstring names the transformation that it undoes. All give float32, channels last.
 """
 
 import dataclasses
@@ -141,7 +141,7 @@ def _array_files(
 
 
 def _fast_dit(split: str, path: str) -> LatentSource:
-    """What fast-DiT's `extract_features.py` writes: `<x>_features/<i>.npy`, `<x>_labels/<i>.npy`.
+    """Files of fast-DiT's `extract_features.py`: `<x>_features/<i>.npy`, `<x>_labels/<i>.npy`.
 
     A feature is float32 `[1, c, h, w]`, a draw from the posterior times 0.18215 (so `scaled`), of
     an image flipped by chance; its label `[1]` has the same file name. The two folders stand in
@@ -185,7 +185,7 @@ class _RepaLabels:
 
 
 def _repa(split: str, path: str) -> LatentSource:
-    """What REPA's `dataset_tools.py encode` writes (after EDM2): `vae-sd`, with a dataset.json.
+    """The folder `vae-sd` of REPA's `dataset_tools.py encode` (after EDM2), with a dataset.json.
 
     A file `<5 digits>/img-mean-std-<8 digits>.npy` is float32 `[2c, h, w]`, means, then standard
     deviations of the posterior, neither scaled; dataset.json holds {"labels": [[file, label],
@@ -224,7 +224,7 @@ def _npy(split: str, path: str, name: str) -> LatentSource:
 
 
 def _lightning_dit(split: str, path: str) -> LatentSource:
-    """What LightningDiT's `extract_features.py` writes: safetensors files of some 10,000 items.
+    """Files of LightningDiT's `extract_features.py`: safetensors of some 10,000 items each.
 
     "latents" `[n, c, h, w]` are draws from the posterior, as the autoencoder gives them
     (LightningDiT normalises by its latents_stats.pt as it trains, which is not read here),
@@ -329,7 +329,7 @@ def _load_array(path: str) -> np.ndarray:
             array = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # of a damaged header NumPy raises many kinds
+    except Exception as error:  # NumPy raises many kinds on a damaged header
         raise ValueError(f"{path}: damaged or no .npy file of numbers ({error})") from error
     return array
 

@@ -1,6 +1,6 @@
 """The encoder job: images to latents, on all local devices; and latents of others, as they are.
 
-Both functions make what `files.shards.fill` asks for: the batches of a `DatasetWriter`.
+Both functions yield the batches that `files.shards.fill` hands to a `DatasetWriter`.
 """
 
 import contextlib
@@ -100,19 +100,13 @@ def encode_images(
 def convert_latents(
     todo: Sequence[range], source: LatentSource, description: Description
 ) -> Iterator[Batch]:
-    """Yields latents that others made, for some shards.
-
-    Latents that were stored shifted and scaled, as `source.scaled` says, are brought back by the
-    description's shift and scale.
+    """Yields latents that others made, for some shards; a scaled source is scaled back.
 
     Raises:
       ValueError: a file is damaged or of another shape.
     """
     for rows in in_batches(todo, _LATENTS_AT_ONCE):
         items = [source[i] for i in rows]
-        shapes = {item.latents.shape: item.name for item in items}
-        if len(shapes) > 1:
-            raise ValueError(f"found latents of several shapes, with examples: {shapes}")
         latents = np.stack([item.latents for item in items])
         if source.scaled:
             latents = latents / description.scale + description.shift
@@ -147,6 +141,6 @@ def _read_batches(
 
 
 def _skip(index: int, error: BadImageError) -> Skipped:
-    tqdm.write(printable(f"skipped {error}"))  # a name may hold what a console refuses, or obeys
+    tqdm.write(printable(f"skipped {error}"))  # a name may hold control characters
     name, _, reason = str(error).partition(": ")
     return Skipped(index=index, name=name, reason=reason)

@@ -351,8 +351,8 @@ def record_dtype(shape: tuple[int, ...], dtype: str) -> np.dtype:
 def _parse(directory: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
     """Checks dataset.json, which may be downloaded: types, file names, and sizes to allocate."""
     path = directory / METADATA
-    # The parser takes UTF-8 alone. A name of a class or a skipped image may be any bytes: it is
-    # parsed with "?" in their place, and then put back.
+    # The parser takes UTF-8 alone, but the name of a class or a skipped image may be any bytes:
+    # "?" stands for these bytes while the rest is parsed.
     values = {**content, "directory": str(directory)}
     text = json.dumps(values, ensure_ascii=False).encode(errors="replace")
     dataset = parse(LatentDataset, json.loads(text), str(path))

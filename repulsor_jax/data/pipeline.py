@@ -63,12 +63,12 @@ def training_iterator(
     order = _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:
-        # One call into the reader per batch: grain's own shuffle and batch go record by record,
+        # One call into the reader per batch: grain's own shuffle and batch read record by record,
         # at half the speed.
         indices = order(batch * global_batch_size + own)
         try:
             records = source.__getitems__(indices.tolist())
-        except RuntimeError as error:  # how the reader says that a checksum is wrong
+        except RuntimeError as error:  # which the reader raises where a checksum is wrong
             raise DamagedDataError(
                 f"{dataset.directory}: a record is damaged ({error}). Run with "
                 "config.data.verify=True to learn in which file, and restore it"
@@ -83,7 +83,7 @@ def training_iterator(
 def batch_records(
     dataset: LatentDataset, global_batch_size: int, seed: int, batch: int
 ) -> np.ndarray:
-    """Numbers of the records that a global batch is made of, `[global_batch_size]`, row by row."""
+    """Numbers of the records in a global batch, `[global_batch_size]`, row by row."""
     first = batch * global_batch_size
     return _record_order(dataset, seed)(np.arange(first, first + global_batch_size))
 

@@ -14,16 +14,16 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
 MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
-# Only what decodes pixels: PIL knows formats that run other programs (EPS) or read other files.
+# PIL also reads formats that run other programs (EPS) or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used; the message is "<name>: <what is wrong>"."""
+    """An image that cannot be used; the message is "<name>: <problem>"."""
 
 
 class _Source(Protocol):
-    """What `read_images` needs of an image source: items with image, label and name."""
+    """The part of an `ImageSource` that `read_images` uses."""
 
     def __getitem__(self, index: int) -> Any: ...
 
@@ -61,7 +61,7 @@ def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray
             return image
         if image.shape[2] == 3:
             return _center_crop(Image.fromarray(image), size, name)
-        # PIL filters each band by itself, so one band at a time gives what any mode would.
+        # PIL filters each band by itself: one band at a time gives the result of any mode.
         bands = [
             _center_crop(Image.fromarray(np.ascontiguousarray(image[..., c])), size, name)
             for c in range(image.shape[2])
@@ -74,7 +74,7 @@ def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray
 def read_images(
     source: _Source, indices: Sequence[int], size: int
 ) -> tuple[list[np.ndarray | BadImageError], np.ndarray]:
-    """Reads and prepares some items of an image source; what a worker process runs.
+    """Reads and prepares some items of an image source, in a worker process.
 
     Args:
       source: an `ImageSource`.
@@ -82,8 +82,8 @@ def read_images(
       size: see `prepare_image`.
 
     Returns:
-      One entry per index: the image, uint8 `[H, W, C]`, or the error that says why there is none
-      (unreadable counts as bad); and the labels, int32 `[B]`, -1 where the item was unreadable.
+      One entry per index: the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable
+      one; and the labels, int32 `[B]`, -1 where the item was unreadable.
     """
     images: list[np.ndarray | BadImageError] = []
     labels = np.full(len(indices), -1, np.int32)
@@ -113,7 +113,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
             f"{name}: not an image in one of the formats {', '.join(_FORMATS)}, or its header is "
             f"damaged; it begins with {data[:16]!r}"
         ) from error
-    except Exception as error:  # whatever the reader of a damaged header stumbles over
+    except Exception as error:  # PIL raises many kinds on a damaged header
         raise BadImageError(f"{name}: damaged header ({_reason(error)})") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImageError(f"{name}: {_too_large()}, found {image.width} x {image.height}")
@@ -144,7 +144,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     mode = image.mode
     if mode == "RGB" and "transparency" not in image.info:
         return image
-    if mode.startswith("I"):  # 16-bit greyscale; PIL's "I" has 32 bits for what some files hold
+    if mode.startswith("I"):  # 16-bit greyscale, which PIL reads into 32 bits for some files
         values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(

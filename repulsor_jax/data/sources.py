@@ -20,8 +20,8 @@ __all__ = ["ImageSource", "Item", "open_source"]
 
 _Path = str | os.PathLike[str]
 
-# <name>, <name>/<config>, <name>:<version>: no community data sets, whose code would be fetched
-# and run, no arguments.
+# <name>, <name>/<config> or <name>:<version>. Community data sets, <namespace>:<name>, are refused:
+# TFDS would fetch and run their code.
 _TFDS_NAME = re.compile(r"[a-z0-9_]+(/[\w+-]+(\.[\w+-]+)*)?(:[\d.*]+)?")
 _TFDS_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _TFDS_CLASSES = "tensorflow_datasets.core.features."

@@ -16,7 +16,7 @@ from repulsor_jax.data.preprocess import BadImageError, read_images
 
 Images = list[np.ndarray | BadImageError]
 
-_work: tuple[Any, int] | None = None  # in a worker process: its copy of the source, and the size
+_work: tuple[Any, int] | None = None  # of a worker process: source and image size
 
 
 def read_in_order(
@@ -65,12 +65,12 @@ def read_in_order(
 def _start(source: Any, size: int, parent: int) -> None:
     global _work
     _work = source, size
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the parent ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has been killed, which the queues do not tell it."""
+    """Ends this process when its parent was killed, as no error reaches it through the queues."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -105,7 +105,7 @@ class DatasetWriter(Restartable):
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
             del content["directory"]
             atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
-        # From here on, a job that is run again comes straight back here.
+        # A job that is killed from here on, and run again, begins here.
         listed = {s["name"] for s in json.loads((self.folder / METADATA).read_text())["shards"]}
         for path in self.folder.iterdir():
             if path.name not in listed | {METADATA}:
@@ -180,10 +180,19 @@ class DatasetWriter(Restartable):
             )
         shape = shapes.pop()
         images = sum(s["images"] for s in full)
-        # In the order of the shards, for the same sums to the last bit.
+        # Summed in the order of the shards: other orders change the last bit.
         positions = images * self.description.views * math.prod(shape[:-1])
         mean = np.sum([s["sum"] for s in full], axis=0) / positions
         variance = np.sum([s["square"] for s in full], axis=0) / positions - np.square(mean)
+        shards = [
+            Shard(
+                name=self._name(k),
+                records=s["images"] * self.description.views,
+                sha256=s["sha256"],
+            )
+            for k, s in enumerate(summaries)
+            if s["images"]
+        ]
         return LatentDataset(
             **vars(self.description),
             directory=self.directory,
@@ -191,15 +200,7 @@ class DatasetWriter(Restartable):
             num_images=images,
             mean=tuple(mean.tolist()),
             std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
-            shards=tuple(
-                Shard(
-                    name=self._name(k),
-                    records=s["images"] * self.description.views,
-                    sha256=s["sha256"],
-                )
-                for k, s in enumerate(summaries)
-                if s["images"]
-            ),
+            shards=tuple(shards),
             skipped=tuple(Skipped(**skip) for s in summaries for skip in s["skipped"]),
         )
 
@@ -238,20 +239,14 @@ def open_writer(
         )
     folder = directory.parent / f".{directory.name}.incomplete"
     writer = DatasetWriter(folder, num_images, images_per_shard, directory, description)
-    job = {
-        "format_version": FORMAT_VERSION,
-        "num_images": num_images,
-        "images_per_shard": images_per_shard,
-        **vars(description),
-        **(settings or {}),
-    }
-    job = json.loads(json.dumps(job))
-    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"num_images": num_images, "images_per_shard": images_per_shard}
+    job = {"format_version": FORMAT_VERSION, **sizes, **vars(description), **(settings or {})}
+    text = json.dumps(job, indent=2) + "\n"
     path = folder / _JOB
     if path.exists():
-        begun = json.loads(path.read_text())
+        begun, job = json.loads(path.read_text()), json.loads(text)
         differences = [
-            f"{key} was {_short(begun.get(key))} and is {_short(job.get(key))}"
+            f"{key} was {begun.get(key)!r:.60} and is {job.get(key)!r:.60}"
             for key in sorted(begun.keys() | job.keys())
             if begun.get(key) != job.get(key)
         ]
@@ -261,7 +256,7 @@ def open_writer(
                 "settings of then, or delete that folder to start over"
             )
     elif not (folder / METADATA).exists():
-        atomic.write_text(path, json.dumps(job, indent=2) + "\n")
+        atomic.write_text(path, text)
     return writer
 
 
@@ -307,18 +302,9 @@ def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: in
     bad = ~np.isfinite(stored).all(axis=1)
     if bad.any():
         i = int(np.argmax(bad))
-        if np.isnan(stored[i]).any():
-            raise ValueError(
-                f"image {first + i}: the latents are not finite: check the image and the "
-                "autoencoder's weights"
-            )
+        problem = "are not finite" if np.isnan(stored[i]).any() else f"overflow {about.dtype}"
         raise ValueError(
-            f"image {first + i}: its latents overflow {about.dtype}: write with "
-            'config.data.dtype="float32", and check the image and the autoencoder\'s weights'
+            f"image {first + i}: the latents {problem}: check the image and the autoencoder's "
+            'weights, or write with config.data.dtype="float32"'
         )
     return records.reshape(-1)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -28,7 +28,7 @@ from repulsor_jax.files import atomic, checksums
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
-# What zipfile raises on a damaged file; the last two on flags and methods that it does not know.
+# Errors of zipfile on a damaged file; the last two on flags and methods that it does not know.
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -41,7 +41,7 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Restartable(abc.ABC):
-    """Where `count` items are kept: files in `folder`, of `per_shard` items each but the last."""
+    """A job of `count` items in files of a folder, `per_shard` items in each but the last."""
 
     folder: pathlib.Path
     count: int

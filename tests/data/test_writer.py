@@ -166,7 +166,7 @@ def test_a_complete_data_set_is_never_touched(tmp_path):
     ("change", "description", "message"),
     [
         ({"value": np.nan}, {}, "image 13: the latents are not finite"),
-        ({"value": 7e4}, {}, "image 13: its latents overflow float16"),
+        ({"value": 7e4}, {}, "image 13: the latents overflow float16"),
         ({"count": 22}, {}, "shard 0: found 22 images and 0 skipped, expected 23"),
         ({}, {"class_names": tuple("abcdef")}, r"image \d+: found label 6, expected 0 to 5"),
         ({"second": (4, 2, 6)}, {}, "batch from image 5: found latents"),
