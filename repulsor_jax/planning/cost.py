@@ -121,17 +121,19 @@ class _Counter:
         self._module = module
         self._costs: dict[str, Cost] = {}
 
-    def computation(self, name: str) -> Cost:
-        """Cost of one run of a computation outside fusions."""
+    def computation(self, name: str, fused: bool = False) -> Cost:
+        """Cost of one run of a computation. The values of a fused one do not leave the chip."""
         if name not in self._costs:
             total = Cost()
             parts: set[object] = set()  # keys of collectives that several fusions share
             for instruction in self._module.computations[name].values():
-                self._add(total, name, instruction, parts)
+                self._add(total, name, instruction, parts, fused)
             self._costs[name] = total
         return self._costs[name]
 
-    def _add(self, total: Cost, scope: str, instruction: Instruction, parts: set[object]) -> None:
+    def _add(
+        self, total: Cost, scope: str, instruction: Instruction, parts: set[object], fused: bool
+    ) -> None:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return
@@ -147,28 +149,16 @@ class _Counter:
             for called in instruction.called:
                 total.add(self.computation(called))
         elif opcode == "fusion":
-            inside = self._fused(instruction.called[0])
+            inside = self.computation(instruction.called[0], fused=True)
             scatter = hlo.reduce_scatter(self._module, instruction)
             found = [(scatter, 1)] if scatter else inside.collectives
             new = [(each, n) for each, n in found if each.key is None or each.key not in parts]
             parts |= {each.key for each, _ in new}
             total.add(dataclasses.replace(inside, collectives=new))
-            total.bytes_accessed += self._fusion_bytes(scope, instruction)
+            total.bytes_accessed += 0 if fused else self._fusion_bytes(scope, instruction)
         else:
             total.add(self._operation(scope, instruction))
-            total.bytes_accessed += self._bytes(scope, instruction)
-
-    def _fused(self, name: str) -> Cost:
-        """Cost of a fused computation without bytes: its values do not leave the chip."""
-        if name not in self._costs:
-            total = Cost()
-            for instruction in self._module.computations[name].values():
-                if instruction.opcode == "fusion":
-                    total.add(self._fused(instruction.called[0]))
-                else:
-                    total.add(self._operation(name, instruction))
-            self._costs[name] = total
-        return self._costs[name]
+            total.bytes_accessed += 0 if fused else self._bytes(scope, instruction)
 
     def _operation(self, scope: str, instruction: Instruction) -> Cost:
         opcode, result = instruction.opcode, Cost()

@@ -11,15 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "collective-broadcast",
-)
+COLLECTIVES = {
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+}
 
 _ARRAY = re.compile(
     r"(?P<dtype>pred|bf16|[suf]\d+\w*|c\d+)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?"

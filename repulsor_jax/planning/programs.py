@@ -23,7 +23,7 @@ from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import Experiment, checked_mesh, make_trainer
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
-from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.models.build import build_model
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.train_state import abstract_train_state
@@ -104,7 +104,7 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=build_model(config.model),
+        model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
         latent_format=LatentFormat(
             bool(autoencoder and autoencoder.stochastic), channels, channels
@@ -242,21 +242,16 @@ def _sample(experiment: Experiment) -> Built:
     if autoencoder is None:
         raise ConfigError("config.data.autoencoder='none' cannot decode: there is no sampler")
     everywhere = sharding.replicated(mesh)
-    boxed = jax.eval_shape(
-        lambda key: init_model_params(experiment.model, key), jax.random.key(config.seed)
-    )
-    params = sharding.abstract_arrays(boxed, sharding.tree_shardings(boxed, mesh))
+    params = abstract_train_state(make_trainer(config, mesh), mesh).ema_params
     decoder = _shapes(autoencoder.params, everywhere)
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    guided = configured_guidance(config.sampling) is not None
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    generate = make_batch_fn(experiment)
-    jitted = jax.jit(generate, out_shardings=sharding.batch_sharding(mesh))
+    guidance = (scalar,) * 3 if configured_guidance(config.sampling) else None
+    jitted = jax.jit(make_batch_fn(experiment), out_shardings=sharding.batch_sharding(mesh))
 
     def compile_it() -> jax.stages.Compiled:
         with sharding.use_mesh(mesh):
-            arguments = (params, None, decoder, first, (scalar,) * 3 if guided else None)
-            return jitted.lower(*arguments).compile()
+            return jitted.lower(params, None, decoder, first, guidance).compile()
 
     kinds = {"EMA": params, "autoencoder": decoder}
     return Built("sample", config.sampling.batch_size, mesh, kinds, compile_it)
