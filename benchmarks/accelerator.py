@@ -3,13 +3,13 @@
     python -m benchmarks.accelerator --platform=cuda --peers     # XL/2 and B/2, bfloat16
     python -m benchmarks.accelerator --platform=cpu --sizes=S --batch_sizes=2 --dtype=float32
 
-Every variant takes the machine alone, in a process of its own, one after the other, twice in turns
-(there, back): none, with the method, and with --peers diffusers' DiT under `torch.compile`. A step
+Every variant has the machine to itself, in its own process: none, the method and, with --peers,
+diffusers' DiT under `torch.compile`, one after the other and then in the opposite order. A step
 is forward, backward, AdamW and EMA. MFU counts the model's FLOPs, 3 x forward, against the
-published bfloat16 peak; where that is not known, against a large matrix product.
+published bfloat16 peak or, if that is not known, against a large matrix product.
 
 The largest batch is found by compiling: the memory of two batch sizes gives a line, and the
-candidate is compiled, and run, before it is believed.
+candidate is compiled and run before it is reported.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     if len(args.batch_sizes) != len(args.sizes):
         parser.error("--batch_sizes: give one for each of --sizes")
     args.allocator = "default"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # each has the memory to itself
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # each variant has the memory to itself
 
     started = time.perf_counter()
     for size, batch_size in zip(args.sizes, args.batch_sizes, strict=True):
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for name in [*builders, *reversed(builders)]:
         worker = Worker(builders[name], args)
-        worker.run()  # the first is slower
+        worker.run()  # the first run is slower
         times = [worker.run() for _ in range(args.rounds)]
         row = rows.setdefault(name, worker.info | {"times": []})
         row["times"] += times
@@ -150,7 +150,7 @@ def _build_largest(args: argparse.Namespace) -> tuple[Callable[..., float], Row]
 
 
 def _with_batch(args: argparse.Namespace, batch_size: int) -> argparse.Namespace:
-    """The same with another batch; the bank keeps about its size."""
+    """The same arguments with another batch, and a bank of about the same size."""
     slots = max(1, args.bank_rows // batch_size)
     return argparse.Namespace(
         **vars(args) | {"batch_size": batch_size, "bank_rows": slots * batch_size}
@@ -158,7 +158,7 @@ def _with_batch(args: argparse.Namespace, batch_size: int) -> argparse.Namespace
 
 
 def _compiled_bytes(args: argparse.Namespace, batch_size: int) -> tuple[int | None, int]:
-    """Bytes that the device has for us, and those that the compiled step needs."""
+    """Bytes of the device that programs may use, and bytes that the compiled step needs."""
     import jax
 
     program, _ = step_benchmark.compile_jax("repulsor", _with_batch(args, batch_size))

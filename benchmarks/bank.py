@@ -3,11 +3,11 @@
     python -m benchmarks.bank                                  # 65,536 to 1,048,576 x 128
     python -m benchmarks.bank --rows 65536 --batch_size 32 --dtypes float32
 
-A run is loss, gradient and enqueue. Every form, size and dtype has processes of its own: one that
-runs once, for its memory, and one that takes its turn, round after round, for its time; both with
-the bank full. Peak memory is what the first run takes above what was there before it, the bank
-included. Loss and gradient are compared with NumPy in float64, over chunks of the same rows. FLOPs
-are those of the compiled program's matrix products, loops multiplied out.
+A run is loss, gradient and enqueue, with a full bank. Every form, size and dtype has two processes:
+one runs once, for its memory; the other takes its turn in every round, for its time. Peak memory is
+the memory that the first run takes above the memory before it, the bank included. Loss and gradient
+are compared with NumPy in float64, over chunks of the same rows. FLOPs are those of the matrix
+products of the compiled program, every turn of its loops included.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.step import Build, Timed, Worker, start_workers
 
 TEMPERATURE = 0.5
-ROWS_AT_ONCE = 16_384  # of the reference
+ROWS_AT_ONCE = 16_384  # rows of the bank, in the reference
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def print_lines(rows: int, dtype: str, args: argparse.Namespace) -> None:
         form: functools.partial(build, form, rows, dtype) for form in args.forms
     }
     peaks = {}
-    for form, builder in builders.items():  # alone, and with an allocator that gives back
+    for form, builder in builders.items():  # alone, with an allocator that returns memory
         os.environ.pop("GLIBC_TUNABLES", None)
         peaks[form] = Worker(builder, args).run("memory")
     expected = reference(rows, dtype, args)
@@ -150,14 +150,16 @@ def build(
 
 
 def memory_now(platform: str) -> int:
-    """Bytes in use, from where the peak is counted anew (where that can be done)."""
+    """Bytes in use; also resets the peak, on systems that allow it."""
     if platform != "cpu":
         import jax
 
         return (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc: gives back what making the bank and compiling left
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: forgets the peak
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # glibc: returns the memory that creating the bank and compiling freed
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     return _status("VmRSS")
 
 
@@ -180,7 +182,7 @@ def queries(args: argparse.Namespace) -> np.ndarray:
 
 
 def negatives(rows: int, dim: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of the bank, always the same, a chunk at a time, each with its place."""
+    """The rows of the bank, the same in every process: chunks with their first row."""
     rng = np.random.default_rng(0)
     for first in range(0, rows, ROWS_AT_ONCE):
         yield first, _unit(rng, min(ROWS_AT_ONCE, rows - first), dim)

@@ -3,12 +3,12 @@
     python -m benchmarks.checkpoint_overhead                 # about 10 minutes on two cores
     python -m benchmarks.checkpoint_overhead --pairs=2 --steps=100 --hidden_size=64
 
-One process, one compiled step, one state. A save is as in training: it begins between two steps,
-and is finished in the background while the next ones run. Its cost is the time for which it blocks
-the loop, and that by which the steps beside it are slower than those of the blocks without one.
+One process, one compiled step, one state. As in training, a save begins between two steps and ends
+in the background while the next steps run. Its cost is the time for which it blocks the loop, plus
+the time by which the steps beside it are slower than the steps of blocks without a save.
 
-The transfer alone is the same state copied into the host's memory, once a pair. On CPU devices,
-where the host's memory is the devices', it is the copy that keeps the state from the next step.
+For comparison, the same state is copied into the host's memory once a pair. CPU devices share the
+host's memory: there, the copy protects the state from the next step, which overwrites it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from repulsor_jax.train_state import TrainState
 from repulsor_jax.train_step import compile_training
 
 BATCH = 8
-KEPT = 2  # checkpoints
+KEPT = 2  # number of checkpoints
 _SHAPE = (8, 8, 4)  # of the latents
 
 
@@ -73,7 +73,7 @@ class Loop:
         self.number = 0
 
     def run(self, steps: int, checkpointer: Checkpointer | None = None) -> tuple[list[float], int]:
-        """Seconds of each step, and in how many of the first of them a save was going on."""
+        """Seconds of each step, and the number of first steps during which a save went on."""
         seconds: list[float] = []
         beside, pending = 0, None
         busy = checkpointer is not None
@@ -119,7 +119,7 @@ def main() -> None:
             plain = sum(loop.run(args.steps)[0])
             transfer = timed(lambda: jax.tree.map(copy_to_host, loop.state))
             fingerprints = timed(lambda: manifest.fingerprints(loop.state))
-            loop.run(1)  # a state that is not on the host yet
+            loop.run(1)  # its result is a state that is not on the host yet
             blocked = timed(lambda: save(loop, checkpointer))
             seconds, beside = loop.run(args.steps, checkpointer)
             slower = sum(seconds[:beside]) - beside * plain / args.steps
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def save(loop: Loop, checkpointer: Checkpointer) -> None:
-    """Looks at the state and begins to save, as the training loop does."""
+    """Checks the state and begins to save, as the training loop does."""
     if spoiled := manifest.not_finite(loop.state):
         raise RuntimeError(spoiled)
     position = {"next_index": loop.number}
@@ -154,7 +154,7 @@ def save(loop: Loop, checkpointer: Checkpointer) -> None:
 
 
 def copy_to_host(leaf: jax.Array) -> np.ndarray:
-    """The array in memory of its own; the device's is the host's on a CPU."""
+    """A copy of the array: on a CPU, the device's memory is the host's."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     found: np.ndarray = jax.device_get(leaf)

@@ -4,10 +4,10 @@
     python -m benchmarks.compile_time --platform=tpu --size=xl_2        # on the TPUs here
     python -m benchmarks.compile_time --topology=v5e:16x16 --size=xl_2  # for TPUs elsewhere
 
-Every measurement is a process of its own, from its start: imports, the devices, building, tracing
-and compiling the step, then (not with --topology) initialising the state and one step on random
-latents. Cold begins with an empty compilation cache, warm with what cold left. What is compiled for
-a topology elsewhere cannot be read back from the cache: JAX 0.10 loads programs onto devices alone.
+Every measurement is a new process: imports, the devices, building, tracing and compiling the step,
+then (not with --topology) initialising the state and one step on random latents. Cold begins with
+an empty compilation cache, warm with the cache that cold filled. Programs for a topology elsewhere
+cannot be read back from the cache: JAX 0.10 loads programs only onto devices.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def start(args: argparse.Namespace, cache: str) -> dict[str, float]:
 
 
 def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
-    """The phases of one start, in seconds."""
+    """Seconds of each phase of one start."""
     times: dict[str, float] = {}
     last = about["started"]
 
@@ -97,7 +97,7 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
 
     from configs import imagenet256
     from repulsor_jax import config as config_lib
-    from repulsor_jax import main as main_lib  # all that the program imports
+    from repulsor_jax import main as main_lib  # imports all that the program imports
     from repulsor_jax import sharding
     from repulsor_jax.experiment import make_trainer
     from repulsor_jax.planning import programs

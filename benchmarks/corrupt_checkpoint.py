@@ -1,4 +1,4 @@
-"""Damages checkpoints at random, and counts what goes unnoticed: none may.
+"""Damages checkpoints at random, and counts the damages that go unnoticed: there must be none.
 
     python -m benchmarks.corrupt_checkpoint --damages=200 --seed=0
 
@@ -42,7 +42,7 @@ KINDS = ("truncated", "deleted", "changed")
 
 
 def small_config() -> config_lib.Config:
-    """A model whose state has all that a large one has."""
+    """A small model whose state has every part that a large model's has."""
     c = default.get_config()
     c.update_from_flattened_dict(
         {
@@ -86,12 +86,12 @@ def save(folder: pathlib.Path, states: dict[int, TrainState]) -> None:
 
 
 def records(step: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Position in the data, configuration, what is known of the latents."""
+    """Position in the data, configuration, record of the latents."""
     return {"next_index": step}, {"batch_size": BATCH, "step": step}, {"shift": [step / 3]}
 
 
 def damages(folder: pathlib.Path, rng: np.random.Generator) -> Iterator[tuple[str, pathlib.Path]]:
-    """Damages a fresh copy of the checkpoints each time; yields what was done, and the copy."""
+    """Damages a fresh copy of the checkpoints each time; yields the damage and the copy."""
     names = sorted(
         str(path.relative_to(folder)) for path in (folder / str(NEW)).rglob("*") if path.is_file()
     )
@@ -123,7 +123,7 @@ def outcome(
     try:
         with Checkpointer(copy, read_delay=0.0) as checkpointer:
             state, data, notes = checkpointer.restore(abstract, BATCH, check=look)
-    except Exception as error:  # not a silent one, but not what was promised
+    except Exception as error:  # noticed, but not by the promised error
         return "silent", f"{type(error).__name__}: {error}"
     step = int(state.step)
     config, latents = said
@@ -140,7 +140,7 @@ def outcome(
 
 
 def measure(megabytes: int) -> str:
-    """What the checksums of so many MB cost, beside saving them."""
+    """Prints the time of the checksums of `megabytes` MB, and of saving them."""
     mesh = sharding.create_mesh()
     size = megabytes * 1_000_000 // 4 // mesh.size // 16 * mesh.size
     arrays = {
@@ -187,7 +187,7 @@ def _equal(one: jax.Array, other: jax.Array) -> bool:
 
 
 def _part(name: str) -> str:
-    """Which kind of file of a checkpoint this is."""
+    """The kind of a file of a checkpoint."""
     pieces = pathlib.PurePath(name).parts[1:]
     if pieces[0] == "manifest":
         return "manifest"

@@ -136,7 +136,7 @@ def pipeline(dataset: LatentDataset, steps: int, threads: int) -> Callable[[], f
     )
 
     def run() -> float:
-        for _ in range(prefetch + 1):  # what was read while the other variants ran
+        for _ in range(prefetch + 1):  # batches that were read while the other variants ran
             next(iterator)
         return rate(steps * _READ_BATCH, lambda: [next(iterator) for _ in range(steps)])
 

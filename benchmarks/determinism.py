@@ -97,7 +97,7 @@ def config_dict(options: dict) -> dict:
 
 
 def placed_params(boxed: dict, mesh: Mesh) -> dict:
-    """Random parameters, the same on every mesh; those of the initialisation give zero."""
+    """Random parameters, the same on every mesh; initialised parameters would give zero."""
     import flax.linen as nn
 
     from repulsor_jax import sharding
@@ -111,7 +111,7 @@ def placed_params(boxed: dict, mesh: Mesh) -> dict:
 
 
 def compared(first: np.ndarray, other: np.ndarray) -> str:
-    """Says that all bits agree, or by how much the latents differ, and how many 8-bit values."""
+    """'equal to the bit', or how much the latents differ and how many 8-bit values do."""
     from repulsor_jax.files.pictures import to_uint8
 
     if (first == other).all():

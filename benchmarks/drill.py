@@ -1,22 +1,21 @@
-"""The fault drill: training is killed at random moments, and must lose nothing but time.
+"""The fault drill: training is killed at random moments, and may lose only time.
 
     python -m benchmarks.drill                      # what `make drill` runs: most of an hour
     python -m benchmarks.drill --sigkills=4 --sigterms=2 --seed=1
 
 A tiny model on the digits, with the data set written, a checkpoint every few steps and evaluations
-on the way. One undisturbed run is the reference. Then runs are started again and again and told to
-stop (SIGTERM) or killed (SIGKILL): one time in three at a moment uniform over the time of an
-undisturbed run, else up to a second after it begins to write the data set, to train, to save or to
-evaluate. A run that completes is removed, and another begun. With two processes one of them is hit,
-and the other lives; as a launcher does, the job is ended up to five seconds after one was killed.
+on the way. One undisturbed run is the reference. Then runs are started and hit, again and again:
+told to stop (SIGTERM) or killed (SIGKILL). One time in three, the moment is uniform over the time
+of an undisturbed run; otherwise it is up to a second after the run begins to write the data set,
+to train, to save or to evaluate. A complete run is removed, and another begins. With two processes,
+one is hit; if it was killed, the other is ended up to five seconds later, as a launcher does.
 
-Every loss that a run has logged must equal the reference's to the bit, whatever happened before. A
-run goes on from a checkpoint as new as the newest that was there when it was hit, and loses at most
-the steps between two checkpoints, and those that it took while the last one was being written. Told
-to stop in training, every process saves, and ends with 75.
+Every logged loss must equal the reference's to the bit. A run must go on from the newest checkpoint
+that was complete when it was hit, or from a newer one. It may lose the steps between two
+checkpoints, and the steps that it took while the last checkpoint was being written. A process that
+is told to stop in training must save and end with 75.
 
-Prints one table; the exit code is 1 if anything of this does not hold, or something is left that a
-restart cannot get past.
+Prints one table; the exit code is 1 if one of these does not hold, or if a run cannot be restarted.
 """
 
 import argparse
@@ -55,7 +54,7 @@ _CONFIG = {
     "sampling.grid_every_steps": LOOK_EVERY,
     "sampling.num_steps": 4,
 }
-_GRACE_SECONDS = 120  # for processes that were told to stop
+_GRACE_SECONDS = 120  # until processes that were told to stop are killed
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 
@@ -94,7 +93,7 @@ def main() -> None:
 
 @dataclasses.dataclass
 class Row:
-    """The hits of one fault on runs of one number of processes, and what came of them."""
+    """The hits of one fault on runs of one number of processes, and their outcomes."""
 
     root: pathlib.Path
     processes: int
@@ -117,7 +116,7 @@ class Row:
         self.log = self.root / self.fault / "log"
 
     def line(self) -> str:
-        """Of the table."""
+        """A row of the table."""
         moments = ", ".join(f"{name} {n}" for name, n in self.moments.items() if n)
         equal = "no" if any("differ" in problem for problem in self.problems) else "yes"
         return (
@@ -126,9 +125,9 @@ class Row:
         )
 
     def drill(self) -> None:
-        """Hits runs until it has done so often enough, and lets the last one complete."""
-        unproven = 0  # hits that no later start has got past yet
-        logged, newest, saving = 0, 0, False  # when it was last hit
+        """Hits runs until there are enough hits, and lets the last run complete."""
+        unproven = 0  # hits since the last start that made progress
+        logged, newest, saving = 0, 0, False  # at the last hit
         with tqdm(total=self.hits, desc=self.name, dynamic_ncols=True) as bar:
             while True:
                 run = Run(self.root, self.workdir, self.log, self.processes, self.steps)
@@ -137,7 +136,7 @@ class Row:
                 now = losses(self.workdir)
                 begun = run.begun()
                 if begun is not None:
-                    self.compared += sum(step > begun for step in now)  # of this start
+                    self.compared += sum(step > begun for step in now)  # steps of this start
                 different = [step for step in now if now[step] != self.reference[step]]
                 if different:
                     self.note(f"steps {different} differ from the undisturbed run")
@@ -170,7 +169,7 @@ class Row:
                         return
 
     def strike(self, run: "Run") -> str:
-        """Waits, and sends the signal to one process; the moment, or "" where the run ended."""
+        """Waits, and signals one process; returns the moment, "" if the run ended first."""
         done = max(losses(self.workdir), default=0)
         if not (self.workdir / "data" / "train").exists():
             aim = self.draw.choice(["data set", ""])
@@ -191,15 +190,15 @@ class Row:
         return moment
 
     def ended_well(self, run: "Run", codes: list[int], begun: int | None, logged: int) -> bool:
-        """Whether these are the exit codes of a run that was told to stop."""
+        """Whether these exit codes are those of a run that was told to stop."""
         if logged == self.steps and run.newest() == self.steps:
             return set(codes) <= {0, EXIT_CODE, -signal.SIGTERM}
-        if begun is None and -signal.SIGTERM in codes:  # nothing to save yet
+        if begun is None and -signal.SIGTERM in codes:  # there was nothing to save yet
             return True
         return set(codes) == {EXIT_CODE}
 
     def note(self, problem: str, run: "Run | None" = None) -> None:
-        """Keeps a problem, and says it with the end of the run's log."""
+        """Notes a problem, and prints it with the end of the run's log."""
         self.problems.append(f"{self.name}: {problem}")
         tail = f"\n{self.log.read_text()[-3000:]}" if run else ""
         tqdm.write(f"error: {self.problems[-1]}{tail}")
@@ -216,7 +215,7 @@ class Run:
         processes: int,
         steps: int,
     ) -> None:
-        """Starts them; what they say goes to `log`."""
+        """Starts the processes; their output goes to `log`."""
         command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
         command += [f"--workdir={workdir}", f"--compilation_cache_dir={root / 'cache'}"]
         command += [f"--config.total_steps={steps}"]
@@ -249,7 +248,7 @@ class Run:
         return all(job.poll() is None for job in self.jobs)
 
     def finish(self, seconds: float, draw: random.Random) -> list[int]:
-        """Waits so long; ends those that outlive one that was killed, as a launcher does."""
+        """Waits at most `seconds`. After a kill it ends the other processes, as a launcher does."""
         deadline, lone = time.time() + seconds, False
         while any(job.poll() is None for job in self.jobs):
             if not lone and any(job.poll() in _KILLED for job in self.jobs):
@@ -262,14 +261,14 @@ class Run:
         return [job.wait() for job in self.jobs]
 
     def begun(self) -> int | None:
-        """The step that it said it goes on from; None where it did not get so far."""
+        """The step that the run goes on from, by its log; None if it ended before."""
         for line in self.log.read_text().splitlines():
             if line.startswith("step ") and " of " in line and ", in " in line:
                 return int(line.split()[1])
         return None
 
     def moment(self) -> str:
-        """What it is doing, as its files show."""
+        """The phase of the run, by its files."""
         if self._writes("evaluations/.step_*.incomplete"):
             return "evaluation"
         if self.is_saving():
@@ -279,7 +278,7 @@ class Run:
         return "starting" if self.begun() is None else "steps"
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written, or was when it ended."""
+        """Whether a checkpoint is being written, or was being written when the run ended."""
         return self._writes("checkpoints/*.orbax-checkpoint-tmp*")
 
     def newest(self) -> int:
@@ -290,13 +289,13 @@ class Run:
     def _writes(self, pattern: str) -> bool:
         for path in self.workdir.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime >= self.started:  # not left by a start before
+                if path.stat().st_mtime >= self.started:  # not left by an earlier start
                     return True
         return False
 
 
 def undisturbed(root: pathlib.Path, processes: int, steps: int) -> tuple[dict[int, dict], float]:
-    """Runs twice, the second time with everything compiled; losses by step, and its seconds."""
+    """Runs twice, the second time with all programs compiled; losses by step, and seconds."""
     for attempt in range(2):
         started = time.perf_counter()
         workdir = root / f"reference_{attempt}"
@@ -307,7 +306,7 @@ def undisturbed(root: pathlib.Path, processes: int, steps: int) -> tuple[dict[in
 
 
 def losses(workdir: pathlib.Path) -> dict[int, dict]:
-    """What was logged of every step."""
+    """The logged losses by step."""
     return {
         int(line["step"]): {name: line[name] for name in _NAMES}
         for line in read_jsonl(workdir / JSONL_NAME)

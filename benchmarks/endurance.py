@@ -2,18 +2,17 @@
 
     python -m benchmarks.endurance --steps=12000 --output=runs/endurance
 
-Trains a tiny model on the digits as anyone does, by `repulsor_jax.main` in a process of its own, on
-two virtual devices: the bank, checkpoints with manifests of which the newest two are kept, grids,
-evaluations, guidance, metrics, event files, the watchdog, a profile, and limits beyond which a step
-is refused, as none is here.
+A process of its own runs `repulsor_jax.main` on two virtual devices and trains a tiny model on the
+digits, with the bank, checkpoints (the newest two are kept), grids, evaluations, guidance, metrics,
+event files, the watchdog, a profile, and limits that refuse a step, which no step here exceeds.
 
-The process is looked at from outside once a second, in Linux's /proc. Memory is what it has for
-itself (anonymous pages: arrays, heap, stacks), without the libraries that it shares with others.
-A save or a picture opens files and threads for a moment, so that the least in a quarter counts.
+Once a second, the process is observed from outside through Linux's /proc. Memory is its anonymous
+pages (arrays, heap, stacks), without the libraries that it shares with other processes. A save or a
+picture opens files and threads for a moment: the least value of a quarter counts.
 
-Prints one table, of the second and the last quarter of the run, draws `<output>/endurance.png`, and
-ends with 1 where something grew by more than its bound. The first quarter is left out: what was
-made while compiling is freed by Python's garbage collector some thousands of steps later.
+Prints one table of the second and the last quarter of the run, draws `<output>/endurance.png`, and
+ends with 1 if a quantity grew by more than its bound. The first quarter does not count: Python's
+garbage collector frees the objects of compilation only some thousands of steps later.
 """
 
 import argparse
@@ -54,12 +53,12 @@ _CONFIG = {
     "evaluation.every_steps": EVERY,
     "evaluation.training_samples": 200,
 }
-_GROWING = ("samples", "evaluations")  # folders that are to grow
+_GROWING = ("samples", "evaluations")  # folders that should grow
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """What is watched.
+    """A watched quantity.
 
     Attributes:
       name: with its unit.
@@ -74,8 +73,8 @@ class Quantity:
 
 MEMORY = Quantity("memory, MB", 0.02, relative=True)
 HANDLES = Quantity("open files", 0)
-THREADS = Quantity("threads", 2)  # idle ones of the pools of JAX and tensorstore come and go
-FILES = Quantity("files of the run", 8)  # how many a checkpoint has varies
+THREADS = Quantity("threads", 2)  # idle threads in the pools of JAX and tensorstore come and go
+FILES = Quantity("files of the run", 8)  # the number of files in a checkpoint varies
 STEP = Quantity("ms per step", 0.05, relative=True)
 
 
@@ -92,21 +91,21 @@ def main() -> None:
     curves = watch(workdir, args.steps)
     picture = args.output / "endurance.png"
     save_curves(picture, {q.name: {"": curve} for q, curve in curves.items()}, "training step")
-    Image.open(picture).quantize(16).save(picture, optimize=True)  # it is to be kept in docs/
+    Image.open(picture).quantize(16).save(picture, optimize=True)  # small enough for docs/
     good = report(curves)
     print(f"\nthe picture: {picture}")
     sys.exit(not good)
 
 
 def watch(workdir: pathlib.Path, steps: int) -> dict[Quantity, Curve]:
-    """Runs the training, and returns what was seen: steps and values of each quantity."""
+    """Runs the training, and returns the observed steps and values of each quantity."""
     job = start(workdir, steps)
     samples = []
     with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
         while job.poll() is None:
             bar.update(last_step(workdir) - bar.n)
             seen = look(job.pid, workdir)
-            if seen and 0 < bar.n < steps:  # not while it ends
+            if seen and 0 < bar.n < steps:  # not while the run ends
                 samples.append((bar.n, *seen))
             time.sleep(1.0)
     finish(job, workdir)
@@ -123,7 +122,7 @@ def watch(workdir: pathlib.Path, steps: int) -> dict[Quantity, Curve]:
 
 
 def last_step(workdir: pathlib.Path) -> int:
-    """The newest step in the metrics, of which only the end is read; 0 before the first."""
+    """The newest step in the metrics file; 0 before the first. Reads only its end."""
     path = workdir / JSONL_NAME
     if not path.is_file():
         return 0
@@ -134,14 +133,14 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def finish(job: subprocess.Popen, workdir: pathlib.Path) -> None:
-    """Waits; ends with what the training said if it failed."""
+    """Waits; ends the benchmark with the output of the training if it failed."""
     if job.wait():
         log = workdir.with_name("log")
         sys.exit(f"error: training failed, {log}:\n{log.read_text()[-4000:]}")
 
 
 def start(workdir: pathlib.Path, steps: int) -> subprocess.Popen:
-    """Starts the training; what it says goes to `log` beside the folder."""
+    """Starts the training; its output goes to `log` beside the folder."""
     command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
     command += [f"--workdir={workdir}", f"--config.total_steps={steps}"]
     command += [f"--config.{key}={value}" for key, value in _CONFIG.items()]
@@ -152,7 +151,7 @@ def start(workdir: pathlib.Path, steps: int) -> subprocess.Popen:
 
 
 def look(pid: int, workdir: pathlib.Path) -> tuple[float, int, int, int] | None:
-    """MB of memory that the process has for itself, open files, threads, files of the run.
+    """MB of memory of the process alone, open files, threads, files of the run.
 
     None where it has just ended.
     """

@@ -156,7 +156,7 @@ def precision_recall(count: int) -> None:
     found = module.precision_recall(samples=samples, reference=reference)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    products = 4 * 2 * count**2 * 2048  # two sets of radii, two of memberships
+    products = 4 * 2 * count**2 * 2048  # two sets of radii, two of membership tests
     print("| images on each side | seconds | GFLOP/s of the distances | features | peak memory |")
     print("|---|---|---|---|---|")
     print(

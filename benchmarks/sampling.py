@@ -3,13 +3,13 @@
     python -m benchmarks.sampling                       # ours alone
     pip install torch diffusers && python -m benchmarks.sampling --peers
 
-Printed: seconds an image, unguided and guided (classifier-free, all channels, 2 B rows a step), and
-the share of the machine's matrix-product peak, measured in the same rounds; what a step more costs,
-against the model alone; how long the sampler compiles, for few and many steps; and how often XLA
-compiles while the guidance changes. Latents only: nothing is decoded. Rates count the model's own
+Prints seconds per image, unguided and guided (classifier-free, all channels, 2 B rows a step), and
+the share of the machine's matrix-product peak, measured in the same rounds; the cost of one more
+step against the cost of the model; the compile time of the sampler for few and many steps; and the
+number of compilations while the guidance changes. Nothing is decoded. Rates count the model's
 FLOPs, the same number for every variant.
 
-Every implementation lives in a process of its own and takes its turn, round after round; see
+Every implementation has its own process and takes its turn in every round; see
 `benchmarks.step` for the allocator settings, the peak and the PyTorch model that both share.
 """
 
@@ -41,18 +41,18 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class Case(NamedTuple):
-    """What a worker times: so many steps from noise; 0 is the model alone, once."""
+    """A case that a worker times: a number of steps from noise; 0 is one call of the model."""
 
     guided: bool
     num_steps: int
 
 
 class Call(NamedTuple):
-    """One call of the generator: its guidance in words, and what came of it."""
+    """One call of the generator: its guidance in words, and the outcome."""
 
     guidance: str
     num_compilations: int
-    is_new: bool  # images like no earlier ones
+    is_new: bool  # the images differ from all earlier ones
 
 
 def main() -> None:
@@ -230,7 +230,7 @@ def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
                 rows = slice(args.batch_size * (1 + guided))
                 given = (noise[rows], times[rows], labels[rows])
             inputs[case] = (params, *jax.device_put(given))
-            jax.clear_caches()  # each starts from nothing, as in a process of its own
+            jax.clear_caches()  # each compilation starts with empty caches, as in a new process
             started = time.perf_counter()
             lowered = jax.jit(function).lower(*inputs[case])
             lowered_at = time.perf_counter()
@@ -251,7 +251,7 @@ def build_jax(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
 
 
 def random_params(model: Any) -> Any:
-    """Normal values of deviation 0.02: as initialised, the model's output is zero."""
+    """Normal values of deviation 0.02: with initialised parameters the model's output is zero."""
     import flax.linen as nn
     import jax
 
@@ -266,12 +266,14 @@ def random_params(model: Any) -> Any:
 
 def build_torch(compile_it: bool, args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
     """The same Euler steps and guidance around diffusers' model, compiled or not."""
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # an earlier run's would hide the cost
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = (
+        "1"  # the caches of an earlier run would hide the cost
+    )
     import torch
 
     device = torch.device(args.platform)
     model = torch_dit(args).eval()
-    # With dynamic shapes the program for 2 B rows would be a general one, and slower.
+    # With dynamic shapes, the program for 2 B rows would be a general and slower one.
     forward = torch.compile(model, dynamic=False) if compile_it else model
     noise = torch.randn(args.batch_size, 4, 32, 32, device=device)
     labels = torch.randint(0, 1000, (args.batch_size,), device=device)
@@ -336,7 +338,7 @@ def build_sweep(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
         class_names=("a", "b", "c"),
     )
     generator = make_generator(experiment)
-    # Larger than in the comparison, so that uint8 images tell the settings apart.
+    # Larger values than in the comparison, so that uint8 images of two settings differ.
     params = jax.tree.map(lambda x: 10.0 * x, random_params(experiment.model))
     params = jax.device_put(params, sharding.replicated(mesh))
 
@@ -355,7 +357,7 @@ def build_sweep(args: argparse.Namespace) -> tuple[Timed, dict[str, Any]]:
         Guidance(4.0, 0.0, 0.5),
         Guidance(4.0, 0.3, 0.8),
         Guidance(7.5, 0.3, 0.8),
-        Guidance(1.0),  # as without guidance
+        Guidance(1.0),  # equal to no guidance
         None,
     ]
     calls, seen = [], set()

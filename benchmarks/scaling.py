@@ -3,8 +3,8 @@
     pip install -e '.[plan]' && python -m benchmarks.scaling --output=runs/scaling
 
 The train step is compiled, not run, for TPU slices from 8 to 1,024 chips, with and without the
-memory bank: weak scaling keeps the images of a chip, strong scaling those of the batch. Written:
-a Markdown table, `<output>.md`, and a picture, `<output>.png`. A step of SiT-XL/2 takes about a
+memory bank: weak scaling keeps the images per chip, strong scaling keeps the batch. It writes a
+Markdown table, `<output>.md`, and a picture, `<output>.png`. A step of SiT-XL/2 takes about a
 minute to compile on two quiet cores; --size=s_2 is quicker.
 """
 
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace, count: int, batch: int, name: str) -> dict
     c = imagenet256.get_config(f"{args.size},{name}")
     c.batch_size, c.sampling.batch_size = batch, count
     c.mesh.fsdp, c.regularizer.bank_rows = args.fsdp, args.bank_rows
-    c.model.remat = "full"  # the whole batch fits 8 chips, and the gradients stay what they are
+    c.model.remat = "full"  # the whole batch fits 8 chips; the gradients are the same
     config, topology = config_lib.parse(c), open_topology(SLICES[count])
     experiment = abstract_experiment(config, pathlib.Path(), topology)
     program = compile_program("train", experiment, topology)
@@ -96,7 +96,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The table and the picture."""
+    """Writes the table and the picture."""
     head = (
         "| scaling | chips | batch | bytes, none | bytes, repulsor | the method's | of none "
         "| sent, none | sent, repulsor | bank travels |"

@@ -3,13 +3,13 @@
     python -m benchmarks.step                       # with and without the method
     pip install torch diffusers && python -m benchmarks.step --peers
 
-Every variant lives in a process of its own, builds and compiles its train step (forward, backward,
-AdamW, EMA), and then takes its turn, round after round, so that all meet the same machine. Printed:
+Every variant has its own process, which builds and compiles a train step (forward, backward, AdamW,
+EMA) and then takes its turn in every round: noise of the machine meets all variants alike. Prints
 median time and images/s, ratios, and the share of the machine's matrix-product peak, measured in
-the same rounds. Rates count the model's own FLOPs, 3 x forward, the same number for every variant.
+the same rounds. Rates count the model's FLOPs, 3 x forward, the same number for every variant.
 
-On Linux, all variants run with the same allocator settings, which keep freed memory mapped:
-without them every step pays again for the page faults of its temporaries (--allocator=default).
+On Linux, all variants run with the same allocator settings, which keep freed memory mapped. Without
+them (--allocator=default), every step pays for the page faults of its temporaries again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REUSE_MEMORY = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0xffffffffff:glibc.malloc.arena_max=1"
 )
 
-Timed = Callable[..., float]  # runs once, what its arguments say; returns seconds
+Timed = Callable[..., float]  # runs the case of its arguments once; returns seconds
 Build = Callable[[argparse.Namespace], tuple[Timed, dict[str, Any]]]  # and facts to print
 
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds what every comparison of one model on one machine has."""
+    """Adds the arguments that all comparisons of a model on a machine share."""
     parser.add_argument("--platform", default="cpu", choices=["cpu", "cuda", "tpu"])
     parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"])
     parser.add_argument("--patch_size", type=int, default=2)
@@ -105,7 +105,7 @@ def print_tables(
 
 
 def setting(args: argparse.Namespace) -> str:
-    """What all variants have in common, in words."""
+    """The common settings of all variants, in words."""
     return (
         f"DiT-{args.size}/{args.patch_size}, 32x32x4, batch {args.batch_size}, {args.dtype}, "
         f"{args.platform}, {os.cpu_count()} cores, {args.allocator} allocator"
@@ -135,28 +135,28 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, args, theirs), daemon=True)
         self._process.start()
-        self.info = self._pipe.recv()  # one builds after the other, so that none is starved
+        self.info = self._pipe.recv()  # workers build one after the other: each build has all cores
 
     def run(self, *case: Any) -> float:
-        """Seconds that the variant gives for the case."""
+        """Runs the variant's case and returns its seconds."""
         self._pipe.send(case)
         return self._pipe.recv()
 
     def close(self) -> None:
-        """Ends the process, and so frees the device's memory."""
+        """Ends the process, which frees the memory of its device."""
         self._pipe.close()
         self._process.join()
 
 
 def start_workers(builders: dict[str, Build], args: argparse.Namespace) -> dict[str, Worker]:
-    """Starts a worker for each variant, with the allocator settings that were asked for."""
+    """Starts a worker for each variant, with the requested allocator settings."""
     if args.allocator == "reuse":
         os.environ["GLIBC_TUNABLES"] = REUSE_MEMORY  # read when a worker starts
     return {name: Worker(build, args) for name, build in builders.items()}
 
 
 def matmul_builders(args: argparse.Namespace) -> dict[str, Build]:
-    """The large matrix products whose rate `matmul_peak` takes."""
+    """The large matrix products, whose rate `matmul_peak` returns."""
     builders: dict[str, Build] = {"jax matmul": build_jax_matmul}
     return builders | ({"torch matmul": build_torch_matmul} if args.peers else {})
 
@@ -164,13 +164,13 @@ def matmul_builders(args: argparse.Namespace) -> dict[str, Build]:
 def _serve(build: Build, args: argparse.Namespace, pipe: Connection) -> None:
     timed, info = build(args)
     pipe.send(info)
-    with contextlib.suppress(EOFError):  # the parent is done
+    with contextlib.suppress(EOFError):  # the parent closed the pipe
         while True:
             pipe.send(timed(*pipe.recv()))
 
 
 def model_config(args: argparse.Namespace) -> Any:
-    """Returns the default configuration with the model that the arguments name."""
+    """The default configuration with the model of the arguments."""
     from configs import default
     from repulsor_jax.models.dit import DIT_SIZES
 
@@ -270,7 +270,7 @@ def build_jax_matmul(args: argparse.Namespace, size: int = 2048) -> tuple[Timed,
 
 
 def torch_dit(args: argparse.Namespace) -> Any:
-    """Returns diffusers' DiT of the size that the arguments name, on their device."""
+    """diffusers' DiT of the size and on the device of the arguments."""
     import torch
     from diffusers import DiTTransformer2DModel
 
