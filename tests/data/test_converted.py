@@ -270,7 +270,6 @@ SHARD_ERRORS = {
         {"latents": noise(2, 4, 3, 2), "latents_flip": noise(2, 4, 3, 2)},
         r"\[c, h, w\] = \[8, 3, 2\] as in latents_rank00_shard000.safetensors",
     ),
-    "flat": ({"latents": noise(2, 8), "latents_flip": noise(2, 8)}, r"found latents \[2, 8\]"),
     "whole numbers": ({"latents": np.ones((2, 8, 3, 2), np.int32)}, "found latents of type I32"),
     "float labels": ({"labels": np.ones(2)}, "labels of float64"),
 }

@@ -51,19 +51,8 @@ def adm_crop(image, size):
     return array[top : top + size, left : left + size]
 
 
-SIZES = [
-    (64, 64),  # as it is
-    (20, 31),  # smaller, portrait
-    (63, 127),
-    (65, 64),
-    (128, 128),  # exactly twice
-    (129, 257),  # odd, twice and a bit
-    (255, 131),
-    (256, 256),  # exactly four times
-    (517, 300),
-    (64, 200),  # only cut
-    (1, 1),
-]
+# As it is; smaller, portrait; exactly twice; odd, twice and a bit; four times; only cut.
+SIZES = [(64, 64), (20, 31), (65, 64), (128, 128), (129, 257), (256, 256), (64, 200), (1, 1)]
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -156,7 +145,6 @@ def test_palettes_and_key_colours():
 def test_greyscale():
     assert colours(row("L", [0, 7, 255])) == [BLACK, (7,) * 3, WHITE]
     assert colours(row("1", [0, 255])) == [BLACK, WHITE]
-    assert colours(row("L", [5]), "bmp") == [(5,) * 3]
 
 
 def test_cmyk():
@@ -250,11 +238,7 @@ BAD = {
     ),
     "program": (POSTSCRIPT, "x.jpg: not an image in one of the formats"),
     "cut jpeg": (PHOTO[: len(PHOTO) // 2], "x.jpg: damaged or cut short, JPEG .* truncated"),
-    "cut jpeg header": (PHOTO[:100], "x.jpg: (not an image|damaged)"),
     "cut png": (PNG[: len(PNG) // 2], "x.jpg: damaged or cut short, PNG .* truncated"),
-    "damaged png": (PNG[:200] + bytes(2000) + PNG[2200:], "x.jpg: damaged or cut short, PNG"),
-    "bomb": (raw_png(100_000, 100_000, 8, 2, b""), "x.jpg: refused before decoding.*89,478,485"),
-    "large": (raw_png(10_000, 10_000, 8, 2, b""), "x.jpg: refused .*found 10000 x 10000"),
     "narrow": (
         encode(Image.new("L", (6000, 1)), "png"),
         "x.jpg: 6000 x 1 is too long and narrow, .* 1536000 x 256",
@@ -267,12 +251,10 @@ BAD = {
         encode(Image.fromarray(np.ones((2, 2), np.float32)), "tiff"),
         "x.jpg: found colour mode F",
     ),
-    "float array": (np.ones((2, 2, 3)), r"x.jpg: found an array of float64 \(2, 2, 3\), expected"),
     "flat array": (np.ones((2, 2), np.uint8), r"x.jpg: found an array of uint8 \(2, 2\), expected"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("image", "message"), BAD.values(), ids=BAD)
 def test_bad_images(image, message):
     with pytest.raises(BadImageError, match=message):
