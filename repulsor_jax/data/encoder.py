@@ -46,7 +46,7 @@ def encode_images(
       description: of the data set.
       batch_per_device: images in one call of the encoder, on each device.
       num_workers: processes that decode and crop; 0 does it in this one.
-      skip_bad_images: report and note an image that cannot be read, instead of raising.
+      skip_bad_images: note a bad image in the data set instead of raising.
 
     Raises:
       BadImageError: an image cannot be read, and is not to be skipped.

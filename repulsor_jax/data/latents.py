@@ -194,14 +194,9 @@ def check_files(
 ) -> None:
     """Reads this process's share of the shards and compares their SHA-256 with dataset.json's.
 
-    Intact files are noted in `.verified-*.json` beside the shards, where that can be written, and
-    are not read again while size and time of change stay the same.
-
-    Args:
-      dataset: the data set.
-      process_index: this process, which reads every `process_count`-th shard from this one on.
-      process_count: number of processes.
-      progress: show a progress bar in bytes with the time left.
+    A process reads every `process_count`-th shard. Intact files are noted in `.verified-*.json`
+    beside the shards, where that can be written, and are not read again while size and time of
+    change stay the same.
 
     Raises:
       ValueError: names the damaged files.
@@ -297,10 +292,8 @@ class LatentFormat(NamedTuple):
 def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
     """Returns the format of a data set's latents.
 
-    Args:
-      dataset: the data set.
-      normalization: "scale" for the autoencoder's fixed shift and factor, "statistics" for the
-        data set's own mean and 1 / std per channel.
+    The normalization is "scale" for the autoencoder's fixed shift and factor, or "statistics" for
+    the data set's own mean and 1 / std per channel.
 
     Raises:
       ValueError: "statistics" with a constant channel.
@@ -333,10 +326,8 @@ def denormalize(latents: jax.Array, latent_format: LatentFormat) -> jax.Array:
 def sample_posterior(key: jax.Array, moments: jax.Array) -> jax.Array:
     """Draws latents `[..., c]`, float32, from N(mean, exp(logvar)).
 
-    Args:
-      key: random key.
-      moments: mean and log-variance concatenated, `[..., 2c]`; the log-variance is clipped to
-        [-30, 20] as the SD-VAE does.
+    The moments are mean and log-variance concatenated, `[..., 2c]`; the log-variance is clipped to
+    [-30, 20] as the SD-VAE does.
     """
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     noise = jax.random.normal(key, mean.shape, jnp.float32)

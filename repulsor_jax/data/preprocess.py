@@ -76,11 +76,6 @@ def read_images(
 ) -> tuple[list[np.ndarray | BadImageError], np.ndarray]:
     """Reads and prepares some items of an image source, in a worker process.
 
-    Args:
-      source: an `ImageSource`.
-      indices: which items.
-      size: see `prepare_image`.
-
     Returns:
       One entry per index: the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable
       one; and the labels, int32 `[B]`, -1 where the item was unreadable.

@@ -46,10 +46,9 @@ class ImageSource(Protocol):
         ...
 
     def signature(self) -> str:
-        """SHA-256 in hex over the kind, the class names, and names, labels and sizes of the items.
+        """SHA-256 in hex over kind, class names, and names, labels and sizes of the items.
 
-        It tells whether a restarted job still sees the same source. Contents are not read, and
-        where the source stands does not matter.
+        A restarted job compares it. Contents are not read, and the path does not matter.
         """
         ...
 

@@ -28,12 +28,8 @@ def read_in_order(
     JAX with it, so that they start in a fraction of a second. They end with their parent, however
     that ends.
 
-    Args:
-      source: an `ImageSource`; each process gets a copy.
-      chunks: indices of one task each.
-      size: see `prepare_image`.
-      num_workers: processes; 0 reads in the caller.
-      ahead: chunks in work beyond the one that is asked for.
+    Each process gets a copy of the `ImageSource`; with 0 workers the caller reads. `ahead` chunks
+    are read before they are asked for.
 
     Raises:
       OSError: a process died.

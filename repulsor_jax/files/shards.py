@@ -146,7 +146,6 @@ def fill(
     produce: Callable[[Sequence[range]], Iterator[Any]],
     *,
     title: str,
-    unit: str = "img",
     share: slice | None = None,
     progress: bool = True,
 ) -> int:
@@ -157,7 +156,6 @@ def fill(
       produce: called once with the items of each missing shard; yields parts of consecutive items,
         each of one shard, in their order.
       title: of the bar.
-      unit: of the bar.
       share: None where all processes make every item together: the first process keeps the files
         and says what is missing, and the others need not see them. `slice(k, None, n)` where
         process k of n makes every n-th shard by itself.
@@ -186,7 +184,7 @@ def fill(
             total=total,
             initial=total - left,
             desc=title,
-            unit=unit,
+            unit="img",
             disable=not (progress and is_main),
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file takes fewer lines
