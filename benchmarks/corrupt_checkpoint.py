@@ -121,7 +121,7 @@ def outcome(
         return []
 
     try:
-        with Checkpointer(copy, read_delay=0.0) as checkpointer:
+        with Checkpointer(copy) as checkpointer:
             state, data, notes = checkpointer.restore(abstract, BATCH, check=look)
     except Exception as error:  # noticed, but not by the promised error
         return "silent", f"{type(error).__name__}: {error}"

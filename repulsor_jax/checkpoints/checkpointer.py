@@ -69,7 +69,6 @@ class Checkpointer:
         max_lost_steps: int = 0,
         patience: float = 0.0,
         read_only: bool = False,
-        read_delay: float = 1.0,
     ) -> None:
         """Opens a directory of checkpoints, and creates it where absent unless `read_only`.
 
@@ -82,7 +81,6 @@ class Checkpointer:
             checkpoint, a save is waited for, and it is an error if it fails; 0: every one.
           patience: seconds for which it is tried again before it is an error.
           read_only: neither create nor delete anything, as beside a run that is training.
-          read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
           CheckpointError: the directory cannot be made, written or read.
@@ -91,10 +89,9 @@ class Checkpointer:
             directory = open_folder(directory)
         self._storage = Storage(
             directory,
-            keep_last=None if read_only else keep_last,
-            keep_every=keep_every or None,
+            keep_last=keep_last,
+            keep_every=keep_every,
             read_only=read_only,
-            read_delay=read_delay,
         )
         self.directory = self._storage.directory
         self._retry_steps = retry_steps
@@ -209,14 +206,13 @@ class Checkpointer:
         self,
         abstract_state: TrainState,
         batch_size: int,
-        step: int | None = None,
         *,
         check: Callable[[Records, Records], list[str]] | None = None,
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
-        """Restores a state (the newest by default) onto the shardings of `abstract_state`.
+        """Restores the newest state onto the shardings of `abstract_state`.
 
         Where the newest is damaged, the one before it is taken, and so on; the damaged ones are
-        then moved into `damaged/`. Nothing is moved where all are damaged, or a step is given.
+        then moved into `damaged/`. Where all are damaged, nothing is moved.
 
         Where the run had another batch size or number of bank rows, its bank is laid out anew and
         its position in the data stays that of the same sample: `memory_bank.reslot` and
@@ -225,7 +221,6 @@ class Checkpointer:
         Args:
           abstract_state: shapes with shardings, from `abstract_train_state`.
           batch_size: of the global batch from now on.
-          step: the only checkpoint to try.
           check: called with the saved configuration and latents before any array is read; raises
             where the run must not go on from them, and returns lines to report.
 
@@ -234,22 +229,18 @@ class Checkpointer:
           damaged, changed or translated.
 
         Raises:
-          DamagedCheckpointError: the step that was given, or every one, is damaged.
-          CheckpointError: no such checkpoint, or it holds another model, head or optimizer.
+          DamagedCheckpointError: every checkpoint is damaged.
+          CheckpointError: there is none, or the newest holds another model, head or optimizer.
         """
         self.wait()
-        candidates = [self.resolve(step)]
-        if step is None and not self._storage.read_only:
-            candidates = self.steps()[::-1]
+        self.resolve(None)
         problems: dict[int, str] = {}
-        for candidate in candidates:
+        for step in reversed(self.steps()):
             try:
-                state, data_state, notes = self._restore(
-                    candidate, abstract_state, batch_size, check
-                )
+                state, data_state, notes = self._restore(step, abstract_state, batch_size, check)
                 break
             except DamagedCheckpointError as error:
-                problems[candidate] = str(error)
+                problems[step] = str(error)
         else:
             raise DamagedCheckpointError(
                 "; ".join(problems.values())
@@ -259,10 +250,10 @@ class Checkpointer:
         moved = self._storage.set_aside(list(problems)) if problems else {}
         said = [
             f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[damaged]}; going on from "
-            f"step {candidate}"
+            f"step {step}"
             for damaged, problem in problems.items()
         ]
-        self._saved, self._failed = candidate, False
+        self._saved, self._failed = step, False
         return state, data_state, said + notes
 
     def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:

@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Any, Protocol
+from typing import Any
 
 import tensorstore as ts
 from etils import epath
@@ -37,57 +37,11 @@ _MARKER = "commit_success.txt"
 _PARTS = {"state", *RECORDS, "_CHECKPOINT_METADATA", _MARKER}
 
 
-class Folder(Protocol):
-    """What `Storage` needs of a place."""
-
-    path: Any  # pathlib.Path or epath.Path
-
-    def exists(self) -> bool:
-        """Whether anything is there."""
-
-    def steps(self) -> list[int]:
-        """Steps that are whole, in any order."""
-
-    def tidy(self) -> None:
-        """Makes the folder where absent; removes what a killed save or deletion left in it."""
-
-    def probe(self) -> None:
-        """Makes the folder where absent, and writes a little, to see whether that works."""
-
-    def move(self, name: str, target: str) -> None:
-        """Moves a checkpoint to another name; at every moment it is there under one of them."""
-
-    def remove(self, name: str) -> None:
-        """Removes a checkpoint, which is not listed from the first moment on."""
-
-
-def open_folder(
-    directory: str | os.PathLike[str], *, answer_seconds: float = ANSWER_SECONDS
-) -> Folder:
-    """The folder of that name; nothing is made or asked for yet.
-
-    Args:
-      directory: a path, or gs://bucket/path.
-      answer_seconds: after which a bucket that does not answer one small request is away.
-    """
-    if is_bucket(directory):
-        return _Bucket(str(directory), answer_seconds)
-    return _Disk(directory)
-
-
-def is_bucket(directory: str | os.PathLike[str]) -> bool:
-    """Whether it is the address of a bucket."""
-    return str(directory).startswith(BUCKET)
-
-
 class _Disk:
-    """A folder of a file system."""
+    """A folder of a file system; `_Bucket` has the same methods."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(directory).absolute()
-
-    def exists(self) -> bool:
-        return self.path.is_dir()
 
     def steps(self) -> list[int]:
         try:
@@ -96,24 +50,26 @@ class _Disk:
             return []
 
     def tidy(self) -> None:
+        """Makes the folder where absent; removes what a killed save or deletion left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
             if _UNFINISHED in path.name or (path.suffix == _DELETED and path.stem.isdecimal()):
                 shutil.rmtree(path, ignore_errors=True)
 
     def probe(self) -> None:
+        """Makes the folder where absent, and writes a little, to see whether that works."""
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.path) as file:
             file.write(bytes(_PROBE_BYTES))
 
     def move(self, name: str, target: str) -> None:
+        """Moves a checkpoint to another name; at every moment it is there under one of them."""
         (self.path / target).parent.mkdir(parents=True, exist_ok=True)
         (self.path / name).rename(self.path / target)
 
     def remove(self, name: str) -> None:
+        """Removes a checkpoint, which is not listed from the first moment on."""
         going = self.path / f"{name}{_DELETED}"
-        if going.exists():
-            shutil.rmtree(going)
         (self.path / name).rename(going)
         shutil.rmtree(going)
 
@@ -129,9 +85,6 @@ class _Bucket:
             {"driver": "gcs", "bucket": name, "path": prefix + "/"},
             context=ts.Context({"gcs_request_retries": {"max_retries": 1}}),
         ).result()
-
-    def exists(self) -> bool:
-        return bool(self._contents())
 
     def steps(self) -> list[int]:
         found = self._contents()
@@ -184,6 +137,28 @@ class _Bucket:
             raise OSError(f"no answer within {seconds:g} s") from None
         except ValueError as error:  # what tensorstore raises
             raise OSError(str(error)) from error
+
+
+Folder = _Disk | _Bucket
+
+
+def open_folder(
+    directory: str | os.PathLike[str], *, answer_seconds: float = ANSWER_SECONDS
+) -> Folder:
+    """The folder of that name; nothing is made or asked for yet.
+
+    Args:
+      directory: a path, or gs://bucket/path.
+      answer_seconds: after which a bucket that does not answer one small request is away.
+    """
+    if is_bucket(directory):
+        return _Bucket(str(directory), answer_seconds)
+    return _Disk(directory)
+
+
+def is_bucket(directory: str | os.PathLike[str]) -> bool:
+    """Whether it is the address of a bucket."""
+    return str(directory).startswith(BUCKET)
 
 
 def bound_waiting() -> None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import traverse_util
+
 from repulsor_jax.config import ConfigError
 from repulsor_jax.files.atomic import Appender
 
@@ -120,12 +122,7 @@ def write_down(file: Appender, step: int, notes: Sequence[str]) -> None:
     file.append_or_keep((json.dumps(line | {"notes": list(notes)}) + "\n").encode())
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; tuples as lists, as JSON gives them back."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = json.loads(json.dumps(value))
+    found: dict[str, Any] = traverse_util.flatten_dict(json.loads(json.dumps(values)), sep=".")
     return found

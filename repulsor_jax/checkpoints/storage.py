@@ -27,6 +27,7 @@ from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, Folder, is_bucket
 
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
+_READ_PAUSE = 1.0  # seconds between two attempts
 # How tensorstore calls a storage in trouble; what a file holds is INVALID_ARGUMENT or DATA_LOSS.
 _TROUBLE = (
     "UNAVAILABLE",
@@ -46,27 +47,23 @@ class Storage:
         self,
         folder: Folder,
         *,
-        keep_last: int | None = None,
-        keep_every: int | None = None,
+        keep_last: int = 0,
+        keep_every: int = 0,
         read_only: bool = False,
-        read_delay: float = 1.0,
     ) -> None:
         """Opens the folder, and creates it where absent unless `read_only`.
 
         Args:
           folder: where the checkpoints are.
-          keep_last: how many of the newest checkpoints to keep; None keeps all.
-          keep_every: keep those whose step is a multiple of this as well; None keeps no more.
+          keep_last: how many of the newest checkpoints to keep; 0 keeps all.
+          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
           read_only: neither create nor delete anything.
-          read_delay: seconds before a read that failed, but may yet succeed, is tried once more.
 
         Raises:
           CheckpointError: the folder cannot be made, read or written.
         """
         self._folder = folder
         self.directory = folder.path
-        self.read_only = read_only
-        self._read_delay = read_delay
         self._keep_last, self._keep_every = keep_last, keep_every
         self._seen: list[int] = []
         self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -238,7 +235,7 @@ class Storage:
             if not passes:
                 break
             if attempt < _READ_ATTEMPTS - 1:
-                time.sleep(self._read_delay)
+                time.sleep(_READ_PAUSE)
         said = f"{self._path(step)}: {name} cannot be read ({problem})"
         if of_bucket and passes:
             raise CheckpointError(f"{said}; the bucket is away: the same command tries it again")
@@ -298,8 +295,8 @@ class Storage:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # what stays is removed after a later save
                 self._folder.tidy()
-                for step in sorted(self._folder.steps())[: -(self._keep_last or 0)]:
-                    if self._keep_every is None or step % self._keep_every:
+                for step in sorted(self._folder.steps())[: -self._keep_last]:
+                    if not self._keep_every or step % self._keep_every:
                         self._folder.remove(str(step))
 
     def _recover(self) -> None:
