@@ -118,7 +118,7 @@ def main() -> None:
             checkpointer.wait()
             plain = sum(loop.run(args.steps)[0])
             transfer = timed(lambda: jax.tree.map(copy_to_host, loop.state))
-            fingerprints = timed(lambda: manifest.fingerprints(loop.state))
+            fingerprints = timed(lambda: manifest.measure(loop.state))
             loop.run(1)  # its result is a state that is not on the host yet
             blocked = timed(lambda: save(loop, checkpointer))
             seconds, beside = loop.run(args.steps, checkpointer)

@@ -16,7 +16,7 @@ probability of 2^-64.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from repulsor_jax.files import untrusted
 from repulsor_jax.files.checksums import values_sha256
 
 Array = jax.Array
-FORMAT = 1
 
 # Odd constants of the golden ratio, and of murmur3's finaliser (the two lanes start elsewhere).
 _STRIDES = (0x9E3779B9, 0x85EBCA77)
@@ -44,14 +43,9 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def _check_dtype(name: str) -> str:
-    """Refuses names of other things than numbers: whoever can write files can write a manifest."""
-    if not name.startswith("key<"):
-        try:
-            known = jnp.issubdtype(name, np.number) or jnp.dtype(name) == np.bool_
-        except (TypeError, ValueError, SyntaxError):
-            known = False
-        if not known:
-            raise ValueError("a dtype of numbers")
+    """Refuses a name that `SavedArray.abstract` cannot use: anybody may have written a manifest."""
+    if not name.startswith("key<") and not isinstance(getattr(jnp, name, None), type(jnp.int8)):
+        raise ValueError(f"expected a dtype of numbers, found {name[:40]!r}")
     return name
 
 
@@ -72,9 +66,9 @@ class SavedArray:
 
 @untrusted.checked
 class Manifest:
-    """See the module."""
+    """See the module; the format comes first, so that an error about another one does, too."""
 
-    format: int
+    format: Literal[1]
     step: int
     version: str
     jax: str
@@ -94,9 +88,9 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
       records: the other records, plain values.
     """
     mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
-    proofs = fingerprints(state)
+    measured = measure(state)
     found: dict[str, Any] = {
-        "format": FORMAT,
+        "format": 1,
         "step": step,
         "version": __version__,
         "jax": jax.__version__,
@@ -104,7 +98,11 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
         "processes": jax.process_count(),
         "records": {name: values_sha256(value) for name, value in records.items()},
         "arrays": {
-            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": proofs[name]}
+            name: {
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "fingerprint": measured[name][0],
+            }
             for name, leaf in named_leaves(state).items()
         },
     }
@@ -126,10 +124,6 @@ def check(values: Mapping[str, Any], step: int, records: Mapping[str, Any], wher
     about = {name: value for name, value in values.items() if name != "digest"}
     if values.get("digest") != values_sha256(about):
         raise DamagedCheckpointError(f"{where}: its manifest was changed")
-    if values.get("format") != FORMAT:
-        raise DamagedCheckpointError(
-            f"{where}/manifest: expected format {FORMAT}, found {values.get('format')!r}"
-        )
     try:
         found = untrusted.parse(Manifest, values, f"{where}/manifest")
     except ValueError as error:
@@ -154,18 +148,14 @@ def check_arrays(manifest: Manifest, tree: Any, where: str) -> None:
       DamagedCheckpointError: some came back otherwise than saved, or are not finite: training
         saves no such state, but older versions did.
     """
-    found = _measured(tree)
-    changed = [
-        name
-        for name, each in found.items()
-        if _fingerprint(*each) != manifest.arrays[name].fingerprint
-    ]
+    found = measure(tree)
+    changed = [n for n, (proof, _) in found.items() if proof != manifest.arrays[n].fingerprint]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise DamagedCheckpointError(
             f"{where}: {min(changed)}{more} came back otherwise than saved"
         )
-    if spoiled := _not_finite(found):
+    if spoiled := _name_spoiled(found):
         raise DamagedCheckpointError(f"{where}: not finite: {spoiled}")
 
 
@@ -200,54 +190,47 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def fingerprints(tree: Any) -> dict[str, str]:
-    """Fingerprint of every array of a tree, by its name: 16 hexadecimal digits each.
+def measure(tree: Any) -> dict[str, tuple[str, int]]:
+    """Fingerprint of every array of a tree, and how many of its numbers are not finite.
 
     Args:
       tree: arrays on the devices, on any mesh; random keys count as their data. Shape and dtype
         are part of a fingerprint.
 
     Returns:
-      name, as "params/model/final/kernel", to fingerprint; the same on every process.
+      By name, as "params/model/final/kernel": 16 hexadecimal digits and a count; the same on every
+      process.
     """
-    return {name: _fingerprint(*each) for name, each in _measured(tree).items()}
-
-
-def not_finite(tree: Any) -> str:
-    """Names arrays with numbers that are not finite: no training can go on from such a state.
-
-    Args:
-      tree: arrays on the devices, on any mesh; every device reads its own shards once.
-
-    Returns:
-      As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
-    """
-    return _not_finite(_measured(tree))
-
-
-def _measured(tree: Any) -> dict[str, tuple[Array, list[int]]]:
-    """Each array by its name, and its `sums`."""
     found = {}
     for name, leaf in named_leaves(tree).items():
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = jax.random.key_data(leaf) if is_key else leaf
         # One array at a time: arrays of one shape share a compiled program, and virtual CPU
         # devices, which share few threads, do not get stuck in many all-reduces at once.
-        found[name] = array, jax.device_get(sums(array)).tolist()
+        one, other, spoiled = jax.device_get(sums(array)).tolist()
+        about = f"{array.dtype}{list(array.shape)}".encode()
+        prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
+        found[name] = f"{prefix ^ (one << 32 | other):016x}", spoiled
     return found
 
 
-def _fingerprint(array: Array, sums: list[int]) -> str:
-    about = f"{array.dtype}{list(array.shape)}".encode()
-    prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
-    return f"{prefix ^ (sums[0] << 32 | sums[1]):016x}"
+def not_finite(tree: Any) -> str:
+    """Names arrays with numbers that are not finite: no training can go on from such a state.
+
+    Args:
+      tree: as for `measure`.
+
+    Returns:
+      As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
+    """
+    return _name_spoiled(measure(tree))
 
 
-def _not_finite(measured: Mapping[str, tuple[Array, list[int]]]) -> str:
-    bad = {name: count for name, (_, (*_, count)) in measured.items() if count}
-    if not bad:
+def _name_spoiled(measured: Mapping[str, tuple[str, int]]) -> str:
+    spoiled = [(name, count) for name, (_, count) in measured.items() if count]
+    if not spoiled:
         return ""
-    (name, count), *others = bad.items()
+    (name, count), *others = spoiled
     more = f" and {len(others)} more array{'s' * (len(others) > 1)}" if others else ""
     return f"{name} ({count:,} number{'s' * (count > 1)}){more}"
 
