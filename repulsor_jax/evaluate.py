@@ -64,6 +64,7 @@ def _evaluate_checkpoints(
 ) -> list[report.Record]:
     is_main = jax.process_index() == 0
     records: list[report.Record] = []
+    plot = None
     if checkpoints == "follow":
         _wait_for(checkpoint_directory(config.checkpoint, workdir), config.evaluation.poll_seconds)
     with contextlib.ExitStack() as stack:
@@ -102,7 +103,7 @@ def _evaluate_checkpoints(
                 _write_events(events, of_step)
                 report.write_table(folder)
                 plot = report.plot(folder, of_step)
-        if is_main and plot:
+        if plot:
             tqdm.write(f"plot of the metrics: {plot}")
     return records
 
@@ -127,7 +128,7 @@ def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
     def is_there() -> bool:
         try:
             return bool(folder.steps())
-        except OSError:  # away for a while
+        except OSError:  # the folder is away for a while
             return False
 
     while sharding.any_process(not is_there()):
@@ -138,31 +139,13 @@ def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
 
 def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:
     """Yields the steps to evaluate; every process yields the same."""
-    if checkpoints in ("", "all"):
-        newest = checkpointer.resolve(None)  # or says that there is none
+    if checkpoints == "follow":
+        yield from _followed_steps(checkpointer, config)
+    elif checkpoints in ("", "all"):
+        newest = checkpointer.resolve(None)  # raises where there is no checkpoint
         steps = checkpointer.steps() if checkpoints else [newest]
         count = int(sharding.agree(len(steps)))
         yield from sharding.agree(np.resize(steps, count)).tolist()
-    elif checkpoints == "follow":
-        done: set[int] = set()
-        total_steps = config.total_steps
-        while total_steps not in done:
-            new = [step for step in checkpointer.steps() if step not in done]
-            step = int(sharding.agree(new[0] if new else -1))
-            if step >= 0:
-                try:
-                    total_steps = checkpointer.records(step)[0]["total_steps"]  # the run's own
-                except CheckpointError as error:
-                    if isinstance(error, DamagedCheckpointError) and step in checkpointer.steps():
-                        raise
-                    time.sleep(config.evaluation.poll_seconds)  # it was removed, or is away
-                    continue
-                done.add(step)
-                yield step
-                continue
-            if jax.process_index() == 0:
-                print(f"waiting for a checkpoint in {checkpointer.directory}", flush=True)
-            time.sleep(config.evaluation.poll_seconds)
     else:
         try:
             steps = [int(part) for part in checkpoints.split(",")]
@@ -176,10 +159,32 @@ def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) 
         yield from steps
 
 
+def _followed_steps(checkpointer: Checkpointer, config: Config) -> Iterator[int]:
+    done: set[int] = set()
+    total_steps, poll_seconds = config.total_steps, config.evaluation.poll_seconds
+    while total_steps not in done:
+        new = [step for step in checkpointer.steps() if step not in done]
+        step = int(sharding.agree(new[0] if new else -1))
+        if step < 0:
+            if jax.process_index() == 0:
+                print(f"waiting for a checkpoint in {checkpointer.directory}", flush=True)
+            time.sleep(poll_seconds)
+            continue
+        try:
+            total_steps = checkpointer.records(step)[0]["total_steps"]  # the run's own
+        except CheckpointError as error:
+            if isinstance(error, DamagedCheckpointError) and step in checkpointer.steps():
+                raise
+            time.sleep(poll_seconds)  # the run removed it, or the folder is away for a while
+            continue
+        done.add(step)
+        yield step
+
+
 def _sweep(config: Config) -> list[Guidance | None]:
     """The guidances to evaluate: every scale with every interval, without guidance once.
 
-    In a sweep all are of one program, which at scale 1 evaluates the model once a step.
+    A sweep compiles one program, which at scale 1 evaluates the model once a step.
     """
     c, s = config.evaluation, config.sampling
     if not c.cfg_scales and not c.cfg_intervals:

@@ -66,7 +66,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
     with atomic.locked(path, enabled=is_main):
         if sharding.agree(int(path.is_file() and record.is_file())):
             if is_main:
-                shards.remove()  # left where the job was killed at its very end
+                shards.remove()  # a job killed at its very end leaves its shards
                 if config.sampling.save_png and not path.with_suffix("").is_dir():
                     rows = [shards.rows(shard) for shard in range(len(shards))]
                     finished = open_images(path).read(rows)

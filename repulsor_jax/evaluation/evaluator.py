@@ -1,4 +1,4 @@
-"""From parameters, or a file of images, to a record: metrics with all that they follow from."""
+"""From parameters, or a file of images, to a record: metrics with their protocol."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ from repulsor_jax.inference.generator import Generator, Guidance, generate_image
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """What draws a run's samples, and what they are measured by."""
+    """A run, the generator of its samples, and the yardstick that measures them."""
 
     experiment: Experiment
     generator: Generator
@@ -49,7 +49,7 @@ def evaluate_params(
     Args:
       evaluator: of the run.
       params: EMA parameters.
-      guidance: of the samples; None is none.
+      guidance: of the samples; None draws them without guidance.
       step: of the parameters.
       weights_sha256: of the parameters, `inference.run.params_sha256`.
       num_samples: how many to draw.

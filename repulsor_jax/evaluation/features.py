@@ -55,7 +55,7 @@ def inception_space(weights: str = "") -> FeatureSpace:
 
     Raises:
       FileNotFoundError: the file is not there, or cannot be downloaded; says where to get it.
-      ValueError: it is another file.
+      ValueError: the file holds other tensors.
     """
     path = pathlib.Path(weights).expanduser() if weights else download_inception()
     params = inception.load_params(path)
@@ -101,8 +101,8 @@ def pixel_space(size: int) -> FeatureSpace:
 def autoencoder_space(autoencoder: Autoencoder) -> FeatureSpace:
     """Latents of an autoencoder (means, if it is stochastic), normalised by its shift and scale.
 
-    Their height and width are halved by averaging until they have at most `MAX_LATENT_FEATURES`
-    values: 16 x 16 x 4 for the SD-VAE at 256 x 256.
+    Averaging halves height and width until at most `MAX_LATENT_FEATURES` values are left: 16 x 16
+    x 4 for the SD-VAE at 256 x 256.
     """
 
     def apply(params: Any, images: Array) -> dict[str, Array]:
@@ -127,11 +127,11 @@ def download_inception(
     """Returns the path of the published Inception weights, fetched on first use (95 MB).
 
     Args:
-      folder: where they are kept; the user's cache folder by default.
-      url: where they are published.
+      folder: of the file; the user's cache folder by default.
+      url: of the published file.
 
     Raises:
-      FileNotFoundError: they cannot be fetched; says where to get them, and how to do without.
+      FileNotFoundError: the fetch failed; says where to get the file, and how to do without.
       ValueError: the file has another SHA-256.
     """
     folder = pathlib.Path(pooch.os_cache("repulsor_jax")) if folder is None else folder

@@ -27,7 +27,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images by number, read on the host and, where they are latents, decoded on the devices.
+    """Images by number, read on the host; latents are decoded on the devices.
 
     Attributes:
       name: for reports.

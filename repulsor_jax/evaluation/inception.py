@@ -46,7 +46,7 @@ _Convolution = Callable[..., Array]
 def features(params: Params, images: Array | np.ndarray) -> dict[str, Array]:
     """Features of images at every layer that a metric uses.
 
-    Under jit, what the caller does not return is not computed: take what is needed inside it.
+    Under jit, layers that the caller does not return are not computed: choose layers inside it.
 
     Args:
       params: from `load_params` or `params_from_state_dict`.
@@ -101,7 +101,7 @@ def preprocess(images: Array | np.ndarray) -> Array:
 
 
 def _resize_rule(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each output pixel: the input pixels around it, and how far it is from the first."""
+    """For each output pixel: the input pixels on either side, and its distance from the first."""
     position = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
     low = position.astype(np.int32)
     return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)

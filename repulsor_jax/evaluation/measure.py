@@ -33,7 +33,7 @@ from repulsor_jax.inference.generator import Generator, Guidance, draw_batches
 Array = jax.Array
 Extract = Callable[[Array], dict[str, Array]]
 
-_PER_SHARD = 1024  # images whose features are one file: what a stopped job loses at most
+_PER_SHARD = 1024  # images whose features are one file; a stopped job loses as many at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Reference:
     Attributes:
       description: for reports: name, digest, number of images, and of `features`.
       pool: Gaussian of the features of the Fréchet distance.
-      spatial: of Inception's spatial features, for sFID; None where they are not known.
-      features: `[M, D]` of some of the images, for KID, precision and recall; None likewise.
+      spatial: of Inception's spatial features, for sFID; None if unknown.
+      features: `[M, D]` of some of the images, for KID, precision and recall; None if unknown.
     """
 
     description: dict[str, Any]
@@ -75,7 +75,7 @@ def sample_features(
     folder: pathlib.Path,
     title: str,
 ) -> Shards:
-    """Features of the first `count` samples, which are themselves not kept.
+    """Features of the first `count` samples; the samples themselves are not kept.
 
     A job that was stopped goes on with the shards that are missing in `folder`.
 
@@ -93,7 +93,7 @@ def image_features(
 ) -> Shards:
     """Features of a set of images; restartable as `sample_features` is.
 
-    The batch size is rounded up to a multiple of what the mesh cuts a batch into.
+    The batch size is rounded up to a multiple of the mesh's batch shards.
     """
     batch_size = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
     params = jax.device_put(images.params, sharding.replicated(mesh))
@@ -129,7 +129,7 @@ def image_reference(
       images: the reference.
       keep: how many images' features to keep, evenly spaced; the statistics are of all.
       batch_size: images at a time.
-      space: where they are compared.
+      space: of the comparison.
       extract: of that space.
       mesh: the devices.
       cache: a folder.
@@ -186,7 +186,7 @@ def metrics(
     """Every metric that the features and the reference allow.
 
     Returns:
-      Metrics by name, and warnings: what was left out or is not to be trusted, and why.
+      Metrics by name, and warnings of metrics that are left out or not to be trusted.
 
     Raises:
       ValueError: features that are not finite, or of another dimension than the reference's.

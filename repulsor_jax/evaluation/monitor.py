@@ -59,7 +59,7 @@ class Monitor:
           params: EMA parameters.
           writer: of the run.
           beat: told of each phase, "grid" and "evaluate", and the step, as it begins.
-          missing: draw only what is not there yet, as after a restart.
+          missing: skip a grid or an evaluation that exists, as after a restart.
         """
         if self._grid_is_due(step) and not (missing and self._has_grid(step)):
             beat("grid", step)
@@ -96,7 +96,7 @@ class Monitor:
     def _report_faults(self, step: int, what: str, draw: Callable[[], None]) -> None:
         try:
             draw()
-        except (SamplingError, ValueError, OSError) as error:  # no reason to lose the run
+        except (SamplingError, ValueError, OSError) as error:  # raised, it would end the run
             if jax.process_index() == 0:
                 tqdm.write(f"step {step}: {what}: {error}")
 
@@ -132,7 +132,7 @@ def is_due(every_steps: int, step: int, total_steps: int) -> bool:
 
 
 def make_monitor(experiment: Experiment) -> Monitor:
-    """Builds the monitor; where training is to be evaluated, opens what samples are compared with.
+    """Builds the monitor, with its yardstick if the configuration asks for evaluations.
 
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.

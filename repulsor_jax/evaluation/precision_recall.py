@@ -98,7 +98,10 @@ def _squared_distances(rows: Array, vectors: Array, norms: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _squared_radii(columns: Columns, neighbours: int, rows: Array) -> Array:
-    """Squared distance of each row to its k-th nearest other column, `[R]`; it is one itself."""
+    """Squared distance of each row to its k-th nearest other column, `[R]`.
+
+    The row itself is a column too, at distance 0: hence k + 1.
+    """
 
     def step(nearest: Array, block: Columns) -> tuple[Array, None]:
         found = jnp.concatenate([nearest, _squared_distances(rows, *block)], axis=1)

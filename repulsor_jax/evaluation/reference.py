@@ -118,8 +118,8 @@ def read_statistics(
 ) -> tuple[GaussianStatistics, GaussianStatistics | None] | None:
     """Reads Gaussians of Inception's pooled features, for FID, and of its spatial ones, for sFID.
 
-    The second is None where the file has none, as pytorch-fid's; both are None where it has images
-    alone. A `count` of samples is read where it exists; ADM's files have none.
+    A file without spatial features, as pytorch-fid's, gives None for the second; a file of images
+    alone gives None. A `count` of samples is read if the file has it; ADM's files do not.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""What an evaluation found, with its protocol: a JSON file each, a table of all, plots."""
+"""Records of evaluations: a JSON file each with its protocol, a table of all, plots."""
 
 import json
 import math
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 TABLE = "results.md"
 
-# Columns of metrics, in this order where they are known, with their digits.
+# Columns of metrics, in this order, with their digits.
 _METRICS = {
     "fid": 2,
     "sfid": 2,
@@ -31,7 +31,7 @@ def write(folder: pathlib.Path, name: str, record: Record) -> None:
 
 
 def read(folder: pathlib.Path, name: str) -> Record | None:
-    """Reads what `write` wrote, or None."""
+    """Reads `<folder>/<name>.json`; None if there is no such file."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -49,7 +49,7 @@ def _order(record: Record) -> tuple:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table, a row for each record: the metrics, their protocol, and where it is whole.
+    """A Markdown table, a row for each record: metrics, protocol in short, and the file of all.
 
     Args:
       records: from `read_all`.
@@ -160,7 +160,7 @@ def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None
 
 
 def _by_scale(records: Sequence[Record]) -> list[tuple[str, float, Record]]:
-    """(line, scale, record); without guidance there is no interval: that point is in every line."""
+    """(line, scale, record); a record without guidance has no interval, and is in every line."""
     lines: dict[str, list[Record]] = {}
     for record in records:
         if "cfg_interval" in record["protocol"]:
@@ -175,6 +175,6 @@ def _by_scale(records: Sequence[Record]) -> list[tuple[str, float, Record]]:
 
 
 def _but_step(record: Record) -> Record:
-    """What a record says beside the step, its weights and the results."""
+    """A record without the step, its weights and the results."""
     protocol = {k: v for k, v in record["protocol"].items() if k not in ("step", "weights_sha256")}
     return {"protocol": protocol, "features": record["features"], "reference": record["reference"]}

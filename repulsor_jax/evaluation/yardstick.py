@@ -1,4 +1,4 @@
-"""What samples are measured by: a feature space, and a reference in it."""
+"""The yardstick of a run's samples: a feature space, and a reference in it."""
 
 import dataclasses
 import pathlib
@@ -39,13 +39,13 @@ _ARCHIVE = ".archive"
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """A feature space with its reference: what all evaluations of a run share.
+    """A feature space with its reference, shared by all evaluations of a run.
 
     Attributes:
       folder: where records, and the features of a job at work, are kept.
       space: where images are compared.
       extract: computes features.
-      reference: what samples are compared with; None on processes but the first.
+      reference: the other side of the comparison; None on processes but the first.
     """
 
     folder: pathlib.Path
@@ -114,7 +114,7 @@ def open_yardstick(
         if is_main:
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
-        # Published statistics are of the whole data set; the images beside them are some of it.
+        # Published statistics are of the whole data set, of which the images are a part.
         found = Reference(
             {
                 "name": path.name,

@@ -166,7 +166,7 @@ def guided_prediction(
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
-    """What a sampler does, beside the model.
+    """The choices that make a sampler, apart from the model.
 
     Attributes:
       path: from `paths.get_path`.

@@ -304,7 +304,7 @@ def dopri5(
         allowed = tolerance.atol + tolerance.rtol * jnp.maximum(jnp.abs(rows.x), jnp.abs(end))
         error = by_row(dt) * weighted(_ERROR, velocities) / allowed
         error = jnp.sqrt(jnp.mean(jnp.square(error).reshape(count, -1), axis=1))
-        error = jnp.where(jnp.isnan(error), jnp.inf, error)  # such a step is tried again, shorter
+        error = jnp.where(jnp.isnan(error), jnp.inf, error)  # a shorter step may be finite
         accepted = error < 1.0
         factor = 0.9 * error**-0.2
         factor = jnp.where(accepted, jnp.clip(factor, 1.0, 10.0), jnp.clip(factor, 0.2, 0.9))

@@ -27,11 +27,11 @@ _MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
 
 
 class SamplingError(RuntimeError):
-    """A sample that is not a finite number; the message names it and says what to do."""
+    """A sample that is not finite; the message names the sample and says what to do."""
 
 
 class Guidance(NamedTuple):
-    """How strongly samples are guided, and when; a change of it compiles nothing."""
+    """The scale of guidance, and its first and last time; other numbers compile nothing."""
 
     scale: float
     low: float = 0.0
@@ -204,9 +204,9 @@ def draw_batches(
       generator: of the samples.
       params: EMA parameters.
       parts: numbers of samples.
-      guidance: of the samples; None is none.
-      extract: images on the devices -> arrays `[B, ...]` by name, which are yielded in place of
-        "images" and "labels".
+      guidance: of the samples; None draws them without guidance.
+      extract: images on the devices -> arrays `[B, ...]` by name, yielded in place of "images" and
+        "labels".
 
     Yields:
       The arrays of one batch, on the host of every process.

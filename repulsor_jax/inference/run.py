@@ -73,7 +73,7 @@ class _Latents:
 
 @checked
 class RunRecords:
-    """What a model's output depends on beside its parameters, from a checkpoint's records.
+    """Everything that a model's output depends on beside its parameters, from a checkpoint.
 
     Attributes:
       model, flow, optimizer: of the run's configuration.
@@ -106,7 +106,7 @@ def read_records(checkpointer: Checkpointer, step: int) -> RunRecords:
 
 
 def _known(schema: Any, values: Any) -> Any:
-    """Leaves out the keys that a schema does not have, as other versions save them."""
+    """Leaves out keys that a schema does not have: other versions may save more."""
     if not (dataclasses.is_dataclass(schema) and isinstance(values, dict)):
         return values
     types = get_type_hints(schema)
@@ -134,7 +134,7 @@ def open_experiment(
                 f"{checkpointer.directory}/{step} does not fit this configuration: config.{key} is "
                 f"{found!r}, but the run has {value!r}; use the run's own config"
             )
-    # The average is the run's, whatever the configuration says.
+    # A checkpoint holds the average of its own run, so the protocol must state the run's decay.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=saved.optimizer.ema_decay)
     config = dataclasses.replace(config, optimizer=optimizer)
     mesh = checked_mesh(config, trains=False)
