@@ -234,49 +234,37 @@ def protocol(
 
     Its digest names samples and evaluations: another key or value makes them anew.
     """
-    config = experiment.config
+    config, autoencoder = experiment.config, experiment.autoencoder
+    assert autoencoder is not None
     c = config.sampling
+    keys = ["labels", "seed", "solver", "rounding", "batch_size"]
+    is_adaptive = c.solver in solvers.ADAPTIVE
+    keys += ["rtol", "atol", "max_steps"] if is_adaptive else ["num_steps", "time_shift"]
+    if c.solver in solvers.SDE_STEPS:
+        keys += ["diffusion_form", "diffusion_norm", "last_step", "last_step_size"]
     found: dict[str, Any] = {
         "step": step,
         "weights_sha256": weights_sha256,
         "ema_decay": config.optimizer.ema_decay,
         "num_samples": num_samples,
-        "labels": c.labels,
         "classes": len(experiment.class_names),
-        "seed": c.seed,
-        "solver": c.solver,
-    }
-    if c.solver in solvers.ADAPTIVE:
-        found |= {"rtol": c.rtol, "atol": c.atol, "max_steps": c.max_steps}
-    else:
-        found |= {"num_steps": c.num_steps, "time_shift": c.time_shift}
-    if c.solver in solvers.SDE_STEPS:
-        found |= {
-            key: getattr(c, key)
-            for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
-        }
-    found["cfg_scale"] = guidance.scale if guidance else 1.0
-    if guidance and guidance.scale != 1.0:
-        found |= {
-            "cfg_interval": [guidance.low, guidance.high],
-            "cfg_channels": c.cfg_channels,
-            "guide": guide.description if guide else "no class",
-        }
-    autoencoder = experiment.autoencoder
-    assert autoencoder is not None
-    found |= {
+        "cfg_scale": guidance.scale if guidance else 1.0,
         "path": config.flow.path,
         "prediction": config.flow.prediction,
         "dtype": config.model.dtype,
         "autoencoder": autoencoder.name,
         "autoencoder_sha256": autoencoder.weights_sha256[:_SHOWN_DIGITS],
         "autoencoder_dtype": config.data.autoencoder_dtype,
-        "rounding": c.rounding,
         "latent_shift": np.asarray(experiment.latent_format.shift).tolist(),
         "latent_factor": np.asarray(experiment.latent_format.factor).tolist(),
-        "batch_size": c.batch_size,
         "version": __version__,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    return found
+    if guidance and guidance.scale != 1.0:
+        found |= {
+            "cfg_interval": [guidance.low, guidance.high],
+            "cfg_channels": c.cfg_channels,
+            "guide": guide.description if guide else "no class",
+        }
+    return found | {key: getattr(c, key) for key in keys}
