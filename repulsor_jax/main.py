@@ -222,7 +222,7 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
 }
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a key that the configuration lacks is one line that names it."""
     try:
         rest = app.parse_flags_with_usage(argv)
@@ -243,4 +243,4 @@ def _parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     jax.config.config_with_absl()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

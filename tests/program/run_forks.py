@@ -26,6 +26,6 @@ if __name__ == "__main__":
             for descriptor, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(folder / f"{number}.{name}", os.O_CREAT | os.O_WRONLY), descriptor)
             sys.argv[1:] = arguments
-            app.run(program.main, flags_parser=program._parse_flags)  # it ends the child
+            app.run(program.main, flags_parser=program.parse_flags)  # it ends the child
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         (folder / f"{number}.status").write_text(str(status))

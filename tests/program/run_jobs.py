@@ -1,10 +1,10 @@
-"""Runs the program several times in each of several processes, which join each other.
+"""Runs the program several times in a process, or in each of several that join each other.
 
     python -m tests.program.run_jobs FOLDER COUNT '[{"mode": "train", ...}, ...]' --flags
 
 A job has a mode, a workdir and values of the configuration. The processes are forks of one that has
 imported the libraries: importing takes longer than the tiny jobs. The output of process K goes to
-`FOLDER/K.txt`.
+`FOLDER/K.txt`; with COUNT 1 there is no fork, and the output is the program's own.
 """
 
 import json
@@ -50,6 +50,9 @@ if __name__ == "__main__":
     folder, count = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     jax.config.config_with_absl()
     children = []
+    if count == 1:
+        sys.argv[1:] = sys.argv[3:]
+        app.run(main, flags_parser=program.parse_flags)
     for rank in range(count):
         if child := os.fork():
             children.append(child)
@@ -58,5 +61,5 @@ if __name__ == "__main__":
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.argv[1:] = [*sys.argv[3:], f"--num_processes={count}", f"--process_id={rank}"]
-        app.run(main, flags_parser=program._parse_flags)  # it ends the child
+        app.run(main, flags_parser=program.parse_flags)  # it ends the child
     sys.exit(max(os.waitpid(child, 0)[1] for child in children) > 0)

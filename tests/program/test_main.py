@@ -50,7 +50,7 @@ def test_encode_train_resume_and_sample(tmp_path):
         {"mode": mode, "workdir": str(tmp_path), "config": config}
         for mode, config in zip(modes, changes, strict=True)
     ]
-    done = program(workdir, *TINY, start=["tests.program.run_jobs", json.dumps(jobs)])
+    done = program(workdir, *TINY, start=["tests.program.run_jobs", ".", "1", json.dumps(jobs)])
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stdout
     assert "frechet_pixels" in done.stdout
@@ -87,7 +87,9 @@ def test_encode_train_resume_and_sample(tmp_path):
         assert list(tmp_path.glob(incomplete))
     modes = [(mode, folder) for folder in (tmp_path, whole) for mode in work]
     jobs = [{"mode": mode, "workdir": str(folder), "config": {}} for mode, folder in modes]
-    done = program(workdir, *longer, *many, start=["tests.program.run_jobs", json.dumps(jobs)])
+    done = program(
+        workdir, *longer, *many, start=["tests.program.run_jobs", ".", "1", json.dumps(jobs)]
+    )
     assert done.returncode == 0, done.stderr
     assert not [path for incomplete in work.values() for path in tmp_path.glob(incomplete)]
     (samples,) = (whole / "samples").glob("*.npz")
