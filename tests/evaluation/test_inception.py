@@ -138,7 +138,7 @@ def reference(tmp_path_factory, state):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(299, 299), (32, 32), (64, 64), (256, 256), (200, 340)])
+@pytest.mark.parametrize("size", [(299, 299), (32, 32), (200, 340)])
 def test_every_layer_against_torch_fidelity(size, params, activations, reference):
     images = np.random.default_rng(3).integers(0, 256, (2, *size, 3), np.uint8)
     images[0] = np.linspace(0, 255, size[1])[:, None].astype(np.uint8)

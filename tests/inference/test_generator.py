@@ -21,7 +21,7 @@ def params():
     return tiny.random_params(tiny.config())
 
 
-def test_a_sample_is_its_noise_carried_along_the_guided_velocity(params):
+def test_a_sample_is_its_noise_carried_along_the_guided_flow(params):
     """Three Euler steps by hand: guidance, null class, data scale, rounding."""
     latent_format = LatentFormat(False, np.float32([0.1, -0.2]), np.float32([2.0, 3.0]))
     images, labels = generate(
