@@ -189,6 +189,10 @@ DAMAGE = {
         lambda step: rewrite(step / "manifest" / "metadata", '"step": 2', '"step": 3'),
         "its manifest was changed",
     ),
+    "of another step": (
+        lambda step: shutil.copytree(step.parent / "1", step, dirs_exist_ok=True),
+        "it was saved as step 1",
+    ),
     "manifest gone": (lambda step: shutil.rmtree(step / "manifest"), "manifest cannot be read"),
 }
 

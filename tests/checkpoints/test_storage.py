@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from repulsor_jax.checkpoints import storage
 from repulsor_jax.checkpoints.checkpointer import Checkpointer, CheckpointError
+from repulsor_jax.checkpoints.places import open_folder
 from tests.oracles import disks, processes
 from tests.oracles.checkpoints import RECORDS, assert_holds, at_rest, state
 
@@ -48,6 +49,8 @@ def test_training_goes_on_until_too_much_would_be_lost(kind, said, tmp_path, req
         trouble.on()
         checkpointer.save(12, state(12), *RECORDS)
         assert first_retry(checkpointer, 13, 18) == 14
+        if kind is not disks.InTheWay:  # what is half written takes no space
+            assert [p.name for p in (disk / "checkpoints").iterdir()] == ["10"]
         checkpointer.save(28, state(28), *RECORDS)  # the next attempt, after 30, is in time
         assert first_retry(checkpointer, 29, 34) == 30
         out = capsys.readouterr().out
@@ -125,6 +128,21 @@ def test_what_a_kill_left_is_cleared_and_nothing_else(tmp_path):
         (folder / "10.deleted").mkdir()  # is in nobody's way
         checkpointer.save(12, state(12), *RECORDS)
     assert sorted(p.name for p in folder.iterdir()) == ["12", "notes.deleted"]
+
+
+def test_a_checkpoint_is_not_listed_from_the_first_moment_of_its_deletion(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError("killed")
+
+    (tmp_path / "10" / "state").mkdir(parents=True)
+    folder = open_folder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        with pytest.raises(OSError, match="killed"):
+            folder.remove("10")
+    assert folder.steps() == []
+    folder.tidy()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_refused_at_once(tmp_path, disk):
