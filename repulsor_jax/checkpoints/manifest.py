@@ -14,6 +14,7 @@ changes the fingerprint, because the mixing is one to one; any other change is m
 probability of 2^-64.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -88,7 +89,6 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
       records: the other records, plain values.
     """
     mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
-    measured = measure(state)
     found: dict[str, Any] = {
         "format": 1,
         "step": step,
@@ -97,14 +97,7 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
         "mesh": dict(mesh.shape) if mesh else {},
         "processes": jax.process_count(),
         "records": {name: values_sha256(value) for name, value in records.items()},
-        "arrays": {
-            name: {
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "fingerprint": measured[name][0],
-            }
-            for name, leaf in named_leaves(state).items()
-        },
+        "arrays": {name: dataclasses.asdict(each) for name, (each, _) in measure(state).items()},
     }
     return found | {"digest": values_sha256(found)}
 
@@ -149,7 +142,7 @@ def check_arrays(manifest: Manifest, tree: Any, where: str) -> None:
         saves no such state, but older versions did.
     """
     found = measure(tree)
-    changed = [n for n, (proof, _) in found.items() if proof != manifest.arrays[n].fingerprint]
+    changed = [name for name, (each, _) in found.items() if each != manifest.arrays[name]]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise DamagedCheckpointError(
@@ -190,16 +183,15 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def measure(tree: Any) -> dict[str, tuple[str, int]]:
-    """Fingerprint of every array of a tree, and how many of its numbers are not finite.
+def measure(tree: Any) -> dict[str, tuple[SavedArray, int]]:
+    """What a manifest says of every array of a tree, and how many of its numbers are not finite.
 
     Args:
       tree: arrays on the devices, on any mesh; random keys count as their data. Shape and dtype
         are part of a fingerprint.
 
     Returns:
-      By name, as "params/model/final/kernel": 16 hexadecimal digits and a count; the same on every
-      process.
+      By name, as "params/model/final/kernel"; the same on every process.
     """
     found = {}
     for name, leaf in named_leaves(tree).items():
@@ -210,7 +202,10 @@ def measure(tree: Any) -> dict[str, tuple[str, int]]:
         one, other, spoiled = jax.device_get(sums(array)).tolist()
         about = f"{array.dtype}{list(array.shape)}".encode()
         prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
-        found[name] = f"{prefix ^ (one << 32 | other):016x}", spoiled
+        fingerprint = f"{prefix ^ (one << 32 | other):016x}"
+        dtype = str(leaf.dtype)  # orbax returns a key as its data where its metadata are damaged
+        saved = SavedArray(shape=tuple(leaf.shape), dtype=dtype, fingerprint=fingerprint)
+        found[name] = saved, spoiled
     return found
 
 
@@ -226,7 +221,7 @@ def not_finite(tree: Any) -> str:
     return _name_spoiled(measure(tree))
 
 
-def _name_spoiled(measured: Mapping[str, tuple[str, int]]) -> str:
+def _name_spoiled(measured: Mapping[str, tuple[SavedArray, int]]) -> str:
     spoiled = [(name, count) for name, (_, count) in measured.items() if count]
     if not spoiled:
         return ""

@@ -180,6 +180,10 @@ DAMAGE = {
     "arrays changed": (spoil, "came back otherwise|cannot be read"),
     "arrays gone": (lambda step: shutil.rmtree(step / "state"), "state cannot be read"),
     "arrays cut": (cut, "state cannot be read"),
+    "orbax's metadata gone": (
+        lambda step: (step / "state" / "array_metadatas" / "process_0").unlink(),
+        "rng came back otherwise",
+    ),
     "record changed": (
         lambda step: (step / "data" / "metadata").write_text('{"next_index": 3}'),
         "its record 'data' was changed",
@@ -202,11 +206,11 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_used(copy, d
     damaging, message = DAMAGE[damage]
     damaging(copy / "2")
     wanted = abstract(train_state(0, tiny.mesh()))
-    # Reading alone says so, and moves nothing; it does not look at the position in the data.
+    # Sampling says so, and moves nothing; position in the data and random key are not read.
     with (
         Checkpointer(copy, read_only=True) as checkpointer,
         contextlib.nullcontext()
-        if damage == "record changed"
+        if damage in ("record changed", "orbax's metadata gone")
         else pytest.raises(DamagedCheckpointError, match=rf"copy/2: .*({message}).*--mode=verify"),
     ):
         checkpointer.records()

@@ -18,7 +18,7 @@ TREE = {
 
 
 def fingerprints(tree):
-    return {name: fingerprint for name, (fingerprint, _) in manifest.measure(tree).items()}
+    return {name: each.fingerprint for name, (each, _) in manifest.measure(tree).items()}
 
 
 def test_every_mesh_gives_the_same():
