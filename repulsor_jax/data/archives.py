@@ -20,25 +20,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from repulsor_jax.data.listing import (
-    Files,
-    Item,
-    Listing,
-    arrange,
-    file_sizes,
-    find_folder,
-    is_hidden,
-    scan,
-    shorten,
-    source_signature,
-    suffix,
-)
+from repulsor_jax.data import listing
 from repulsor_jax.data.preprocess import MAX_FILE_BYTES
 from repulsor_jax.files import atomic
 
-IMAGE_SUFFIXES = frozenset(
-    ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-)
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"\xfd7zXZ\x00": lzma, b"BZh": bz2}
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a member, or the end of an empty one
@@ -54,21 +40,21 @@ _MAX_EXPANSION, _ALWAYS_EXPANDED = 200, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder(Listing):
+class ImageFolder(listing.Listing):
     """Images as files below `root`; see `open_image_folder`."""
 
     root: str
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> listing.Item:
         """Returns the file's bytes; OSError if it cannot be read."""
         path = os.path.join(self.root, self.names[index])
         with open(path, "rb", buffering=0) as file:
             _check_size(os.fstat(file.fileno()).st_size, path)
-            return Item(file.read(), int(self.labels[index]), path)
+            return listing.Item(file.read(), int(self.labels[index]), path)
 
     def signature(self) -> str:
         """See `ImageSource`; asks the file system for every file's size."""
-        return source_signature("folder", self, file_sizes(self.root, self.names))
+        return listing.source_signature("folder", self, listing.file_sizes(self.root, self.names))
 
 
 def open_image_folder(path: str, split: str) -> ImageFolder:
@@ -84,31 +70,24 @@ def open_image_folder(path: str, split: str) -> ImageFolder:
       ValueError: no such folder or unreadable, no image, images both in class folders and
         outside, or a class folder without any.
     """
-    root = find_folder(path, split, "folder")
-    return ImageFolder(**vars(arrange(root, scan(root, IMAGE_SUFFIXES), "image")), root=root)
+    root = listing.find_folder(path, split, "folder")
+    return ImageFolder(
+        **vars(listing.arrange(root, listing.scan(root, IMAGE_SUFFIXES), "image")), root=root
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageArchive(Listing):
-    """Images as members of an archive; see `open_image_archive`.
+class ImageArchive(listing.Listing):
+    """Images as members of an archive; see `open_image_archive`."""
 
-    Attributes:
-      path: the file with the bytes, the decompressed copy of a compressed tar.
-      changed: the time of its last change, in ns.
-      is_zip: the file is a zip, otherwise a tar.
-      title: precedes the name of a member in messages, "name.tar:" and the folder in the archive.
-      places: int64 `[N]`, the offset of the data in a tar, the index in the directory of a zip.
-      sizes: int64 `[N]`, bytes of each image.
-    """
-
-    path: str
-    changed: int
+    path: str  # the file with the bytes, the decompressed copy of a compressed tar
+    changed: int  # the time of its last change, ns
     is_zip: bool
-    title: str
-    places: np.ndarray
-    sizes: np.ndarray
+    title: str  # precedes a member's name in messages: "name.tar:" and the folder in the archive
+    places: np.ndarray  # int64 [N], the offset of the data in a tar, the index in a zip's directory
+    sizes: np.ndarray  # int64 [N], bytes
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> listing.Item:
         """Returns the member's bytes; OSError if they cannot be read or are damaged."""
         name = self.title + self.names[index]
         place, size = int(self.places[index]), int(self.sizes[index])
@@ -127,11 +106,11 @@ class ImageArchive(Listing):
             raise OSError(errno.EIO, f"damaged: {error}", name) from error
         if len(data) != size:
             raise OSError(errno.EIO, f"damaged: {len(data):,} bytes instead of {size:,}", name)
-        return Item(data, int(self.labels[index]), name)
+        return listing.Item(data, int(self.labels[index]), name)
 
     def signature(self) -> str:
         """See `ImageSource`; known since the archive was opened."""
-        return source_signature("archive", self, self.sizes)
+        return listing.source_signature("archive", self, self.sizes)
 
 
 def _check_size(size: int, name: str) -> None:
@@ -152,11 +131,8 @@ def open_image_archive(
     distributed, with the split ".". Of members with the same name the last one counts, as for
     `tar`. Links and devices are left out, with the other files.
 
-    Args:
-      path: the archive.
-      split: folder in the archive, "." for all of it. If it is not at the top, the only folder at
-        the top that holds a folder of this name will do ("train" finds "mydata/train").
-      cache_dir: where to decompress to; only needed for a compressed tar.
+    The split is a folder in the archive, "." for all of it. If it is not at the top, the only
+    folder at the top that holds a folder of this name will do ("train" finds "mydata/train").
 
     Raises:
       ValueError: not an archive, one that ends early or is damaged, a member whose name leads out
@@ -171,15 +147,17 @@ def open_image_archive(
     try:
         with open(path, "rb") as file:
             start = file.read(_BLOCK)
-        data_path = os.path.abspath(path)
+        data_path = path
         for magic, method in _COMPRESSIONS.items():
             if start.startswith(magic):
-                data_path = os.path.abspath(_decompress(path, method, cache_dir))
-        changed = os.stat(data_path).st_mtime_ns
+                data_path = _decompress(path, method, cache_dir)
+        data_path = os.path.abspath(data_path)
+        changed, end = os.stat(data_path).st_mtime_ns, os.path.getsize(data_path)
         is_zip = start.startswith(_ZIP_STARTS)
-        found = _list_zip(path, changed) if is_zip else _list_tar(path, data_path)
-        bar = tqdm(found, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
-        members = {m.name: m for m in bar if m.name and not is_hidden(m.name)}
+        with _Headers(data_path) as tar:
+            found = _list_zip(path, changed) if is_zip else _list_tar(tar, path, 0, end)
+            bar = tqdm(found, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
+            members = {m.name: m for m in bar if m.name and not listing.is_hidden(m.name)}
     except OSError as error:
         to = f", or decompressed to {cache_dir}" if cache_dir else ""
         raise ValueError(f"{path}: cannot be read{to}: {error.strerror or error}") from error
@@ -189,14 +167,16 @@ def open_image_archive(
             folders.add(name)
     prefix = _find_prefix(path, folders, split)
     below = {n[len(prefix) :]: m for n, m in members.items() if n.startswith(prefix)}
-    images = [n for n, m in below.items() if m.kind == "file" and suffix(n) in IMAGE_SUFFIXES]
+    images = [
+        n for n, m in below.items() if m.kind == "file" and listing.suffix(n) in IMAGE_SUFFIXES
+    ]
     tops = {n.removeprefix(prefix).partition("/")[0] for n in folders if n.startswith(prefix)}
     others = [n for n in below.keys() - set(images) if below[n].kind != "folder"]
     title = f"{path}:{prefix}".removesuffix(":")
-    listing = arrange(title, Files(images, list(tops), others), "image")
-    chosen = [below[listing.names[i]] for i in range(len(listing))]
+    items = listing.arrange(title, listing.Files(images, list(tops), others), "image")
+    chosen = [below[items.names[i]] for i in range(len(items))]
     return ImageArchive(
-        **vars(listing),
+        **vars(items),
         path=data_path,
         changed=changed,
         is_zip=is_zip,
@@ -207,11 +187,9 @@ def open_image_archive(
 
 
 class _Member(NamedTuple):
-    """A member of an archive; see `ImageArchive` for place and size."""
-
     name: str
     kind: Literal["file", "folder", "other"]
-    place: int = 0
+    place: int = 0  # see `ImageArchive`
     size: int = 0
 
 
@@ -223,24 +201,30 @@ def _inside(archive: str, name: str) -> str:
             f"{archive}: found a member named {name!r}, which leads out of the archive; expected "
             "relative names without '..': is this archive from a source you trust?"
         )
-    return "/".join(part for part in parts if part not in ("", "."))
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _find_prefix(path: str, folders: set[str], split: str) -> str:
     """The folder of a split in the archive, "" or with a slash at the end."""
-    split = "/".join(part for part in split.split("/") if part not in ("", "."))
+    split = _plain(split)
+    if not split:
+        return ""
     tops = sorted(folder for folder in folders if "/" not in folder)
     found = [f"{top}/{split}" for top in tops if f"{top}/{split}" in folders]
-    if not split or split in folders:
+    if split in folders:
         found = [split]
     if len(found) != 1:
-        several = f", but {shorten(found)}" if found else ""
+        several = f", but {listing.shorten(found)}" if found else ""
         raise ValueError(
             f"{path}: no folder {split!r} at the top of the archive{several}; the folders at the "
-            f'top are {shorten(tops)}: give one of them as the split, "a/b" for a folder in '
-            'a folder, or "." for all of the archive'
+            f"top are {listing.shorten(tops)}: give one of them as the split, "
+            '"a/b" for a folder in a folder, or "." for all of the archive'
         )
-    return found[0] and f"{found[0]}/"
+    return f"{found[0]}/"
 
 
 @functools.lru_cache(maxsize=2)
@@ -278,13 +262,7 @@ def _list_zip(path: str, changed: int) -> Iterator[_Member]:
             yield _Member(name, "file", index, min(entry.file_size, MAX_FILE_BYTES + 1))
 
 
-def _list_tar(path: str, data_path: str) -> Iterator[_Member]:
-    """Lists the plain tar at `data_path`, in messages `path`."""
-    with _Headers(data_path) as file:
-        yield from _walk_tar(file, path, 0, os.path.getsize(data_path))
-
-
-def _walk_tar(
+def _list_tar(
     file: io.FileIO, where: str, start: int, end: int, folder: str = ""
 ) -> Iterator[_Member]:
     """Yields the members of the plain tar at [start, end) of the file, named below a folder.
@@ -306,12 +284,12 @@ def _walk_tar(
                     yield _Member(name, "folder")
                 elif not entry.isreg() or entry.issparse():
                     yield _Member(name, "other")
-                elif folder or suffix(name) != "tar" or is_hidden(name):
+                elif folder or listing.suffix(name) != "tar" or listing.is_hidden(name):
                     yield _Member(name, "file", first, entry.size)
                 else:
                     inner = name[: -len(".tar")]
                     yield _Member(inner, "folder")
-                    yield from _walk_tar(file, f"{where}:{name}", first, beyond, f"{inner}/")
+                    yield from _list_tar(file, f"{where}:{name}", first, beyond, f"{inner}/")
                 tar.members.clear()  # type: ignore[attr-defined]  # which would hold them all
             last = tar.offset
     except (tarfile.TarError, RecursionError, OverflowError) as error:

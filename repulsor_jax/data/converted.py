@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import os
+import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, NamedTuple
 
@@ -14,34 +15,16 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from repulsor_jax.data.listing import (
-    Listing,
-    Names,
-    arrange,
-    file_sizes,
-    find_folder,
-    scan,
-    shorten,
-    source_signature,
-    subfolders,
-)
+from repulsor_jax.data import listing
 from repulsor_jax.files.tensors import open_safetensors
 from repulsor_jax.files.untrusted import checked, parse, read_json
 
-KINDS = ("fast-dit", "lightning-dit", "npy", "npy:moments", "npy:scaled", "repa")
-
-# The least standard deviation of the SD-VAE's posterior, which clips log-variances to [-30, 20].
-_MIN_STD = float(np.exp(-15.0))
-
 
 class LatentItem(NamedTuple):
-    """The stored latents of one image.
+    """The stored latents of one image, a `name` for messages, and its index of a class.
 
-    Attributes:
-      latents: float32 `[views, h, w, c]`, or `[views, h, w, 2c]` of means, then log-variances, if
-        the source is stochastic. View 0 is the image, view 1 the image flipped left to right.
-      label: index into the source's class names.
-      name: for messages: the file, and the place in it.
+    Latents are float32 `[views, h, w, c]`, or `[views, h, w, 2c]` of means, then log-variances, if
+    the source is stochastic. View 0 is the image, view 1 the image flipped left to right.
     """
 
     latents: np.ndarray
@@ -53,30 +36,22 @@ class LatentItem(NamedTuple):
 class LatentSource:
     """Labelled latents by index; item i is always the same.
 
-    Attributes:
-      class_names: label k is `class_names[k]`; "0" to "K-1" where the files only have numbers.
-      labels: int32 `[N]`.
-      read: returns an item's latents and name; ValueError, naming the file, for one that is
-        damaged, of another shape than the first, or not finite.
-      signature: like that of `sources.ImageSource`.
-      stochastic: items hold the posterior's means and log-variances.
-      views: in each item, 1 or 2.
-      scaled: the latents were multiplied by the autoencoder's scale as they were written.
+    `read` returns an item's latents and name; it raises ValueError, naming the file, for one that
+    is damaged, of another shape than the first, or not finite.
     """
 
-    class_names: Sequence[str]
-    labels: np.ndarray
+    class_names: Sequence[str]  # "0" to "K-1" where the files only have numbers
+    labels: np.ndarray  # int32 [N], indices into the class names
     read: Callable[[int], tuple[np.ndarray, str]]
-    signature: Callable[[], str]
-    stochastic: bool = False
-    views: int = 1
-    scaled: bool = False
+    signature: Callable[[], str]  # see `sources.ImageSource`
+    stochastic: bool = False  # items hold the posterior's means and log-variances
+    views: int = 1  # 2 with flipped images
+    scaled: bool = False  # latents were multiplied by the autoencoder's scale
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> LatentItem:
-        """Returns an item."""
         latents, name = self.read(index)
         return LatentItem(latents, int(self.labels[index]), name)
 
@@ -85,9 +60,7 @@ def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
     """Opens latents that another program wrote.
 
     Args:
-      name: "fast-dit", "repa", "lightning-dit"; "npy" for a folder of arrays, "npy:moments" if
-        they are means and log-variances, "npy:scaled" if they are multiplied by the autoencoder's
-        scale.
+      name: one of `KINDS`.
       split: a folder in `path`, "." for `path` itself.
       path: the folder.
 
@@ -97,14 +70,13 @@ def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
     """
     if name not in KINDS:
         raise ValueError(f"latent source: found {name!r}, expected one of {list(KINDS)}")
-    kinds = {"fast-dit": _fast_dit, "repa": _repa, "lightning-dit": _lightning_dit}
-    return kinds[name](split, path) if name in kinds else _npy(split, path, name)
+    return _OPENERS[name](split, path)
 
 
 def _array_files(
     kind: str,
     root: str,
-    listing: Listing,
+    items: listing.Listing,
     *,
     scaled: bool = False,
     stochastic: bool = False,
@@ -114,7 +86,7 @@ def _array_files(
 
     Stochastic are means, then log-variances, or standard deviations, which become log-variances.
     """
-    first = os.path.join(root, listing.names[0])
+    first = os.path.join(root, items.names[0])
     shape = _load_latents(first).shape
     if stochastic and shape[0] % 2:
         raise ValueError(
@@ -122,7 +94,7 @@ def _array_files(
         )
 
     def read(index: int) -> tuple[np.ndarray, str]:
-        path = os.path.join(root, listing.names[index])
+        path = os.path.join(root, items.names[index])
         stored = _load_latents(path)
         if stored.shape != shape:
             raise ValueError(
@@ -130,14 +102,21 @@ def _array_files(
                 f"in {first}"
             )
         if has_std:
-            stored = _log_variances(stored, path)
+            mean, std = np.split(stored, 2)
+            if std.min() < 0:
+                raise ValueError(
+                    f"{path}: found {std.min()} among the standard deviations, the latter half of "
+                    'the channels, expected 0 or more: are these log-variances ("npy:moments")?'
+                )
+            # The SD-VAE clips log-variances to [-30, 20].
+            stored = np.concatenate([mean, 2 * np.log(np.maximum(std, np.exp(np.float32(-15))))])
         return np.ascontiguousarray(stored.transpose(1, 2, 0)[None]), path
 
     def signature() -> str:
-        return source_signature(kind, listing, file_sizes(root, listing.names))
+        return listing.source_signature(kind, items, listing.file_sizes(root, items.names))
 
-    classes, labels = listing.class_names, listing.labels
-    return LatentSource(classes, labels, read, signature, stochastic, 1, scaled)
+    classes, labels = items.class_names, items.labels
+    return LatentSource(classes, labels, read, signature, stochastic, scaled=scaled)
 
 
 def _fast_dit(split: str, path: str) -> LatentSource:
@@ -149,21 +128,22 @@ def _fast_dit(split: str, path: str) -> LatentSource:
     """
     features = os.path.join(path, f"{split}_features")
     if not path or not os.path.isdir(features):
-        root = find_folder(path, split, "fast-dit")
-        folders = subfolders(root)
+        root = listing.find_folder(path, split, "fast-dit")
+        folders = listing.subfolders(root)
         found = [folder for folder in folders if folder.endswith("features")]
         if len(found) != 1:
             raise ValueError(
-                f"fast-dit: found the folders {shorten(folders)} in {root}, expected one named "
-                "<x>_features beside one named <x>_labels; if there are several, give <x> as split"
+                f"fast-dit: found the folders {listing.shorten(folders)} in {root}, expected one "
+                "named <x>_features beside <x>_labels; if there are several, give <x> as split"
             )
         features = os.path.join(root, found[0])
     labels = features.removesuffix("features") + "labels"
     if not os.path.isdir(labels):
         raise ValueError(f"fast-dit: {labels} not found, expected the labels of {features}")
-    arrays = _arrays_with_labels(features, scan(labels, ("npy",)).names, labels)
+    arrays = _arrays_with_labels(features, listing.scan(labels, ("npy",)).names, labels)
+    names = sorted(arrays, key=lambda name: (len(name), name))  # "10.npy" after "9.npy"
     values = []
-    for name in tqdm(names := sorted(arrays, key=_by_number), desc="read labels", delay=2):
+    for name in tqdm(names, desc="read labels", delay=2):
         file = os.path.join(labels, name)
         label = _load_array(file)
         if label.size != 1 or label.dtype.kind not in "iu" or label.item() < 0:
@@ -173,8 +153,8 @@ def _fast_dit(split: str, path: str) -> LatentSource:
             )
         values.append(label.item())
     classes, numbers = _numbered_classes(labels, values)
-    listing = Listing(classes, Names.pack(names), numbers)
-    return _array_files("fast-dit", features, listing, scaled=True)
+    items = listing.Listing(classes, listing.Names.pack(names), numbers)
+    return _array_files("fast-dit", features, items, scaled=True)
 
 
 @checked
@@ -192,35 +172,31 @@ def _repa(split: str, path: str) -> LatentSource:
     ...]}. The standard deviations become log-variances, 2 log(std). `path/split` is the folder
     with the dataset.json, or holds it as `vae-sd`.
     """
-    root = find_folder(path, split, "repa")
+    root = listing.find_folder(path, split, "repa")
     if not os.path.isfile(os.path.join(root, "dataset.json")):
         root = os.path.join(root, "vae-sd")
     file = os.path.join(root, "dataset.json")
     try:
         content = read_json(file)
     except OSError as error:
-        raise ValueError(
-            f"{file}: cannot be read: {error.strerror}; expected the labels, as REPA's "
-            "preprocessing writes them beside the latents"
-        ) from error
+        raise ValueError(f"{file}: cannot be read: {error.strerror}; expected labels") from error
     values = {"labels": content.get("labels")} if isinstance(content, dict) else content
     labels = dict(parse(_RepaLabels, values, file).labels)
     names = sorted(_arrays_with_labels(root, labels, file))
     classes, numbers = _numbered_classes(file, [labels[name] for name in names])
-    listing = Listing(classes, Names.pack(names), numbers)
-    return _array_files("repa", root, listing, stochastic=True, has_std=True)
+    items = listing.Listing(classes, listing.Names.pack(names), numbers)
+    return _array_files("repa", root, items, stochastic=True, has_std=True)
 
 
-def _npy(split: str, path: str, name: str) -> LatentSource:
+def _npy(split: str, path: str, kind: str = "npy", **facts: bool) -> LatentSource:
     """A folder of .npy files `[c, h, w]`, as `class/**/file`, or flat and without labels.
 
     Nothing is undone: "npy" are latents, "npy:moments" means, then log-variances (both as the
     autoencoder gives them), "npy:scaled" latents times the autoencoder's scale.
     """
-    root = find_folder(path, split, "npy")
-    listing = arrange(root, scan(root, ("npy",)), ".npy file")
-    stochastic, scaled = name == "npy:moments", name == "npy:scaled"
-    return _array_files(name, root, listing, stochastic=stochastic, scaled=scaled)
+    root = listing.find_folder(path, split, "npy")
+    items = listing.arrange(root, listing.scan(root, ("npy",)), ".npy file")
+    return _array_files(kind, root, items, **facts)
 
 
 def _lightning_dit(split: str, path: str) -> LatentSource:
@@ -231,14 +207,12 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     "latents_flip" those of the flipped images; with "labels" `[n]`. Files are taken in order of
     their names.
     """
-    root = find_folder(path, split, "lightning-dit")
-    try:
-        paths = sorted(e.path for e in os.scandir(root) if e.name.endswith(".safetensors"))
-    except OSError as error:
-        raise ValueError(f"{root}: the folder cannot be read: {error.strerror}") from error
-    if not paths:
+    root = listing.find_folder(path, split, "lightning-dit")
+    names = sorted(name for name in listing.scan(root, ("safetensors",)).names if "/" not in name)
+    if not names:
         raise ValueError(f"lightning-dit: found no .safetensors file in {root}")
     views = ("latents", "latents_flip")
+    paths = [os.path.join(root, name) for name in names]
     labels: list[np.ndarray] = []
     shape: list[int] = []
     for path in paths:
@@ -257,7 +231,7 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
             raise ValueError(
                 f"{path}: found latents {sizes[0]}, latents_flip {sizes[1]} and labels "
                 f"{list(values.shape)}, expected [n, c, h, w] twice, with [c, h, w] = {shape} as "
-                f"in {os.path.basename(paths[0])}, and [n]"
+                f"in {names[0]}, and [n]"
             )
         if not set(types) <= {"F64", "F32", "F16", "BF16"} or values.dtype.kind not in "iu":
             raise ValueError(
@@ -278,17 +252,28 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
         return np.ascontiguousarray(latents.transpose(0, 2, 3, 1)), name
 
     def signature() -> str:
-        names = Names.pack(os.path.basename(path) for path in paths)
         sizes = np.array([os.path.getsize(path) for path in paths])
-        listing = Listing(class_names, names, np.concatenate([ends, numbers]))
-        return source_signature("lightning-dit", listing, sizes)
+        counts = np.concatenate([ends, numbers])
+        items = listing.Listing(class_names, listing.Names.pack(names), counts)
+        return listing.source_signature("lightning-dit", items, sizes)
 
     return LatentSource(class_names, numbers, read, signature, views=2)
 
 
+_OPENERS: dict[str, Callable[[str, str], LatentSource]] = {
+    "fast-dit": _fast_dit,
+    "lightning-dit": _lightning_dit,
+    "npy": _npy,
+    "npy:moments": functools.partial(_npy, kind="npy:moments", stochastic=True),
+    "npy:scaled": functools.partial(_npy, kind="npy:scaled", scaled=True),
+    "repa": _repa,
+}
+KINDS = tuple(_OPENERS)
+
+
 def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set[str]:
     """The .npy files below a folder, each of which must have a label, and each label a file."""
-    found = set(scan(root, ("npy",)).names)
+    found = set(listing.scan(root, ("npy",)).names)
     if not found:
         raise ValueError(f"{root}: found no .npy file, expected the latents")
     if alone := sorted(found ^ set(labelled)):
@@ -300,38 +285,29 @@ def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set
     return found
 
 
-def _by_number(name: str) -> tuple[int, int, str]:
-    """Sorts "10.npy" after "9.npy", and names that are no numbers after those that are."""
-    stem = name.removesuffix(".npy")
-    return (0, int(stem), name) if stem.isdecimal() else (1, 0, name)
-
-
 def _numbered_classes(
     where: str, labels: Sequence[int] | np.ndarray
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Names "0" to "K-1", each of which must occur among the labels, and these as int32."""
     found = np.unique(np.asarray(labels))
-    if not len(found):
-        raise ValueError(f"{where}: found no labels, expected one for each latent")
     gaps = np.flatnonzero(found != np.arange(len(found)))
     if len(gaps):
         raise ValueError(
             f"{where}: found {len(found)} different labels from {found[0]} to {found[-1]}, but not "
             f"{gaps[0]}; expected each of 0 to K-1: renumber the labels, or complete the data set"
         )
-    return tuple(str(k) for k in range(len(found))), np.asarray(labels, np.int32)
+    return tuple(map(str, range(len(found)))), np.asarray(labels, np.int32)
 
 
 def _load_array(path: str) -> np.ndarray:
     try:
-        with open(path, "rb", buffering=0) as file:
-            # From memory: a label is one small read, not several.
-            array = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+        # From memory: a label is one small read, not several.
+        stream = io.BytesIO(pathlib.Path(path).read_bytes())
+        return np.lib.format.read_array(stream, allow_pickle=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # NumPy raises many kinds on a damaged header
         raise ValueError(f"{path}: damaged or no .npy file of numbers ({error})") from error
-    return array
 
 
 def _load_latents(path: str) -> np.ndarray:
@@ -351,14 +327,3 @@ def _finite(latents: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(latents).all():
         raise ValueError(f"{name}: found values that are not finite: encode this image again")
     return latents
-
-
-def _log_variances(moments: np.ndarray, path: str) -> np.ndarray:
-    """Turns `[2c, h, w]` of means and standard deviations into means and log-variances."""
-    mean, std = np.split(moments, 2)
-    if std.min() < 0:
-        raise ValueError(
-            f"{path}: found {std.min()} among the standard deviations, the latter half of the "
-            'channels, expected 0 or more: are these log-variances (kind "npy:moments")?'
-        )
-    return np.concatenate([mean, 2 * np.log(np.maximum(std, _MIN_STD))])

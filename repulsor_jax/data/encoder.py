@@ -46,7 +46,7 @@ def encode_images(
       description: of the data set.
       batch_per_device: images in one call of the encoder, on each device.
       num_workers: processes that decode and crop; 0 does it in this one.
-      skip_bad_images: note a bad image in the data set instead of raising.
+      skip_bad_images: list a bad image as skipped instead of raising.
 
     Raises:
       BadImageError: an image cannot be read, and is not to be skipped.
@@ -60,41 +60,42 @@ def encode_images(
     params = jax.device_put(autoencoder.params, NamedSharding(devices, PartitionSpec()))
     encode = compiled_encoder(autoencoder, description)
 
-    def started() -> Iterator[tuple[jax.Array | None, list[int], np.ndarray, list[Skipped]]]:
+    def started() -> Iterator[tuple[jax.Array | None, np.ndarray, list[Skipped]]]:
         shape: tuple[int, ...] = ()
         for rows, images, labels in _read_batches(
             source, list(in_batches(todo, batch_size)), description.image_size, num_workers
         ):
             skipped: list[Skipped] = []
-            kept: list[int] = []
-            batch = np.zeros((batch_size, *shape), np.uint8)
-            for k, (row, image) in enumerate(zip(rows, images, strict=True)):
-                if isinstance(image, BadImageError):
-                    if not skip_bad_images:
-                        raise BadImageError(
-                            f"{image}. Mend or remove it, or set config.data.on_bad_image='skip'; "
-                            "the same command goes on from here"
+            good: list[np.ndarray] = []
+            for row, image in zip(rows, images, strict=True):
+                if not isinstance(image, BadImageError):
+                    shape = shape or image.shape
+                    if image.shape != shape:
+                        raise ValueError(
+                            f"{source[row].name}: found {image.shape}, expected the size of the "
+                            f"first image, {shape}: set config.data.image_size, to which all are "
+                            "cropped and resized"
                         )
+                    good.append(image)
+                elif skip_bad_images:
                     skipped.append(_skip(row, image))
-                    continue
-                if not shape:
-                    shape = image.shape
-                    # One compiled shape: absent images are black, and their latents are dropped.
-                    batch = np.zeros((batch_size, *shape), np.uint8)
-                if image.shape != shape:
-                    raise ValueError(
-                        f"{source[row].name}: found {image.shape}, expected the size of the first "
-                        f"image, {shape}: set config.data.image_size, to which all are cropped and "
-                        "resized"
+                else:
+                    raise BadImageError(
+                        f"{image}. Mend or remove it, or set config.data.on_bad_image='skip'; "
+                        "the same command goes on from here"
                     )
-                batch[k] = image
-                kept.append(k)
-            latents = encode(params, jax.device_put(batch, sharding)) if kept else None
-            yield latents, kept, labels, skipped
+            latents = None
+            if good:
+                # One compiled shape: absent images are black, and their latents are dropped.
+                batch = np.zeros((batch_size, *shape), np.uint8)
+                batch[: len(good)] = good
+                latents = encode(params, jax.device_put(batch, sharding))
+            kept = [not isinstance(image, BadImageError) for image in images]
+            yield latents, labels[kept], skipped
 
-    for latents, kept, labels, skipped in one_late(started()):
-        found = np.empty(0) if latents is None else jax.device_get(latents)[kept]
-        yield Batch(found, labels[kept], skipped)
+    for latents, labels, skipped in one_late(started()):
+        found = np.empty(0) if latents is None else jax.device_get(latents)[: len(labels)]
+        yield Batch(found, labels, skipped)
 
 
 def convert_latents(

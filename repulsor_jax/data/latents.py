@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import grain
@@ -32,32 +32,27 @@ FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}
 METADATA = "dataset.json"
 _LABEL_BYTES = 4
-_MAX_VALUES = 2**28  # of one latent
 _REMEDY = "restore it from a copy, or delete the data set and encode again"
 
 
-def _plain_name(name: str) -> str:
-    if not is_plain_name(name):
-        raise ValueError("the name of a file in this folder")
-    return name
+def _where(holds: Callable[[Any], bool], expected: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
 
 
-def _without_controls(name: str) -> str:
-    if has_controls(name):
-        raise ValueError("a name without control characters")
-    return name
-
-
-ClassName = Annotated[str, AfterValidator(_without_controls)]
-
-
-def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if math.prod(shape) > _MAX_VALUES:
-        raise ValueError(f"{_MAX_VALUES:,} values at most")
-    return shape
-
-
+ClassName = Annotated[
+    str, _where(lambda name: not has_controls(name), "a name without control characters")
+]
 _Count = Annotated[int, Field(ge=1)]
+_Shape = Annotated[
+    tuple[_Count, ...],
+    Field(min_length=1),
+    _where(lambda shape: math.prod(shape) <= 2**28, "2^28 values at most"),
+]
 _PerChannel = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 
 
@@ -65,7 +60,7 @@ _PerChannel = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 class Shard:
     """One ArrayRecord file: its name in the directory, its record count and its SHA-256."""
 
-    name: Annotated[str, AfterValidator(_plain_name)]
+    name: Annotated[str, _where(is_plain_name, "the name of a file in this folder")]
     records: _Count
     sha256: str
 
@@ -83,31 +78,20 @@ class Skipped:
 class Description:
     """The part of dataset.json that is known before the first record.
 
-    Attributes:
-      dtype: of the stored latents.
-      stochastic: the records hold the posterior's concatenated mean and log-variance.
-      flipped: each image has two records, its own and its mirror image's.
-      autoencoder: name of the autoencoder that made, and can decode, the latents.
-      weights_sha256: of that autoencoder's weights; "" where it has none, or they are not known.
-      scale: the autoencoder's fixed factor to about unit variance.
-      shift: the autoencoder's fixed shift: model latents are (latents - shift) * scale.
-      source: name of the image source, as `open_source` takes it.
-      split: split of the image source.
-      image_size: side of the encoded images; 0 where they were taken as they are.
-      class_names: label k is `class_names[k]`.
+    Model latents are (latents - shift) * scale. `source` and `split` are those of `open_source`.
     """
 
     dtype: Annotated[str, Field(pattern="^(float16|float32)$")] = "float16"
-    stochastic: bool
-    flipped: bool = False
-    autoencoder: str
-    weights_sha256: str = ""
-    scale: FiniteFloat
-    shift: FiniteFloat = 0.0
+    stochastic: bool  # records hold the posterior's mean and log-variance, concatenated
+    flipped: bool = False  # each image has two records, its own and its mirror image's
+    autoencoder: str  # its name
+    weights_sha256: str = ""  # of the autoencoder; "" where it has no weights, or unknown ones
+    scale: FiniteFloat  # the autoencoder's fixed factor to about unit variance
+    shift: FiniteFloat = 0.0  # of the autoencoder, fixed
     source: str
     split: str
-    image_size: int = 0
-    class_names: tuple[ClassName, ...]
+    image_size: int = 0  # side of the encoded images; 0 where they were taken as they are
+    class_names: tuple[ClassName, ...]  # label k is class_names[k]
 
     @property
     def views(self) -> int:
@@ -119,23 +103,17 @@ class Description:
 class LatentDataset(Description):
     """A data set: the content of its dataset.json, and its folder.
 
-    Attributes:
-      directory: the folder of dataset.json and the shards.
-      shape: shape of one record's latent, `[h, w, c]`, or `[h, w, 2c]` if stochastic.
-      num_images: over all shards; image i is the records from `i * views` on.
-      mean: per channel `[c]`, of the latents (of the posterior mean if stochastic).
-      std: per channel `[c]`, likewise; the population's, over records and positions.
-      shards: the files, in record order.
-      skipped: images of the source that could not be read and are not here.
+    Mean and standard deviation `[c]` are over records and positions, of the posterior mean if
+    stochastic. Image i is the records from `i * views` on.
     """
 
     directory: pathlib.Path
-    shape: Annotated[tuple[_Count, ...], Field(min_length=1), AfterValidator(_shape)]
+    shape: _Shape  # of one record's latent, [h, w, c], or [h, w, 2c] if stochastic
     num_images: _Count
     mean: _PerChannel
     std: _PerChannel
-    shards: tuple[Shard, ...]
-    skipped: tuple[Skipped, ...] = ()
+    shards: tuple[Shard, ...]  # in record order
+    skipped: tuple[Skipped, ...] = ()  # images that could not be read and are not here
 
     @property
     def num_records(self) -> int:
@@ -149,9 +127,8 @@ class LatentDataset(Description):
 
     def open(self) -> grain.sources.ArrayRecordDataSource:
         """Returns a random access source of the raw records, with `__getitems__`."""
-        return grain.sources.ArrayRecordDataSource(
-            [str(self.directory / shard.name) for shard in self.shards]
-        )
+        paths = [str(self.directory / shard.name) for shard in self.shards]
+        return grain.sources.ArrayRecordDataSource(paths)
 
 
 def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
@@ -168,16 +145,14 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
             f"{path} not found: encode the images first, with --mode=encode and the same config"
         )
     content = read_json(path)
-    if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{path}: not a latent data set's metadata, found no format_version")
-    version = content.pop("format_version")
+    version = content.pop("format_version", None) if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: found format_version {version}, this version of the library reads "
             f"{FORMAT_VERSION}: encode again with --mode=encode into a new directory"
         )
     try:
-        dataset = _parse(directory, content)
+        dataset = _parse(path, content)
     except ValueError as error:
         raise ValueError(f"{error}: {_REMEDY}") from error
     for shard in dataset.shards:
@@ -212,19 +187,12 @@ def check_files(
     unknown = [name for name, stamp in stamps.items() if known.get(name) != stamp]
     if not unknown:
         return
-    title, total = f"verify {dataset.directory.name}", sum(stamps[name][0] for name in unknown)
-    damaged = []
-    with (
-        tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, delay=1, disable=not progress
-        ) as bar,
-        concurrent.futures.ThreadPoolExecutor() as pool,  # hashing releases the interpreter lock
-    ):
+    title = f"verify {dataset.directory.name}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         found = pool.map(file_sha256, [dataset.directory / name for name in unknown])
-        for name, digest in zip(unknown, found, strict=True):
-            if digest != stamps[name][2]:
-                damaged.append(name)
-            bar.update(stamps[name][0])
+        bar = tqdm(found, title, len(unknown), unit="file", delay=1, disable=not progress)
+        digests = zip(unknown, bar, strict=True)
+        damaged = [name for name, digest in digests if digest != stamps[name][2]]
     if damaged:
         raise ValueError(
             f"{dataset.directory / damaged[0]}: damaged, its SHA-256 is not the one in "
@@ -276,15 +244,9 @@ def decode_records(
 
 
 class LatentFormat(NamedTuple):
-    """How stored latents become the model's: `(latents - shift) * factor`.
+    """How stored latents become the model's: `(latents - shift) * factor`, float32 `[c]` each."""
 
-    Attributes:
-      stochastic: records hold mean and log-variance; a latent is drawn from them at each use.
-      shift: float32 `[c]`.
-      factor: float32 `[c]`.
-    """
-
-    stochastic: bool
+    stochastic: bool  # records hold mean and log-variance; a latent is drawn at each use
     shift: np.ndarray
     factor: np.ndarray
 
@@ -339,12 +301,11 @@ def record_dtype(shape: tuple[int, ...], dtype: str) -> np.dtype:
     return np.dtype([("labels", "<i4"), ("latents", DTYPES[dtype], tuple(shape))])
 
 
-def _parse(directory: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
+def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
     """Checks dataset.json, which may be downloaded: types, file names, and sizes to allocate."""
-    path = directory / METADATA
     # The parser takes UTF-8 alone, but the name of a class or a skipped image may be any bytes:
     # "?" stands for these bytes while the rest is parsed.
-    values = {**content, "directory": str(directory)}
+    values = {**content, "directory": str(path.parent)}
     text = json.dumps(values, ensure_ascii=False).encode(errors="replace")
     dataset = parse(LatentDataset, json.loads(text), str(path))
     dataset = dataclasses.replace(

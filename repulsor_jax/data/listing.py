@@ -17,21 +17,13 @@ import numpy as np
 
 from repulsor_jax.files.untrusted import has_controls, printable
 
-UNLABELLED = "unlabelled"  # the one class of files without classes
-
 
 class Item(NamedTuple):
-    """One labelled image.
+    """One labelled image."""
 
-    Attributes:
-      image: an encoded image's bytes, or pixels, uint8 `[H, W, C]`.
-      label: index into the source's class names.
-      name: for messages: a path, an archive and its member, or a data set and its index.
-    """
-
-    image: bytes | np.ndarray
-    label: int
-    name: str
+    image: bytes | np.ndarray  # an encoded image's bytes, or pixels, uint8 [H, W, C]
+    label: int  # index into the source's class names
+    name: str  # for messages: a path, an archive and its member, or a data set and its index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,34 +51,22 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The items of a data set in order of class, then name.
+    """The items of a data set in order of class, then name."""
 
-    Attributes:
-      class_names: sorted names of the classes, or `UNLABELLED` alone.
-      names: paths below the root, "/" between components.
-      labels: int32 `[N]`, indices into `class_names`.
-    """
-
-    class_names: tuple[str, ...]
-    names: Names
-    labels: np.ndarray
+    class_names: tuple[str, ...]  # sorted, or "unlabelled" alone
+    names: Names  # paths below the root, "/" between components
+    labels: np.ndarray  # int32 [N], indices into class_names
 
     def __len__(self) -> int:
         return len(self.names)
 
 
 class Files(NamedTuple):
-    """Paths below a root, "/" between components.
+    """Paths below a root, "/" between components."""
 
-    Attributes:
-      names: the wanted files.
-      folders: the folders directly below the root.
-      others: the files left out.
-    """
-
-    names: list[str]
-    folders: list[str]
-    others: list[str]
+    names: list[str]  # the wanted files
+    folders: list[str]  # directly below the root
+    others: list[str]  # the files left out
 
 
 def is_hidden(path: str) -> bool:
@@ -124,11 +104,7 @@ def find_folder(path: str, split: str, kind: str) -> str:
 
 
 def subfolders(path: str) -> list[str]:
-    """Returns the sorted names of the folders directly in a folder, but for hidden ones.
-
-    Raises:
-      ValueError: the folder cannot be read.
-    """
+    """Sorted names of the folders directly in a folder, but for hidden ones."""
     return sorted(e.name for e in _entries(path) if _is_folder(e))
 
 
@@ -163,12 +139,7 @@ def scan(root: str, suffixes: Collection[str]) -> Files:
 
 
 def arrange(where: str, files: Files, what: str) -> Listing:
-    """Sorts files into classes by the first component of their paths.
-
-    Args:
-      where: for messages: the folder, or the archive and the folder in it.
-      files: the files; a warning says how many were left out.
-      what: for messages: "image", ".npy file".
+    """Sorts files into classes by the first component of their paths; messages call one `what`.
 
     Raises:
       ValueError: no file, files both in class folders and outside, a class without files, or a
@@ -201,23 +172,19 @@ def arrange(where: str, files: Files, what: str) -> Listing:
             "go into tables and pictures: rename the folder"
         )
     if files.others:
-        message = "%s: left out %d files that are not %ss by their name or kind, such as %s"
-        example = printable(min(files.others))
-        logging.warning(message, printable(where), len(files.others), what, example)
+        message = (
+            f"{where}: left out {len(files.others)} files that are not {what}s by their name or "
+            f"kind, such as {min(files.others)}"
+        )
+        logging.warning("%s", printable(message))
     names = Names.pack(name for c in class_names for name in sorted(classes[c]))
     counts = [len(classes[c]) for c in class_names]
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
-    return Listing((UNLABELLED,) if flat else tuple(class_names), names, labels)
+    return Listing(("unlabelled",) if flat else tuple(class_names), names, labels)
 
 
 def source_signature(kind: str, listing: Listing, sizes: np.ndarray) -> str:
-    """SHA-256 in hex that tells one data set from another; no contents are read.
-
-    Args:
-      kind: of the source.
-      listing: class names, labels, and names without the path of the data set.
-      sizes: bytes of each item as stored.
-    """
+    """SHA-256 in hex of a source's kind, items and their sizes in bytes; no contents are read."""
     names = listing.names
     found = hashlib.sha256(json.dumps([kind, list(listing.class_names), len(names)]).encode())
     for part in (names.text, names.ends, listing.labels, sizes):
@@ -249,15 +216,11 @@ def _entries(folder: str) -> list["os.DirEntry[str]"]:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads in a circle
-        return False
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _is_file(entry: "os.DirEntry[str]") -> bool:
     """False for pipes and devices; a broken link counts as a file, which cannot be read."""
-    try:
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:
-        return True
+    if entry.is_symlink():
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()

@@ -36,10 +36,9 @@ def training_iterator(
 
     Args:
       dataset: the data set.
-      global_batch_size: rows of a global batch; it may exceed the data set.
+      global_batch_size: may exceed the data set.
       seed: of the order of records; 0 or more.
-      rows: numbers of the rows of each global batch to read, as `sharding.local_row_numbers` has
-        them; None is all.
+      rows: of each global batch, to read, see `sharding.local_row_numbers`; None is all.
       num_threads: threads that read batches ahead; 0 reads in the caller.
       prefetch: batches to read ahead; 0 reads in the caller.
 
@@ -58,9 +57,7 @@ def training_iterator(
         raise ValueError(f"found rows {own}, expected rows of a batch of {global_batch_size}")
     if seed < 0:
         raise ValueError(f"data seed: found {seed}, expected 0 or more")
-    source = dataset.open()
-
-    order = _record_order(dataset, seed)
+    source, order = dataset.open(), _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:
         # One call into the reader per batch: grain's own shuffle and batch read record by record,
@@ -111,15 +108,9 @@ def rescale_position(
 ) -> tuple[dict[str, Any], int]:
     """Moves an iterator's state to another global batch size: the same place in the sequence.
 
-    Args:
-      state: of an iterator with global batches of `old_batch_size`.
-      old_batch_size: its batch size.
-      new_batch_size: that of the iterator to set.
-
     Returns:
       The state, and the number of samples that are read again: a position is a whole number of
       batches, so it is rounded down, and no sample is left out.
     """
-    samples = state["next_index"] * old_batch_size
-    batches, repeated = divmod(samples, new_batch_size)
+    batches, repeated = divmod(state["next_index"] * old_batch_size, new_batch_size)
     return {**state, "next_index": batches}, repeated

@@ -6,7 +6,7 @@ NumPy and PIL only: worker processes import this module and should start at once
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,12 +22,6 @@ class BadImageError(ValueError):
     """An image that cannot be used; the message is "<name>: <problem>"."""
 
 
-class _Source(Protocol):
-    """The part of an `ImageSource` that `read_images` uses."""
-
-    def __getitem__(self, index: int) -> Any: ...
-
-
 def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray:
     """Decodes an image if need be, and crops it to a square.
 
@@ -41,7 +35,7 @@ def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray
     BICUBIC so that the shorter side is `size`, cut the centre.
 
     Args:
-      image: an encoded image's bytes, or an array, uint8 `[H, W, C]`, whose C stays what it is.
+      image: an encoded image's bytes, or an array, uint8 `[H, W, C]`.
       size: side of the result, or 0 to leave the image at its own size.
       name: what errors call the image.
 
@@ -59,22 +53,17 @@ def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray
             )
         if not size:
             return image
-        if image.shape[2] == 3:
-            return _center_crop(Image.fromarray(image), size, name)
         # PIL filters each band by itself: one band at a time gives the result of any mode.
-        bands = [
-            _center_crop(Image.fromarray(np.ascontiguousarray(image[..., c])), size, name)
-            for c in range(image.shape[2])
-        ]
-        return np.stack(bands, axis=-1)
+        bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(image, 2, 0)]
+        return np.stack([_center_crop(band, size, name) for band in bands], axis=-1)
     decoded = _decode(image, name)
     return _center_crop(decoded, size, name) if size else np.array(decoded)
 
 
 def read_images(
-    source: _Source, indices: Sequence[int], size: int
+    source: Any, indices: Sequence[int], size: int
 ) -> tuple[list[np.ndarray | BadImageError], np.ndarray]:
-    """Reads and prepares some items of an image source, in a worker process.
+    """Reads and prepares some items of an `ImageSource`, in a worker process.
 
     Returns:
       One entry per index: the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable
@@ -99,19 +88,18 @@ def _decode(data: bytes, name: str) -> Image.Image:
     """The RGB image in these bytes, upright."""
     if not data:
         raise BadImageError(f"{name}: the file is empty")
+    large = f"refused before decoding, as it has more than {MAX_PIXELS:,} pixels: resize it first"
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadImageError(f"{name}: {_too_large()} ({error})") from error
-    except Image.UnidentifiedImageError as error:
+        raise BadImageError(f"{name}: {large} ({error})") from error
+    except Exception as error:  # PIL raises many kinds on a damaged header
         raise BadImageError(
             f"{name}: not an image in one of the formats {', '.join(_FORMATS)}, or its header is "
-            f"damaged; it begins with {data[:16]!r}"
+            f"damaged ({_reason(error)}); it begins with {data[:16]!r}"
         ) from error
-    except Exception as error:  # PIL raises many kinds on a damaged header
-        raise BadImageError(f"{name}: damaged header ({_reason(error)})") from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadImageError(f"{name}: {_too_large()}, found {image.width} x {image.height}")
+        raise BadImageError(f"{name}: {large}, found {image.width} x {image.height}")
     try:
         image.load()
         # After load(), as some formats turn the image themselves then, and drop the tag. In place,
@@ -129,10 +117,6 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def _too_large() -> str:
-    return f"refused before decoding, as it has more than {MAX_PIXELS:,} pixels: resize it first"
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -18,14 +18,9 @@ from repulsor_jax.files.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
 
-_Path = str | os.PathLike[str]
-
 # <name>, <name>/<config> or <name>:<version>. Community data sets, <namespace>:<name>, are refused:
 # TFDS would fetch and run their code.
 _TFDS_NAME = re.compile(r"[a-z0-9_]+(/[\w+-]+(\.[\w+-]+)*)?(:[\d.*]+)?")
-_TFDS_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-_TFDS_CLASSES = "tensorflow_datasets.core.features."
-_NONE = np.zeros(0, np.int64)
 
 
 class ImageSource(Protocol):
@@ -54,7 +49,7 @@ class ImageSource(Protocol):
 
 
 def open_source(
-    name: str, split: str, *, path: str = "", cache_dir: _Path | None = None
+    name: str, split: str, *, path: str = "", cache_dir: str | os.PathLike[str] | None = None
 ) -> ImageSource:
     """Opens an image source.
 
@@ -75,7 +70,7 @@ def open_source(
         return open_image_archive(path, split, cache_dir=cache_dir)
     if name == "digits":
         return _digits(split, path)
-    if name.startswith("tfds:") and name != "tfds:":
+    if name.startswith("tfds:"):
         return _tfds(name, split, path)
     expected = ["archive", "digits", "folder", "tfds:<name>"]
     raise ValueError(f"image source: found {name!r}, expected one of {expected}")
@@ -103,11 +98,10 @@ def _digits(split: str, path: str) -> ImageSource:
     """
     from sklearn.datasets import load_digits
 
-    splits = {"train": slice(0, 1300), "test": slice(1300, 1797)}
+    splits = {"train": slice(1300), "test": slice(1300, None)}
     if path:
         raise ValueError(
-            f"digits: found path {path!r}, expected none, as scikit-learn brings them along: is "
-            'the source meant to be "folder" or "archive"?'
+            f'digits: found path {path!r}, expected none: is the source "folder" or "archive"?'
         )
     if split not in splits:
         raise ValueError(f"digits: found split {split!r}, expected one of {sorted(splits)}")
@@ -121,20 +115,10 @@ def _digits(split: str, path: str) -> ImageSource:
 
 @dataclasses.dataclass(frozen=True)
 class _Tfds:
-    """A tfds data source of examples with "image", not decoded, and "label".
-
-    Attributes:
-      examples: the tfds data source.
-      name: as in `open_source`.
-      split: as in `open_source`.
-      version: name, configuration and version of the data set, as tfds writes them.
-      class_names: label k is `class_names[k]`.
-    """
-
-    examples: Any
-    name: str
+    examples: Any  # a tfds data source of "image", not decoded, and "label"
+    name: str  # as in `open_source`
     split: str
-    version: str
+    version: str  # name, configuration and version of the data set, as tfds writes them
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -151,7 +135,8 @@ class _Tfds:
     def signature(self) -> str:
         """The version stands for labels and sizes: tfds data sets of one version are the same."""
         names = Names.pack([f"{self.version} {self.split} {len(self)}"])
-        return source_signature("tfds", Listing(self.class_names, names, _NONE), _NONE)
+        none = np.zeros(0, np.int64)
+        return source_signature("tfds", Listing(self.class_names, names, none), none)
 
 
 def _tfds(name: str, split: str, path: str) -> ImageSource:
@@ -162,9 +147,8 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
     if not _TFDS_NAME.fullmatch(data_set):
         raise ValueError(
             f"image source: found {name!r}, expected the name of a data set of TensorFlow "
-            "Datasets in lower case, perhaps with a configuration and a version, as "
-            "'tfds:imagenet_v2/matched-frequency:3.0.0'; data sets with a namespace bring code "
-            "along, which is not run"
+            "Datasets, such as 'tfds:imagenet_v2/matched-frequency:3.0.0'; data sets with a "
+            "namespace bring code along, which is not run"
         )
     data_dir = path or str(tfds.core.constants.DATA_DIR)
     _check_tfds_features(data_dir, data_set)
@@ -180,17 +164,13 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
         raise ValueError(f"{name}: found features {features}, expected an image and a class label")
     try:
         builder.download_and_prepare(file_format="array_record")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{name}: preparing it failed: {str(error).splitlines()[-1]}. Where TensorFlow is "
-            f"installed, run `tfds build {data_set} --file_format=array_record` once and give the "
-            "resulting data_dir here: reading it does without TensorFlow"
-        ) from error
-    except AssertionError as error:  # which tfds raises for a data set that it cannot download
+    # TensorFlow is missing, or, says tfds by AssertionError, the data must be fetched by hand.
+    except (ModuleNotFoundError, AssertionError) as error:
         raise ValueError(
             f"{name}: is not prepared in {builder.data_dir}, and preparing it failed: "
-            f"{' '.join(str(error).split())} Or encode the archive as it was fetched, by "
-            'config.data.source="archive" (docs/data.md)'
+            f"{' '.join(str(error).split())} Where TensorFlow is installed, run `tfds build "
+            f"{data_set} --file_format=array_record` once and give the resulting data_dir here; or "
+            'encode an archive of the images, by config.data.source="archive" (docs/data.md)'
         ) from error
     try:
         # The worker processes decode, like the images of any other source.
@@ -232,8 +212,9 @@ def _check_tfds_classes(value: Any) -> None:
             _check_tfds_classes(each)
     elif isinstance(value, dict):
         for key, each in value.items():
-            is_class = key in _TFDS_CLASS_KEYS and isinstance(each, str) and "." in each
-            if is_class and not each.startswith(_TFDS_CLASSES):
+            names_class = key in ("pythonClassName", "python_class_name", "type")
+            is_class = names_class and isinstance(each, str) and "." in each
+            if is_class and not each.startswith("tensorflow_datasets.core.features."):
                 raise ValueError(f"found the class {each!r}, whose module would be imported")
             if "/" in key or "\\" in key:
                 raise ValueError(f"found the feature {key!r}, expected a name that is no path")

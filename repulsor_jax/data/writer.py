@@ -36,33 +36,20 @@ from repulsor_jax.files import atomic
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.shards import Restartable
 
-_JOB = "job.json"
-
 
 class Batch(NamedTuple):
-    """A piece of a shard.
+    """A piece of a shard: images in source order, and those that could not be read."""
 
-    Attributes:
-      latents: `[B, views, h, w, c]`, of images in source order.
-      labels: `[B]`.
-      skipped: images that belong here and could not be read.
-    """
-
-    latents: np.ndarray
-    labels: np.ndarray
+    latents: np.ndarray  # [B, views, h, w, c]
+    labels: np.ndarray  # [B]
     skipped: Sequence[Skipped] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetWriter(Restartable):
-    """A data set that is being written; make it with `open_writer`.
+    """A data set that is being written; make it with `open_writer`."""
 
-    Attributes:
-      directory: the place of the complete data set.
-      description: the part of its dataset.json that is known before the first record.
-    """
-
-    directory: pathlib.Path
+    directory: pathlib.Path  # the place of the complete data set
     description: Description
 
     def is_finished(self, shard: int) -> bool:
@@ -74,7 +61,7 @@ class DatasetWriter(Restartable):
         return len(part.labels) + len(part.skipped)
 
     def write(self, shard: int, parts: Iterable[Batch]) -> None:
-        """Writes one shard; it counts as finished when this returns, and not before.
+        """See `Restartable`.
 
         Raises:
           ValueError: a latent is not finite or overflows float16, a label is out of range, the
@@ -99,9 +86,8 @@ class DatasetWriter(Restartable):
                     f"{self.folder}: {len(unfinished)} of {len(self)} shards are not finished: run "
                     "the same command again"
                 )
-            dataset = self._combine(
-                [json.loads(self._summary_path(k).read_text()) for k in range(len(self))]
-            )
+            paths = map(self._summary_path, range(len(self)))
+            dataset = self._combine([json.loads(path.read_text()) for path in paths])
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
             del content["directory"]
             atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
@@ -179,17 +165,13 @@ class DatasetWriter(Restartable):
                 "config.data.image_size, and delete the unfinished folder"
             )
         shape = shapes.pop()
-        images = sum(s["images"] for s in full)
+        images, views = sum(s["images"] for s in full), self.description.views
         # Summed in the order of the shards: other orders change the last bit.
-        positions = images * self.description.views * math.prod(shape[:-1])
+        positions = images * views * math.prod(shape[:-1])
         mean = np.sum([s["sum"] for s in full], axis=0) / positions
         variance = np.sum([s["square"] for s in full], axis=0) / positions - np.square(mean)
         shards = [
-            Shard(
-                name=self._name(k),
-                records=s["images"] * self.description.views,
-                sha256=s["sha256"],
-            )
+            Shard(name=self._name(k), records=s["images"] * views, sha256=s["sha256"])
             for k, s in enumerate(summaries)
             if s["images"]
         ]
@@ -222,9 +204,6 @@ def open_writer(
       images_per_shard: of the source; at most as many are lost when the job is stopped.
       settings: all else that the records depend on; a job that goes on must have the same.
 
-    Returns:
-      The writer, for `files.shards.fill` and then `finish`.
-
     Raises:
       FileExistsError: `directory` already holds files; nothing is changed.
       ValueError: an argument is wrong, or the job that was begun is another one.
@@ -242,7 +221,7 @@ def open_writer(
     sizes = {"num_images": num_images, "images_per_shard": images_per_shard}
     job = {"format_version": FORMAT_VERSION, **sizes, **vars(description), **(settings or {})}
     text = json.dumps(job, indent=2) + "\n"
-    path = folder / _JOB
+    path = folder / "job.json"
     if path.exists():
         begun, job = json.loads(path.read_text()), json.loads(text)
         differences = [
