@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.planning.cost import program_cost
 from repulsor_jax.runtime import throughput
 from tests.oracles import tiny
@@ -23,18 +22,15 @@ def cost(f, *shapes, **kwargs):
     return program_cost(compiled(f, *shapes, **kwargs).as_text())
 
 
-def test_a_matrix_product_is_two_flops_per_multiply_add():
+def test_a_product_is_two_flops_per_multiply_add():
     found = compiled(lambda x, y: x @ y, (24, 40), (40, 56))
     ours = program_cost(found.as_text())
     assert ours.matmul_flops == 2 * 24 * 40 * 56
     assert ours.matmul_flops == found.cost_analysis()["flops"]
     assert ours.bytes_accessed == 4 * (24 * 40 + 40 * 56 + 24 * 56)
     assert ours.bytes_accessed == found.cost_analysis()["bytes accessed"]
-
-
-def test_a_batched_product_with_two_contracted_axes():
-    ours = cost(lambda x, y: jnp.einsum("bijk,bljk->bil", x, y), (3, 4, 5, 6), (3, 7, 5, 6))
-    assert ours.matmul_flops == 2 * 3 * 4 * 7 * 5 * 6
+    batched = cost(lambda x, y: jnp.einsum("bijk,bljk->bil", x, y), (3, 4, 5, 6), (3, 7, 5, 6))
+    assert batched.matmul_flops == 2 * 3 * 4 * 7 * 5 * 6
 
 
 @pytest.mark.parametrize(
@@ -101,42 +97,20 @@ def test_the_dearer_of_two_branches_counts():
     assert cost(f, (8, 8)).matmul_flops == 2 * 2 * 8**3
 
 
-@pytest.mark.parametrize("scan_blocks", [False, True])
-def test_the_model_against_its_closed_form(scan_blocks):
-    config = tiny.config(model__hidden_size=64, model__depth=3, model__scan_blocks=scan_blocks)
-    model = build_model(config.model)
-    params = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
-    x = jax.ShapeDtypeStruct((4, *tiny.SHAPE), jnp.float32)
-    t = jax.ShapeDtypeStruct((4,), jnp.float32)
-    labels = jax.ShapeDtypeStruct((4,), jnp.int32)
-    forward = jax.jit(lambda *arguments: model.apply({"params": arguments[0]}, *arguments[1:]))
-    ours = program_cost(forward.lower(params, x, t, labels).compile().as_text())
-    # XLA may turn a product with a vector of one element into an elementwise one.
-    assert ours.matmul_flops == pytest.approx(4 * throughput.forward_flops(config.model), rel=0.01)
-
-
-@pytest.mark.slow
-def test_a_train_step_is_three_forward_passes_and_the_same_scanned():
-    steps = [
+def test_a_train_step_is_three_forward_passes_scanned_or_not():
+    changes = {"regularizer__name": "none", "model__depth": 3, "model__hidden_size": 64}
+    unrolled, scanned = (
         program_cost(
             tiny.compile_only(
-                tiny.config(
-                    regularizer__name="none",
-                    model__depth=3,
-                    model__hidden_size=64,
-                    model__scan_blocks=scan,
-                ),
-                tiny.mesh(),
+                tiny.config(**changes, model__scan_blocks=scan), tiny.mesh()
             ).as_text()
         )
         for scan in (False, True)
-    ]
-    model = tiny.config(model__depth=3, model__hidden_size=64).model
-    closed = tiny.BATCH * throughput.training_flops(model)
-    for step in steps:
-        # Without the gradient of the latents, which no step needs.
-        assert step.matmul_flops == pytest.approx(closed, rel=0.03)
-    assert steps[0].matmul_flops == pytest.approx(steps[1].matmul_flops, rel=0.01)
+    )
+    closed = tiny.BATCH * throughput.training_flops(tiny.config(**changes).model)
+    # Without the gradient of the latents, which no step needs.
+    assert unrolled.matmul_flops == pytest.approx(closed, rel=0.03)
+    assert scanned.matmul_flops == pytest.approx(unrolled.matmul_flops, rel=0.01)
 
 
 def test_collectives_in_a_loop_count_each_round():
@@ -249,49 +223,32 @@ def test_a_fused_reduce_scatter_and_the_pieces_of_one_gather():
     ]
 
 
-TWO_SLICES = """HloModule test, num_partitions=4
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0)
-  %in = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
-  %t = token[] after-all()
-  %out = (f32[8]{0}, u32[], token[]) send(%in, %t), channel_id=2, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
-  %back = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=3, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
-  %done = (f32[8]{0}, token[]) recv-done(%back), channel_id=3
-  ROOT %y = f32[8]{0} get-tuple-element(%done), index=0
-}
-"""  # noqa: E501
-
-
-def test_collectives_of_two_slices_span_both():
-    inside, between = program_cost(TWO_SLICES, num_devices=8).collectives
-    assert inside[0].groups == ((0, 1), (2, 3), (4, 5), (6, 7))
-    assert (between[0].kind, between[0].num_bytes) == ("all-reduce", 32)
-    assert between[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
-
-
-def test_float32_products_at_highest_precision_take_six_passes():
-    line = "  ROOT %p = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
-    text = "\n".join(
-        ["HloModule t", "ENTRY %main (x: f32[8,8]) -> f32[8,8] {", "  %x = f32[8,8] parameter(0)"]
+@pytest.mark.parametrize(
+    ("dtype", "precision", "passes"),
+    [("f32", "", 1), ("f32", "highest", 6), ("bf16", "highest", 1)],
+)
+def test_float32_products_at_highest_precision_take_six_passes(dtype, precision, passes):
+    found = program_cost(
+        f"""HloModule test
+ENTRY %main (x: {dtype}[8,8]) -> {dtype}[8,8] {{
+  %x = {dtype}[8,8] parameter(0)
+  ROOT %p = {dtype}[8,8] dot(%x, %x), lhs_contracting_dims={{1}}, operand_precision={{{precision}}}
+}}
+"""
     )
-    fast = program_cost(f"{text}\n{line}\n}}")
-    exact = program_cost(f"{text}\n{line}, operand_precision={{highest,highest}}\n}}")
-    assert fast.mxu_flops == fast.matmul_flops == exact.matmul_flops == 2 * 8**3
-    assert exact.mxu_flops == 6 * exact.matmul_flops
-    narrow = program_cost(
-        f"{text}\n{line}, operand_precision={{highest,highest}}\n}}".replace("f32", "bf16")
-    )
-    assert narrow.mxu_flops == narrow.matmul_flops
+    assert found.matmul_flops == 2 * 8**3
+    assert found.mxu_flops == passes * found.matmul_flops
 
 
 def test_kernels_count_their_stated_flops_and_are_named_without():
     def call(config):
         return program_cost(
-            "HloModule t\n\nENTRY %main (x: f32[8,4]) -> f32[8,8] {\n"
-            "  %x = f32[8,4] parameter(0)\n"
-            '  ROOT %k = f32[8,8] custom-call(%x, %x), custom_call_target="tpu_custom_call"'
-            f", backend_config={config}\n}}"
+            f"""HloModule test
+ENTRY %main (x: f32[8,4]) -> f32[8,8] {{
+  %x = f32[8,4] parameter(0)
+  ROOT %k = f32[8,8] custom-call(%x), custom_call_target="tpu_custom_call", backend_config={config}
+}}
+"""
         )
 
     assert call('{"cost_estimate":{"flops":"512"}}').matmul_flops == 512
