@@ -109,18 +109,20 @@ class Launch:
 
     def start(self, launcher: str, *words: str) -> subprocess.Popen[str]:
         # A shell that runs these tests in the background lets them inherit that ctrl-C is ignored,
-        # and bash cannot trap a signal that was ignored at its start.
-        default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(
-            ["bash", str(REPO / "launch" / f"{launcher}.sh"), *words],
-            preexec_fn=default,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        # and bash cannot trap a signal that was ignored at its start. A handler is not inherited.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                ["bash", str(REPO / "launch" / f"{launcher}.sh"), *words],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def __call__(
         self, launcher: str, *words: str, **changes: str
