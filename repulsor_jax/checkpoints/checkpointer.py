@@ -74,8 +74,7 @@ class Checkpointer:
 
         Args:
           directory: a path, gs://bucket/path, or what `places.open_folder` returns.
-          keep_last: how many of the newest checkpoints to keep.
-          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
+          keep_last, keep_every: as `checkpoint.*` of the configuration.
           retry_steps: steps from a save that failed to the next attempt.
           max_lost_steps: where the next attempt would come more steps than this after the newest
             checkpoint, a save is waited for, and it is an error if it fails; 0: every one.

@@ -1,8 +1,7 @@
 """The verify mode: reads every checkpoint of a run, whole, and says which can be trusted."""
 
-import math
+import collections
 import os
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -14,8 +13,6 @@ from repulsor_jax import sharding
 from repulsor_jax.checkpoints.manifest import (
     CheckpointError,
     DamagedCheckpointError,
-    Manifest,
-    SavedArray,
     named_leaves,
 )
 from repulsor_jax.checkpoints.places import open_folder
@@ -31,7 +28,7 @@ def verify(directory: str | os.PathLike[str], *, group_bytes: int = 256 << 20) -
 
     Args:
       directory: a path, or gs://bucket/path.
-      group_bytes: of arrays that are read at a time.
+      group_bytes: of arrays to read at a time, about.
 
     Returns:
       Whether all are whole.
@@ -66,30 +63,17 @@ def _read(storage: Storage, step: int, group_bytes: int) -> str:
     if missing := about.arrays.keys() - names.keys():
         raise DamagedCheckpointError(f"{storage.directory / str(step)}: {min(missing)} is missing")
     everywhere = sharding.replicated(Mesh(np.array(jax.devices()), "all"))
-    for group in _groups(about, group_bytes):
-        wanted = [
-            about.arrays[name].abstract(everywhere) if name in group else ocp.PLACEHOLDER
-            for name in names
-        ]
+    abstract = {name: each.abstract(everywhere) for name, each in about.arrays.items()}
+    groups: dict[int, set[str]] = collections.defaultdict(set)
+    total = 0
+    for name, each in abstract.items():
+        groups[total // group_bytes].add(name)
+        total += each.size * each.dtype.itemsize
+    for group in groups.values():
+        wanted = [abstract[name] if name in group else ocp.PLACEHOLDER for name in names]
         storage.read_arrays(step, about, jax.tree.unflatten(jax.tree.structure(structure), wanted))
     mesh = " x ".join(map(str, about.mesh.values()))
     return (
-        f"{len(about.arrays)} arrays, {sum(map(_bytes, about.arrays.values())) / 1e6:,.1f} MB, "
-        f"saved by version {about.version} on a mesh of {mesh}"
+        f"{len(abstract)} arrays, {total / 1e6:,.1f} MB, saved by version {about.version} on a "
+        f"mesh of {mesh}"
     )
-
-
-def _groups(about: Manifest, group_bytes: int) -> Iterator[set[str]]:
-    group: set[str] = set()
-    size = 0
-    for name, each in about.arrays.items():
-        if group and size + _bytes(each) > group_bytes:
-            yield group
-            group, size = set(), 0
-        group.add(name)
-        size += _bytes(each)
-    yield group
-
-
-def _bytes(each: SavedArray) -> int:
-    return math.prod(each.shape) * each.abstract().dtype.itemsize
