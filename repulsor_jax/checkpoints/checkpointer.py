@@ -133,7 +133,7 @@ class Checkpointer:
         return self._storage.is_saving()
 
     def retry_due(self, step: int) -> bool:
-        """Whether a save that failed is to be tried again after this step; ask after every step.
+        """Whether to try a save that failed again after this step; ask after every step.
 
         Costs nothing, but for a look at the pending save `retry_steps` after it began.
         """
@@ -220,8 +220,8 @@ class Checkpointer:
         Args:
           abstract_state: shapes with shardings, from `abstract_train_state`.
           batch_size: of the global batch from now on.
-          check: called with the saved configuration and latents before any array is read; raises
-            where the run must not go on from them, and returns lines to report.
+          check: is called with the saved configuration and latents before any array is read; it
+            raises where the run must not go on from them, and returns lines to report.
 
         Returns:
           The state, the data iterator's state, and a line for each thing to report: what was

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the proof that it came back as it was saved.
+"""What a checkpoint holds, and the proof that it was not changed.
 
 The manifest is one of the records of a checkpoint, so that it is there exactly when the rest is:
 
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that cannot be read, or came back otherwise than it was saved."""
+    """A checkpoint that cannot be read, or was changed since it was saved."""
 
 
 def _check_dtype(name: str) -> str:
@@ -67,7 +67,7 @@ class SavedArray:
 
 @untrusted.checked
 class Manifest:
-    """See the module; the format comes first, so that an error about another one does, too."""
+    """See the module. The format is the first field, so that errors name it first."""
 
     format: Literal[1]
     step: int
@@ -138,16 +138,14 @@ def check_arrays(manifest: Manifest, tree: Any, where: str) -> None:
       where: the checkpoint, for an error.
 
     Raises:
-      DamagedCheckpointError: some came back otherwise than saved, or are not finite: training
-        saves no such state, but older versions did.
+      DamagedCheckpointError: some were changed, or are not finite: training saves no such state,
+        but older versions did.
     """
     found = measure(tree)
     changed = [name for name, (each, _) in found.items() if each != manifest.arrays[name]]
     if changed:
-        more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        raise DamagedCheckpointError(
-            f"{where}: {min(changed)}{more} came back otherwise than saved"
-        )
+        more = f", and {len(changed) - 1} more" if changed[1:] else ""
+        raise DamagedCheckpointError(f"{where}: its array {min(changed)!r} was changed{more}")
     if spoiled := _name_spoiled(found):
         raise DamagedCheckpointError(f"{where}: not finite: {spoiled}")
 
@@ -203,8 +201,9 @@ def measure(tree: Any) -> dict[str, tuple[SavedArray, int]]:
         about = f"{array.dtype}{list(array.shape)}".encode()
         prefix = int.from_bytes(hashlib.sha256(about).digest()[:8])
         fingerprint = f"{prefix ^ (one << 32 | other):016x}"
-        dtype = str(leaf.dtype)  # orbax returns a key as its data where its metadata are damaged
-        saved = SavedArray(shape=tuple(leaf.shape), dtype=dtype, fingerprint=fingerprint)
+        # The dtype is the leaf's: where orbax's metadata are damaged, a random key comes back as
+        # its data, which has the same fingerprint.
+        saved = SavedArray(shape=tuple(leaf.shape), dtype=str(leaf.dtype), fingerprint=fingerprint)
         found[name] = saved, spoiled
     return found
 

@@ -68,7 +68,7 @@ class _Disk:
         (self.path / name).rename(self.path / target)
 
     def remove(self, name: str) -> None:
-        """Removes a checkpoint, which is not listed from the first moment on."""
+        """Removes a checkpoint; from the first moment on `steps` does not list it."""
         going = self.path / f"{name}{_DELETED}"
         (self.path / name).rename(going)
         shutil.rmtree(going)
@@ -92,7 +92,7 @@ class _Bucket:
 
     def tidy(self) -> None:
         for name, parts in self._contents().items():
-            # Objects that no checkpoint has belong to somebody else, as the folder of another run.
+            # A folder with other objects belongs to somebody else, for example to another run.
             if name.isdecimal() and _MARKER not in parts and parts <= _PARTS:
                 self.remove(name)
 
@@ -123,7 +123,9 @@ class _Bucket:
 
     def _contents(self) -> dict[str, set[str]]:
         """The folders and objects at the top, each with the names directly below it."""
-        self._ask(self._store.read(_PROBE), self._answer_seconds)  # whether there is an answer
+        self._ask(
+            self._store.read(_PROBE), self._answer_seconds
+        )  # fails soon; a listing may take long
         found: dict[str, set[str]] = collections.defaultdict(set)
         for key in self._ask(self._store.list(), MANY_SECONDS):
             top, _, below = key.decode().partition("/")
@@ -164,13 +166,13 @@ def is_bucket(directory: str | os.PathLike[str]) -> bool:
 def bound_waiting() -> None:
     """Bounds the time for which orbax's file systems wait for a bucket that is away.
 
-    For the program to call once, before it opens the first bucket: it sets environment variables
-    of tensorstore and gcsfs, and fsspec's configuration. What they say already stays. How often
-    tensorstore tries a request again within orbax has no setting: 32 times.
+    The program calls it once, before it opens the first bucket, because it sets environment
+    variables of tensorstore and gcsfs, and fsspec's configuration, except those that are set
+    already. Within orbax tensorstore tries a request 32 times again, for which there is no setting.
     """
     import fsspec
 
-    # Without it gcsfs asks another service about the bucket, for a minute each time it is away.
+    # With "true" gcsfs asks another service about the bucket first: a minute each time it is away.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # A request that moves no byte for this long has failed.
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
@@ -180,5 +182,5 @@ def bound_waiting() -> None:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     options = fsspec.config.conf.setdefault("gcs", {})
     options.setdefault("requests_timeout", 3 * ANSWER_SECONDS)
-    # With its cache gcsfs would not see what other processes have written.
+    # With a cache gcsfs would not see what other processes have written.
     options.setdefault("use_listings_cache", False)

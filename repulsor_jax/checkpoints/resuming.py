@@ -15,7 +15,7 @@ NOTED = "noted"  # may change, and is written down
 FORCED = "forced"  # another task or other data: only with --force
 FIXED = "fixed"  # another model: never
 
-# Section or key of the configuration -> what a change of it is; the longest that fits counts.
+# Section or key of the configuration -> what a change of it is. The longest name that fits counts.
 CHANGES = {
     "seed": NOTED,
     "total_steps": NOTED,  # the end of a cosine schedule
@@ -34,7 +34,7 @@ CHANGES = {
     "regularizer.pooling": FORCED,
     "regularizer.projection_dim": FIXED,
     "optimizer": NOTED,
-    "data": FREE,  # what is read is known by its identity, wherever it lies
+    "data": FREE,  # a data set is known by its identity, wherever it lies
     "data.normalization": FORCED,
     "mesh": FREE,
     "checkpoint": FREE,
@@ -78,7 +78,7 @@ def check(
         one, other = saved.get(key, _ABSENT), present.get(key, _ABSENT)
         verdict = kind_of_change(key)
         if key == "regularizer.weight" and 0 in (one, other):
-            verdict = FORCED  # with it come and go the head and the bank
+            verdict = FORCED  # the head and the bank are there only with a weight
         if one == other or verdict == FREE:
             continue
         line = f"config.{key}: {one!r} -> {other!r}"
@@ -115,7 +115,7 @@ def kind_of_change(key: str) -> str:
 
 
 def write_down(file: Appender, step: int, notes: Sequence[str]) -> None:
-    """Appends what changed when a run went on to its `resumes.jsonl`; nothing for nothing."""
+    """Appends to a run's `resumes.jsonl` what changed when it went on, if anything did."""
     if not notes:
         return
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": step}

@@ -1,12 +1,11 @@
-"""Checkpoints as orbax writes and reads them, made to fail in two ways only: saving and reading.
+"""Writes and reads checkpoints with orbax, on storage that may fail and files that may be damaged.
 
-orbax reports a failed asynchronous save at some later call, and keeps what was half written: here
-`outcome` reports it, what is half written is removed, and orbax's checkpointer is made anew.
+A save that fails is a message that `begin` or `outcome` returns; what is half written is removed,
+and orbax's checkpointer is made anew. A read that fails is a CheckpointError. Everything that is
+read is compared with the manifest, because orbax returns changed bytes without an error.
 
-Whatever is read is compared with the manifest: orbax alone returns changed bytes without a word.
-
-Several processes act together: whatever fails on one of them fails on all, at the same call. A
-process gives up waiting for one that failed after `BARRIER_SECONDS`.
+Several processes call each method together, and a failure on one of them is a failure on all. A
+process waits for another one at most `BARRIER_SECONDS`.
 """
 
 import concurrent.futures
@@ -28,7 +27,7 @@ from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, Folder, is_bucket
 BARRIER_SECONDS = 600
 _READ_ATTEMPTS = 2
 _READ_PAUSE = 1.0  # seconds between two attempts
-# How tensorstore calls a storage in trouble; what a file holds is INVALID_ARGUMENT or DATA_LOSS.
+# Tensorstore's codes for storage in trouble. Damaged files have others, as DATA_LOSS.
 _TROUBLE = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
@@ -79,7 +78,7 @@ class Storage:
             raise CheckpointError(f"{self.directory} cannot be read ({problem})")
 
     def close(self) -> None:
-        """Waits for what is being saved, and closes; call `outcome` first to learn how it went."""
+        """Waits for a save in progress, and closes; call `outcome` first to learn how it went."""
         self._waiter.shutdown()
         self._close_orbax()
 
@@ -103,8 +102,8 @@ class Storage:
         Returns:
           What went wrong already, or "".
         """
-        # Finds most failures on all processes at once: within orbax, the others would wait for the
-        # one that fails.
+        # A full or read-only disk fails here, on all processes at once. Within orbax one process
+        # would fail, and the others would wait for it until the barrier's time is over.
         if problem := self._on_first(self._folder.probe):
             return problem
         records = dict(records) | {"manifest": manifest.describe(step, state, records)}
@@ -126,7 +125,7 @@ class Storage:
         return sharding.any_process(self._saving is not None and not self._saving[1].done())
 
     def outcome(self) -> str:
-        """Waits for what was begun; returns what went wrong, or ""."""
+        """Waits for the save that was begun; returns what went wrong, or ""."""
         if self._saving is None:
             return ""
         (step, future), self._saving = self._saving, None
@@ -171,7 +170,7 @@ class Storage:
         for name in ("manifest", *names):
             found[name] = self._restore(step, name, ocp.args.JsonRestore())
             if not isinstance(found[name], dict):
-                raise DamagedCheckpointError(f"{self._path(step)}: {name} is no record")
+                raise DamagedCheckpointError(f"{self._path(step)}: {name}: expected a JSON object")
         values = found.pop("manifest")
         return manifest.check(values, step, found, str(self._path(step))), found
 
@@ -204,7 +203,7 @@ class Storage:
         return found
 
     def structure(self, step: int) -> Any:
-        """The tree of the saved state, as orbax knows it: its leaves are no arrays.
+        """The tree of the saved state, with orbax's metadata in place of arrays.
 
         Raises:
           DamagedCheckpointError: it cannot be read.
@@ -252,14 +251,15 @@ class Storage:
     def _open(self) -> ocp.AsyncCheckpointer:
         count = jax.process_count()
         together = ocp.options.MultiprocessingOptions(
-            # Processes that are named meet at barriers with a time limit, not in a collective.
+            # Unless they are listed, processes meet in a collective, which has no time limit.
             active_processes=set(range(count)) if count > 1 else None,
-            # After a failure the processes may have stopped at different barriers: new names.
+            # After a failure the processes may have stopped at different barriers; under a new
+            # prefix they start together again.
             barrier_sync_key_prefix=f"{self.directory.name}{self._opened}" if count > 1 else None,
         )
         beside = ocp.options.AsyncOptions(
             timeout_secs=BARRIER_SECONDS,
-            # Threads would wait five minutes for a directory that could not be made.
+            # With True, threads wait five minutes for a directory that could not be made.
             create_directories_asynchronously=False,
         )
         handlers = {
@@ -277,11 +277,9 @@ class Storage:
         )
 
     def _finish(self) -> None:
-        """Waits for what is being saved, then removes the old; orbax says here what went wrong.
-
-        A bucket that is away is tried again by tensorstore for up to half an hour. Orbax's own time
-        limit would leave the threads that do so behind, and the program could not end before them.
-        """
+        """Waits until orbax has saved, or raises why it could not; then removes old checkpoints."""
+        # Tensorstore goes on for half an hour where a bucket is away, in threads that outlive
+        # orbax's own time limit: without `cancel` the program could not end before them.
         seconds = 0.9 * BARRIER_SECONDS
         timer = threading.Timer(seconds, self._orbax.cancel)
         started = time.monotonic()
@@ -293,25 +291,25 @@ class Storage:
         if time.monotonic() - started >= seconds:
             raise TimeoutError(f"not written within {seconds:g} s")
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # what stays is removed after a later save
+            with contextlib.suppress(OSError):  # the next save removes what stays
                 self._folder.tidy()
                 for step in sorted(self._folder.steps())[: -self._keep_last]:
                     if not self._keep_every or step % self._keep_every:
                         self._folder.remove(str(step))
 
     def _recover(self) -> None:
-        """Frees what a failed save took, and has orbax begin anew."""
+        """Removes what a failed save left, and makes orbax's checkpointer anew."""
         self._on_first(self._folder.tidy)
         self._close_orbax()
         self._opened += 1
         self._orbax = self._open()
 
     def _close_orbax(self) -> None:
-        with contextlib.suppress(Exception):  # it may say once more what went wrong
+        with contextlib.suppress(Exception):  # of the save, which `outcome` has reported
             self._orbax.close()
 
     def _on_first(self, act: Callable[[], None]) -> str:
-        """Acts on the first process alone; returns what went wrong, or "", on all."""
+        """Calls `act` on the first process alone; every process gets what went wrong, or ""."""
         problem = ""
         if jax.process_index() == 0:
             try:
@@ -322,9 +320,9 @@ class Storage:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of readable length.
+    """The message of an exception, in one line of readable length.
 
-    Of a process that failed and therefore did not meet the others: why it failed.
+    Where a failure kept this process from a barrier, the message of that failure.
     """
     while error.__context__ is not None and "Barrier timed out" in str(error):
         error = error.__context__
@@ -333,10 +331,10 @@ def one_line(error: BaseException) -> str:
 
 
 def may_pass(error: Exception, of_bucket: bool) -> bool:
-    """Whether reading once more may help: a disk or network in trouble, not what a file holds.
+    """Whether reading once more may help: the disk or network is in trouble, not the file damaged.
 
-    Of a bucket, every error that is not known to be damage: gcsfs, aiohttp and google.auth have
-    their own errors for a connection that ended, or a login that is over.
+    For a bucket this is every error that is not known to be damage: gcsfs, aiohttp and google.auth
+    have errors of their own for a connection that ended, or a login that is over.
     """
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
@@ -346,7 +344,10 @@ def may_pass(error: Exception, of_bucket: bool) -> bool:
 
 
 def agreed(problem: str) -> str:
-    """This process's problem, or that another one has one, or ""; the same truth on all."""
+    """Makes one process's problem a problem of all: returns its text here, or that another failed.
+
+    Returns "" where no process has a problem.
+    """
     if sharding.any_process(bool(problem)):
         return problem or "another process failed"
     return ""

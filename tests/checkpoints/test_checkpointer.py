@@ -177,12 +177,12 @@ def rewrite(path, old, new):
 
 
 DAMAGE = {
-    "arrays changed": (spoil, "came back otherwise|cannot be read"),
+    "arrays changed": (spoil, "was changed|cannot be read"),
     "arrays gone": (lambda step: shutil.rmtree(step / "state"), "state cannot be read"),
     "arrays cut": (cut, "state cannot be read"),
     "orbax's metadata gone": (
         lambda step: (step / "state" / "array_metadatas" / "process_0").unlink(),
-        "rng came back otherwise",
+        "its array 'rng' was changed",
     ),
     "record changed": (
         lambda step: (step / "data" / "metadata").write_text('{"next_index": 3}'),
