@@ -123,9 +123,8 @@ class _Bucket:
 
     def _contents(self) -> dict[str, set[str]]:
         """The folders and objects at the top, each with the names directly below it."""
-        self._ask(
-            self._store.read(_PROBE), self._answer_seconds
-        )  # fails soon; a listing may take long
+        # One small request finds out soon whether the bucket answers; a listing may take long.
+        self._ask(self._store.read(_PROBE), self._answer_seconds)
         found: dict[str, set[str]] = collections.defaultdict(set)
         for key in self._ask(self._store.list(), MANY_SECONDS):
             top, _, below = key.decode().partition("/")
