@@ -45,11 +45,8 @@ def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
     """Holds the lock of `path` among jobs; waits, and says so, while another job has it.
 
     The lock is a file in `.locks` beside the path; a killed job holds none. A warning says where
-    none can be had: in a read-only folder, or on storage without locks.
-
-    Args:
-      path: what is made; it need not be there.
-      enabled: False does nothing, as on processes that do not write.
+    none can be had: in a read-only folder, or on storage without locks. Processes that do not
+    write pass `enabled=False`, and hold no lock.
     """
     if not enabled:
         yield
@@ -59,9 +56,9 @@ def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
     lock = filelock.FileLock(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(filelock.Timeout):
             lock.acquire(timeout=0)
-        except filelock.Timeout:
+        if not lock.is_locked:
             print(f"waiting for another job that makes {path}", flush=True)
             lock.acquire()
     except OSError as error:
@@ -102,9 +99,8 @@ class Appender:
             self._complained = False
         except OSError as error:
             if not self._complained:
-                tqdm.write(
-                    f"warning: {self._path.name} cannot be written now, and is kept ({error})"
-                )
+                name = self._path.name
+                tqdm.write(f"warning: {name} cannot be written now, and is kept ({error})")
             self._complained = True
 
     def append(self, piece: bytes) -> None:

@@ -17,20 +17,16 @@ from repulsor_jax.files.untrusted import printable
 
 PathLike = str | os.PathLike[str]
 
-_OFFSETS = {"dit": 128.0, "adm": 127.5}
-_MAX_LABEL = 100  # characters above a column
-
 
 def to_uint8(images: np.ndarray | jax.Array, rounding: str = "dit") -> np.ndarray | jax.Array:
-    """Maps images in [-1, 1] to uint8.
+    """Maps NumPy or JAX images in [-1, 1], of any shape, to uint8.
 
-    Args:
-      images: NumPy or JAX array of any shape, under jit too.
-      rounding: "dit" is clip(127.5 x + 128, 0, 255), truncated, as in DiT and SiT; it inverts
-        v / 127.5 - 1 exactly. "adm" adds 127.5 instead, as ADM's sampler does: half a level darker
-        on average.
+    Rounding "dit" is clip(127.5 x + 128, 0, 255), truncated, as in DiT and SiT; it inverts
+    v / 127.5 - 1 exactly. "adm" adds 127.5 instead, as ADM's sampler does: half a level darker on
+    average.
     """
-    return (images.astype("float32") * 127.5 + _OFFSETS[rounding]).clip(0, 255).astype("uint8")
+    offset = {"dit": 128.0, "adm": 127.5}[rounding]
+    return (images.astype("float32") * 127.5 + offset).clip(0, 255).astype("uint8")
 
 
 def save_grid(
@@ -46,7 +42,7 @@ def save_grid(
 
     Args:
       images: uint8 `[N, H, W, C]` with C = 1 (grey) or 3 (RGB).
-      path: the PNG; it appears complete or not at all.
+      path: the PNG.
       columns: images per row; the last row may be short.
       upscale: each pixel becomes `upscale x upscale` pixels.
       smooth: upscale by bicubic interpolation, which lets a person read small images far better.
@@ -55,19 +51,18 @@ def save_grid(
     Raises:
       ValueError: the images are not uint8 `[N, H, W, 1 or 3]`, or there is not one label a column.
     """
-    images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
             f"found images {images.dtype} {images.shape}, expected uint8 [N, H, W, 1 or 3]"
         )
-    if columns < 1 or upscale < 1 or not len(images):
-        raise ValueError(f"found {len(images)} images, {columns=}, {upscale=}, expected 1 or more")
+    if not len(images):
+        raise ValueError("found 0 images, expected 1 or more")
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"found {len(column_labels)} column labels for {columns} columns")
     height, width = (size * upscale for size in images.shape[1:3])
     border = max(1, min(height, width) // 32)
     # PIL measures no text of several lines.
-    labels = [printable(x).replace("\n", " ")[:_MAX_LABEL] for x in column_labels or ()]
+    labels = [printable(x).replace("\n", " ")[:100] for x in column_labels or ()]
     header = 0
     if labels:
         size = min(height // 3, 24)
@@ -94,19 +89,15 @@ def _picture(image: np.ndarray) -> Image.Image:
 
 
 def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarray) -> None:
-    """Writes a compressed .npz as ADM's evaluator reads it: arr_0 images, arr_1 labels.
+    """Writes a compressed .npz as ADM's evaluator reads it: arr_0 images, arr_1 labels `[N]`.
 
-    Args:
-      path: the archive; it appears complete or not at all.
-      images: pieces uint8 `[n, H, W, C]`, N in all; only one of them is in memory at a time.
-      labels: `[N]`.
+    The images come in pieces uint8 `[n, H, W, C]`, of which one is in memory at a time.
 
     Raises:
       ValueError: the images are not uint8 `[n, H, W, C]` of one size, or there are not N labels.
     """
-    labels = np.asarray(labels)
     pieces = iter(images)
-    first = np.asarray(next(pieces))
+    first = next(pieces)
     shape = (len(labels), *first.shape[1:])
     count = 0
     with (
@@ -118,10 +109,8 @@ def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarra
             np.lib.format.write_array_header_1_0(file, header)
             for piece in itertools.chain([first], pieces):
                 if piece.dtype != np.uint8 or piece.ndim != 4 or piece.shape[1:] != shape[1:]:
-                    raise ValueError(
-                        f"found images {piece.dtype} {piece.shape}, expected uint8 "
-                        f"{['n', *shape[1:]]}"
-                    )
+                    found, expected = f"{piece.dtype} {piece.shape}", ["n", *shape[1:]]
+                    raise ValueError(f"found images {found}, expected uint8 {expected}")
                 file.write(np.ascontiguousarray(piece).data)
                 count += len(piece)
         with archive.open("arr_1.npy", "w") as file:
@@ -131,13 +120,7 @@ def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarra
 
 
 def save_pngs(folder: PathLike, first: int, images: np.ndarray) -> None:
-    """Writes images as `<folder>/000000.png` and so on, six digits, numbered from `first`.
-
-    Args:
-      folder: made where absent.
-      first: number of the first image.
-      images: uint8 `[N, H, W, 1 or 3]`.
-    """
+    """Writes uint8 `[N, H, W, 1 or 3]` as `<folder>/000000.png` and so on, from number `first`."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -154,10 +137,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def save_curves(path: PathLike, panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> None:
     """Writes a PNG with one panel for each quantity, one above the other, over a common axis.
 
-    Args:
-      path: the PNG; it appears complete or not at all.
-      panels: quantity -> name of a line -> (x values, y values); lines named "" have no legend.
-      x_label: of the common axis.
+    The panels are quantity -> name of a line -> (x, y); lines named "" have no legend.
     """
     # Imported here: only some runs draw, and every program would start later.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

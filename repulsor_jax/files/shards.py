@@ -28,15 +28,8 @@ from repulsor_jax.files import atomic, checksums
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
-# Errors of zipfile on a damaged file; the last two on flags and methods that it does not know.
-_DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-)
+# Errors of zipfile on a damaged file; RuntimeError on flags and methods that it does not know.
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +70,17 @@ class Shards(Restartable):
     def is_finished(self, shard: int) -> bool:
         """Whether a shard is there; a damaged one is removed."""
         path = self._path(shard)
-        if path.is_file() and not _is_whole(path):
-            path.unlink()
-        return path.is_file()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                is_whole = archive.testzip() is None
+        except _DAMAGED:
+            is_whole = False
+        if not is_whole:
+            path.unlink(missing_ok=True)
+        return is_whole
 
     def write(self, shard: int, parts: Iterable[Arrays]) -> None:
-        """Writes the parts of a shard, arrays of consecutive items.
-
-        Raises:
-          ValueError: an array does not hold the items of this shard.
-        """
+        """See `Restartable`; ValueError where an array does not hold the items of this shard."""
         parts, path, expected = list(parts), self._path(shard), len(self.rows(shard))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for name, array in arrays.items():
@@ -101,11 +95,7 @@ class Shards(Restartable):
         return len(next(iter(part.values())))
 
     def read(self, name: str) -> Iterator[np.ndarray]:
-        """Yields one array, shard by shard, in order.
-
-        Raises:
-          ValueError: a shard is damaged; names it.
-        """
+        """Yields one array, shard by shard, in order; ValueError names a damaged one."""
         for shard in range(len(self)):
             path = self._path(shard)
             try:
@@ -165,10 +155,11 @@ def fill(
       The number of items made.
     """
     is_main = jax.process_index() == 0
+    keeps = is_main or share is not None
     if share is not None:
-        keeps, missing = True, shards.missing(share)
+        missing = shards.missing(share)
     else:
-        keeps, mask = is_main, np.zeros(len(shards), np.int32)
+        mask = np.zeros(len(shards), np.int32)
         if keeps:
             mask[shards.missing()] = 1
         missing = np.flatnonzero(sharding.agree(mask)).tolist()
@@ -177,19 +168,17 @@ def fill(
     todo = [shards.rows(shard) for shard in missing]
     left = sum(map(len, todo))
     total = sum(len(shards.rows(k)) for k in range(len(shards))[share or slice(None)])
+    bar = tqdm(
+        total=total,
+        initial=total - left,
+        desc=title,
+        unit="img",
+        disable=not (progress and is_main),
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file takes fewer lines
+    )
     stream = produce(todo)
-    with (
-        contextlib.closing(stream),  # type: ignore[type-var]
-        tqdm(
-            total=total,
-            initial=total - left,
-            desc=title,
-            unit="img",
-            disable=not (progress and is_main),
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file takes fewer lines
-        ) as bar,
-    ):
+    with contextlib.closing(stream), bar:  # type: ignore[type-var]
 
         def parts(count: int) -> Iterator[Any]:
             while count > 0:
@@ -219,21 +208,12 @@ def one_late(items: Iterable[T]) -> Iterator[T]:
     An error is raised after the items before it were yielded, so that a shard which they complete
     is written.
     """
-    waiting: collections.deque[T] = collections.deque()
+    waiting: list[T] = []
     try:
         for item in items:
-            waiting.append(item)
-            if len(waiting) > 1:
-                yield waiting.popleft()
+            yield from waiting
+            waiting = [item]
     except Exception:
         yield from waiting
         raise
     yield from waiting
-
-
-def _is_whole(path: pathlib.Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except _DAMAGED:
-        return False

@@ -19,8 +19,6 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-
 _DTYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -34,19 +32,13 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 
-# The published files have at most 20,000. Keys of 100,000 nested tuples overflow the C stack.
-_MAX_OPCODES = 2**16
-
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a flat dictionary of tensors.
 
-    Args:
-      path: a `.safetensors` file, or a `.pth`, `.pt` or `.bin` file that holds a state dict, as
-        `torch.save` writes it, or wrote it before PyTorch 1.6 (the FID Inception is so published).
-
-    Returns:
-      Names to arrays in the file's shapes and dtypes (bfloat16 as `ml_dtypes.bfloat16`).
+    The file is `.safetensors`, or a `.pth`, `.pt` or `.bin` that holds a state dict, as
+    `torch.save` writes it, or wrote it before PyTorch 1.6 (the FID Inception is so published).
+    Shapes and dtypes are the file's, with bfloat16 as `ml_dtypes.bfloat16`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -58,12 +50,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path}: found no such file, expected a file of tensors")
     if path.suffix == ".safetensors":
         file = open_safetensors(path)
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}
-    if path.suffix not in _TORCH_SUFFIXES:
+        return {name: file.get_tensor(name) for name in list(file.keys())}
+    if path.suffix not in (".pth", ".pt", ".bin"):
         raise ValueError(
-            f"{path}: found suffix {path.suffix!r}, expected .safetensors or one of "
-            f"{', '.join(_TORCH_SUFFIXES)}"
+            f"{path}: found suffix {path.suffix!r}, expected .safetensors, .pth, .pt or .bin"
         )
     try:
         with path.open("rb") as stream:
@@ -78,11 +68,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> Any:
-    """Maps a safetensors file; a tensor is read when it is asked for.
-
-    Returns:
-      safetensors' `safe_open` for NumPy: `keys()`, `get_tensor(name)` and `get_slice(name)`, with
-      bfloat16 as `ml_dtypes.bfloat16`.
+    """Returns safetensors' `safe_open` for NumPy; a tensor is read when it is asked for.
 
     Raises:
       ValueError: the file cannot be read, or its header does not fit it; names the file.
@@ -192,16 +178,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _load(stream: io.BytesIO) -> Any:
-    """Unpickles the next value of a stream.
+    """Unpickles the next value of a stream, if it is of few opcodes.
 
-    The opcodes are looked through first: before Python 3.12, one large index of the memo makes the
-    unpickler reserve gigabytes.
+    The published files have at most 20,000. Keys of 100,000 nested tuples overflow the C stack;
+    before Python 3.12, one large index of the memo makes the unpickler reserve gigabytes.
     """
-    start = stream.tell()
+    most, start = 2**16, stream.tell()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         index = int(argument or 0) if opcode.name in ("PUT", "LONG_BINPUT") else 0
-        if max(count, index) > _MAX_OPCODES:
-            raise ValueError(f"found a pickle of more than {_MAX_OPCODES:,} opcodes or objects")
+        if max(count, index) > most:
+            raise ValueError(f"found a pickle of more than {most:,} opcodes or objects")
     stream.seek(start)
     return _Unpickler(stream).load()
 
@@ -265,7 +251,8 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     tensors, keys = _load_tensors(stream), _load(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     arrays = {}
-    for storage in (storages[key] for key in keys):
+    for key in keys:
+        storage = storages[key]
         if int.from_bytes(stream.read(8), "little") != storage.size:
             raise ValueError(f"found no storage {storage.key} of {storage.size} values")
         array = np.frombuffer(content, storage.dtype, storage.size, stream.tell())

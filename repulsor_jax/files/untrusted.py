@@ -1,7 +1,6 @@
 """Text and JSON from elsewhere: names in archives, metadata, errors of libraries."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -48,10 +47,10 @@ def has_secret(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Makes a message safe to show: secrets become `***`, control characters their escapes.
+    """Makes a message safe to show: secrets become `***`.
 
-    Characters that turn the direction of writing, and bytes that are not UTF-8, become escapes,
-    too; newlines stay.
+    Control characters but newlines, characters that turn the direction of writing, and bytes that
+    are not UTF-8 become their escapes.
     """
     text = _IN_QUERY.sub(r"\1=***", _TOKEN.sub("***", _IN_URL.sub("***", text)))
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
@@ -62,14 +61,9 @@ def has_controls(text: str) -> bool:
     return _CONTROLS.search(text) is not None
 
 
-def is_plain_name(name: Any) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether a name can be a file's in the current folder: no path, no control characters."""
-    return (
-        isinstance(name, str)
-        and not has_controls(name)
-        and name not in ("", ".", "..")
-        and not set(name) & {"/", "\\"}
-    )
+    return not has_controls(name) and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -80,21 +74,16 @@ def checked(schema: type[T]) -> type[T]:
 
 
 def parse(schema: type[T], values: Any, where: str) -> T:
-    """Turns plain values into an instance of a pydantic dataclass, checked field by field.
+    """Turns plain values into an instance of a class that is `checked`, field by field.
 
     Values are taken as JSON has them: a whole number is a float where one is wanted and nothing
-    else is converted; a list is a tuple.
-
-    Args:
-      schema: decorated with `checked`.
-      values: as `json.loads` or `ConfigDict.to_dict` gives them.
-      where: what the values are called in an error: "config", or the name of a file.
+    else is converted; a list is a tuple. An error calls them `where`: "config", or a file.
 
     Raises:
       ValueError: names the first field that is wrong, what was found and what is expected.
     """
     try:
-        found: T = _adapter(schema).validate_json(json.dumps(values))  # type: ignore[arg-type]
+        found: T = TypeAdapter(schema).validate_json(json.dumps(values))
         return found
     except TypeError as error:
         raise ValueError(f"{where}: expected plain values ({error})") from error
@@ -116,8 +105,3 @@ def parse(schema: type[T], values: Any, where: str) -> T:
     shown = repr(problem["input"])
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     raise ValueError(f"{key}: expected {expected}, found {shown}")
-
-
-@functools.cache
-def _adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
