@@ -34,8 +34,6 @@ from repulsor_jax.experiment import data_directory, load_autoencoder
 from repulsor_jax.files import pictures
 from repulsor_jax.files.shards import fill
 
-_PREVIEW_COLUMNS = 8
-
 
 def encode(config: Config, workdir: pathlib.Path) -> None:
     """Encodes the configured source, split by split; what is complete is left alone.
@@ -150,10 +148,8 @@ def _encode(
         num_workers=loky.cpu_count() if data.encode_workers == -1 else data.encode_workers,
         skip_bad_images=data.on_bad_image == "skip",
     )
-    settings = {
-        "autoencoder_dtype": data.autoencoder_dtype,
-        "encode_batch_per_device": data.encode_batch_per_device,
-    }
+    keys = ("autoencoder_dtype", "encode_batch_per_device")
+    settings = {key: getattr(data, key) for key in keys}
     dataset = _make(config, directory, source, description, settings, produce)
     if dataset is not None and data.preview_images:
         _write_preview(dataset, source, autoencoder, data.preview_images)
@@ -205,15 +201,10 @@ def _make(
     multihost_utils.sync_global_devices("encoded")
     if jax.process_index() > 0:
         return None
-    dataset = writer.finish()
-    _report(dataset, images_done, time.perf_counter() - started)
-    return dataset
-
-
-def _report(dataset: LatentDataset, images_done: int, seconds: float) -> None:
-    size = sum((dataset.directory / shard.name).stat().st_size for shard in dataset.shards)
+    dataset, seconds = writer.finish(), time.perf_counter() - started
+    size = sum((directory / shard.name).stat().st_size for shard in dataset.shards)
     tqdm.write(
-        f"{dataset.directory}: {dataset.num_images:,} images"
+        f"{directory}: {dataset.num_images:,} images"
         + (" and their mirror images" if dataset.flipped else "")
         + f", latents {list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; "
         f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
@@ -221,15 +212,16 @@ def _report(dataset: LatentDataset, images_done: int, seconds: float) -> None:
     if dataset.skipped:
         tqdm.write(
             f"{len(dataset.skipped):,} images could not be read and were skipped; "
-            f"{dataset.directory / METADATA} lists them"
+            f"{directory / METADATA} lists them"
         )
+    return dataset
 
 
 def _check_classes(directory: pathlib.Path, found: Mapping[str, Sequence[str]]) -> None:
     """Raises ConfigError unless labels mean the same in both splits, made now or before."""
     classes = {folder: tuple(names) for folder, names in found.items()}
-    for folder in {"train", "test"} - found.keys() if found else ():
-        if (directory / folder / METADATA).exists():
+    for folder in {"train", "test"} - found.keys():
+        if found and (directory / folder / METADATA).exists():
             classes[folder] = open_latent_dataset(directory / folder).class_names
     if len(set(classes.values())) == 2 and min(map(len, classes.values())) > 1:
         a, b = classes["train"], classes["test"]
@@ -257,15 +249,13 @@ def _write_preview(
     error = np.square(originals.astype(np.float64) - decoded).mean(axis=(1, 2, 3))
     psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
     path = dataset.directory.with_name(f"{dataset.directory.name}_preview.png")
-    columns = min(_PREVIEW_COLUMNS, len(chosen))
-    rows = []
-    for start in range(0, len(chosen), columns):
-        for images in (originals, decoded):
-            row = images[start : start + columns]
-            blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
-            rows.append(np.concatenate([row, blank]))
+    columns = min(8, len(chosen))
+    blank = np.full((-len(chosen) % columns, *originals.shape[1:]), 255, np.uint8)
+    pairs = [np.concatenate([images, blank]) for images in (originals, decoded)]
+    pairs = [images.reshape(-1, columns, *images.shape[1:]) for images in pairs]
+    rows = np.stack(pairs, axis=1).reshape(-1, *originals.shape[1:])
     with contextlib.suppress(ValueError):  # images that are neither grey nor RGB
         upscale = max(1, 64 // originals.shape[1])
-        pictures.save_grid(np.concatenate(rows), path, columns=columns, upscale=upscale)
+        pictures.save_grid(rows, path, columns=columns, upscale=upscale)
         tqdm.write(f"{path}: {len(chosen)} images above their decoded latents")
     tqdm.write(f"PSNR of these {psnr.mean():.2f} dB (from {psnr.min():.2f} to {psnr.max():.2f})")

@@ -10,7 +10,6 @@ from repulsor_jax.autoencoders.tiny import CONFIGS, load_tiny
 __all__ = [
     "AUTOENCODERS",
     "Autoencoder",
-    "abstract_autoencoder",
     "decode_in_slices",
     "get_autoencoder",
     "latent_scale",
@@ -21,35 +20,26 @@ AUTOENCODERS = ("identity", *REPOSITORIES, *CONFIGS)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def get_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
+def get_autoencoder(
+    name: str, *, weights: str = "", dtype: str = "float32", abstract: bool = False
+) -> Autoencoder:
     """Returns the autoencoder of that name, with its weights on the default device.
 
     Args:
-      name: one of `AUTOENCODERS`: "identity", which has no weights; "sd-vae-ft-ema",
-        "sd-vae-ft-mse" and "kl", see `kl.load_kl`; the tiny family, see `tiny.load_tiny`.
+      name: "identity", which has no weights; "sd-vae-ft-ema", "sd-vae-ft-mse" and "kl", see
+        `kl.load_kl`; the tiny family, see `tiny.load_tiny`.
       weights: a local file or folder, or a Hugging Face repository "org/name"; empty is where the
         weights are published. "kl" has no default.
       dtype: "float32" or "bfloat16", of parameters and of the computation; images and latents are
         float32 in either.
+      abstract: shapes in place of parameters, to compile with; of files, only the config.json of
+        "kl" is read.
 
     Raises:
       ValueError: an unknown name or dtype, weights for "identity", none for "kl", or files whose
         content is not the named model's.
       FileNotFoundError: the weights are not where they should be, or cannot be downloaded.
     """
-    return _build(name, weights, dtype, abstract=False)
-
-
-def abstract_autoencoder(name: str, *, weights: str = "", dtype: str = "float32") -> Autoencoder:
-    """Returns the same with shapes in place of parameters, to compile with, without any weights.
-
-    Raises:
-      ValueError, FileNotFoundError: see `get_autoencoder`; "kl" needs its config.json.
-    """
-    return _build(name, weights, dtype, abstract=True)
-
-
-def _build(name: str, weights: str, dtype: str, *, abstract: bool) -> Autoencoder:
     if name not in AUTOENCODERS:
         raise ValueError(f"autoencoder: found {name!r}, expected one of {', '.join(AUTOENCODERS)}")
     if dtype not in _DTYPES:

@@ -20,7 +20,6 @@ class Autoencoder:
     The diffusion model sees `(latents - shift) * scale`.
 
     Attributes:
-      name: the name by which `get_autoencoder` knows it.
       params: a tree of arrays, the first argument of both functions. Pass it into a jitted function
         as an argument: closed over, it would be compiled in as constants.
       encode: (params, float32 images `[B, H, W, C]` in [-1, 1]) to float32 latents `[B, h, w, c]`
@@ -28,20 +27,16 @@ class Autoencoder:
         concatenated on the last axis.
       decode: (params, float32 latents `[B, h, w, c]` as `encode` gives them, neither shifted nor
         scaled) to float32 images `[B, H, W, C]` about [-1, 1], not clipped.
-      stochastic: `encode` returns the posterior's moments.
-      scale: fixed factor that brings latents to about unit variance (0.18215 for the SD-VAE).
-      shift: fixed offset of latents.
-      weights_sha256: digest of the weights, see `tensors_sha256`; empty without any.
     """
 
-    name: str
+    name: str  # by which `get_autoencoder` knows it
     params: Any
     encode: Callable[[Any, jax.Array], jax.Array]
     decode: Callable[[Any, jax.Array], jax.Array]
     stochastic: bool
-    scale: float
+    scale: float = 1.0  # brings latents to about unit variance (0.18215 for the SD-VAE)
     shift: float = 0.0
-    weights_sha256: str = ""
+    weights_sha256: str = ""  # see `tensors_sha256`; empty without weights
 
     @property
     def identity(self) -> str:
@@ -54,8 +49,7 @@ def _same(params: Any, x: jax.Array) -> jax.Array:
     return x
 
 
-# The latents of "identity" are the images.
-PIXELS = Autoencoder("identity", {}, _same, _same, stochastic=False, scale=1.0)
+PIXELS = Autoencoder("identity", {}, _same, _same, stochastic=False)
 
 
 def build(
@@ -64,15 +58,12 @@ def build(
     image: tuple[int, ...],
     tensors: Mapping[str, np.ndarray] | None,
     source: str | os.PathLike[str],
-    *,
-    stochastic: bool,
-    scale: float = 1.0,
-    shift: float = 0.0,
+    **facts: Any,
 ) -> Autoencoder:
     """Makes an autoencoder of a Linen module and pretrained tensors.
 
     Args:
-      name: see `Autoencoder`, as `stochastic`, `scale` and `shift`.
+      name: see `Autoencoder`, as `facts`: `stochastic`, `scale` and `shift`.
       module: has methods `encode` and `decode`, is called with images to do both, and bears
         PyTorch's names, see `to_linen`; parameters are cast to its `dtype`.
       image: shape [1, H, W, C] of an image that the module takes.
@@ -84,30 +75,21 @@ def build(
     """
     images = jax.ShapeDtypeStruct(image, jnp.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    dtype = module.dtype
+    dtype, digest = module.dtype, ""
     if tensors is None:
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
     else:
         arrays = to_linen(tensors, params, source)
         params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), arrays))
-    return Autoencoder(
-        name=name,
-        params=params,
-        encode=_method(module, "encode"),
-        decode=_method(module, "decode"),
-        stochastic=stochastic,
-        scale=scale,
-        shift=shift,
-        weights_sha256="" if tensors is None else tensors_sha256(tensors),
-    )
+        digest = tensors_sha256(tensors)
 
+    def encode(params: Any, images: jax.Array) -> Any:
+        return module.apply({"params": params}, images, method="encode")
 
-def _method(module: nn.Module, name: str) -> Callable[[Any, jax.Array], jax.Array]:
-    def apply(params: Any, x: jax.Array) -> jax.Array:
-        y: jax.Array = module.apply({"params": params}, x, method=name)  # type: ignore[assignment]
-        return y
+    def decode(params: Any, latents: jax.Array) -> Any:
+        return module.apply({"params": params}, latents, method="decode")
 
-    return apply
+    return Autoencoder(name, params, encode, decode, weights_sha256=digest, **facts)
 
 
 def to_linen(
@@ -119,13 +101,8 @@ def to_linen(
     called `weight`. Kernels of convolutions [O, I, kh, kw] become [kh, kw, I, O], those of dense
     layers [O, I] become [I, O].
 
-    Args:
-      tensors: by PyTorch's names.
-      abstract_params: unboxed parameters or their abstract arrays, as of `jax.eval_shape`.
-      source: the file, for errors.
-
     Returns:
-      A tree as `abstract_params`, of float32 NumPy arrays.
+      A tree as `abstract_params`, which is unboxed, of float32 NumPy arrays.
 
     Raises:
       ValueError: a tensor is missing, superfluous or of another shape, see `check_tensors`.
@@ -138,9 +115,7 @@ def to_linen(
         orders[name] = (2, 3, 1, 0) if leaf.ndim == 4 else range(leaf.ndim)[::-1]
         shapes[name] = tuple(leaf.shape[i] for i in np.argsort(orders[name]))
     check_tensors(tensors, shapes, source)
-    arrays = [
-        np.asarray(tensors[name], np.float32).transpose(order) for name, order in orders.items()
-    ]
+    arrays = [np.asarray(tensors[n], np.float32).transpose(order) for n, order in orders.items()]
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 

@@ -27,11 +27,6 @@ REPOSITORIES = {
 }
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WEIGHTS_TORCH = "diffusion_pytorch_model.bin"
-
-# Names of the attention's layers before diffusers 0.17, which most published files still bear.
-_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 # A model of other sizes is not built: the tensors are compared with it afterwards.
 _Width = Annotated[int, Field(ge=1, le=8192)]
@@ -41,48 +36,24 @@ _Factor = Annotated[float, Field(gt=-1e6, lt=1e6)]
 
 @checked
 class KLConfig:
-    """The keys of diffusers' config.json that matter; the defaults are Stable Diffusion's.
+    """The keys of diffusers' config.json that matter; the defaults are Stable Diffusion's."""
 
-    Attributes:
-      block_out_channels: width of each level; each but the last halves height and width.
-      layers_per_block: residual blocks of each level of the encoder; the decoder has one more.
-      latent_channels: c.
-      norm_num_groups: groups of every group norm.
-      in_channels: of the images.
-      out_channels: of the decoded images.
-      scaling_factor: see `Autoencoder.scale`.
-      shift_factor: see `Autoencoder.shift`.
-      use_quant_conv: a 1 x 1 convolution after the encoder.
-      use_post_quant_conv: a 1 x 1 convolution before the decoder.
-      mid_block_add_attention: attention between the two residual blocks in the middle.
-    """
-
-    block_out_channels: _Widths = (128, 256, 512, 512)
-    layers_per_block: Annotated[int, Field(ge=1, le=8)] = 2
+    block_out_channels: _Widths = (128, 256, 512, 512)  # each but the last halves both sides
+    layers_per_block: Annotated[int, Field(ge=1, le=8)] = 2  # one more in the decoder
     latent_channels: _Width = 4
-    norm_num_groups: _Width = 32
+    norm_num_groups: _Width = 32  # of every group norm
     in_channels: _Width = 3
     out_channels: _Width = 3
     scaling_factor: _Factor = 0.18215
     shift_factor: _Factor = 0.0
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
+    use_quant_conv: bool = True  # a 1 x 1 convolution after the encoder
+    use_post_quant_conv: bool = True  # and before the decoder
     mid_block_add_attention: bool = True
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent position, in height and in width."""
         return int(2 ** (len(self.block_out_channels) - 1))
-
-
-# diffusers' defaults for keys that config.json leaves out, where they are not Stable Diffusion's.
-_ABSENT: dict[str, Any] = {"block_out_channels": (64,), "layers_per_block": 1}
-_REQUIRED = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "down_block_types": "DownEncoderBlock2D",
-    "up_block_types": "UpDecoderBlock2D",
-}
 
 
 def read_config(path: pathlib.Path) -> KLConfig:
@@ -100,14 +71,21 @@ def read_config(path: pathlib.Path) -> KLConfig:
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: found {type(found).__name__}, expected a JSON object")
-    for key, expected in _REQUIRED.items():
+    required = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": "DownEncoderBlock2D",
+        "up_block_types": "UpDecoderBlock2D",
+    }
+    for key, expected in required.items():
         values = found.get(key, expected)
         each = [values] if isinstance(values, str) else values
         if not isinstance(each, list) or any(value != expected for value in each):
-            shown = repr(values)[:80]
-            raise ValueError(f"{path}: {key}: found {shown}, expected {expected!r}")
+            raise ValueError(f"{path}: {key}: found {values!r:.80}, expected {expected!r}")
     names = {field.name for field in dataclasses.fields(KLConfig)}
-    values = _ABSENT | {key: value for key, value in found.items() if key in names}
+    # diffusers' defaults for keys that config.json leaves out, where not Stable Diffusion's.
+    values = {"block_out_channels": (64,), "layers_per_block": 1}
+    values |= {key: value for key, value in found.items() if key in names}
     values["shift_factor"] = values.get("shift_factor") or 0.0  # null means none
     return parse(KLConfig, values, str(path))
 
@@ -166,11 +144,9 @@ class Encoder(nn.Module):
                 name = f"down_blocks.{i}.resnets.{j}"
                 x = ResidualBlock(features, config.norm_num_groups, dtype, name=name)(x)
             if i < last:
-                # Published models pad below and to the right alone.
                 name = f"down_blocks.{i}.downsamplers.0.conv"
-                x = nn.Conv(features, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=dtype, name=name)(
-                    x
-                )
+                below = ((0, 1), (0, 1))  # published models pad below and to the right alone
+                x = nn.Conv(features, (3, 3), 2, padding=below, dtype=dtype, name=name)(x)
         x = _middle(config, dtype, x)
         x = nn.silu(_group_norm(config.norm_num_groups, dtype, "conv_norm_out")(x))
         return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(x)
@@ -236,7 +212,7 @@ class AutoencoderKL(nn.Module):
 
 
 def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencoder:
-    """Builds a KL autoencoder with pretrained weights.
+    """Builds a KL autoencoder with pretrained weights, or with their shapes where `abstract`.
 
     Args:
       name: a key of `REPOSITORIES`. "kl" reads the config.json in the folder of the weights.
@@ -265,27 +241,26 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
                     "config.data.autoencoder to 'kl' for another model"
                 )
         if path.is_dir():
-            file = weight_files.find(path, [[_WEIGHTS], [_WEIGHTS_TORCH]])[0]
+            files = [[_WEIGHTS], ["diffusion_pytorch_model.bin"]]
+            file = weight_files.find(path, files)[0]
         tensors = _with_current_names(read_tensors(file))
-    return build(
-        name,
-        AutoencoderKL(config, dtype),
-        (1, config.downsampling, config.downsampling, config.in_channels),
-        tensors,
-        file,
-        stochastic=True,
-        scale=config.scaling_factor,
-        shift=config.shift_factor,
-    )
+    image = (1, config.downsampling, config.downsampling, config.in_channels)
+    facts = {"scale": config.scaling_factor, "shift": config.shift_factor}
+    module = AutoencoderKL(config, dtype)
+    return build(name, module, image, tensors, file, stochastic=True, **facts)
 
 
 def _with_current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames the attention's layers; their weights may be those of 1 x 1 convolutions."""
+    """Renames the attention's layers, which most published files name as before diffusers 0.17.
+
+    Their weights may be those of 1 x 1 convolutions.
+    """
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     current = {}
     for name, tensor in tensors.items():
         if ".attentions." in name:
             *parts, layer, kind = name.split(".")
-            name = ".".join([*parts, _ATTENTION_NAMES.get(layer, layer), kind])
+            name = ".".join([*parts, renamed.get(layer, layer), kind])
             if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
                 tensor = tensor[:, :, 0, 0]
         current[name] = tensor

@@ -25,15 +25,12 @@ def decode_in_slices(
       latents: `[B, h, w, c]`.
       slice_size: images per slice, over all devices.
 
-    Returns:
-      Images `[B, H, W, C]`.
-
     Raises:
       ValueError: `slice_size` is less than 1.
     """
     if slice_size < 1:
         raise ValueError(f"slice_size: found {slice_size}, expected 1 or more")
-    batch = latents.shape[0]
+    batch, *size = latents.shape
     if batch <= slice_size:
         return decode(params, latents)
     mesh = jax.sharding.get_abstract_mesh()
@@ -44,9 +41,9 @@ def decode_in_slices(
     rows = math.ceil(share / steps)  # of each device in each step
     # Row b of the batch is (shard, row, step). The step is innermost: otherwise a slice would be
     # the images of a few devices, and they would have to travel to the others.
-    x = latents.reshape(shards, share, *latents.shape[1:])
-    x = jnp.pad(x, [(0, 0), (0, rows * steps - share)] + [(0, 0)] * (latents.ndim - 1))
-    x = x.reshape(shards * rows, steps, *latents.shape[1:]).swapaxes(0, 1)
+    x = latents.reshape(shards, share, *size)
+    x = jnp.pad(x, [(0, 0), (0, rows * steps - share)] + [(0, 0)] * len(size))
+    x = x.reshape(shards * rows, steps, *size).swapaxes(0, 1)
     images = jax.lax.map(lambda part: decode(params, part), x).swapaxes(0, 1)
     images = images.reshape(shards, rows * steps, *images.shape[2:])[:, :share]
     return images.reshape(batch, *images.shape[2:])

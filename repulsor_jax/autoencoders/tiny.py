@@ -25,16 +25,13 @@ _DOWNSAMPLING = 8
 class TinyConfig:
     """A member of the family.
 
-    Attributes:
-      latent_channels: c.
-      pooled: the blocks at the latents' size begin with a group-normed branch, through which a
-        position sees the whole image.
-      width: channels inside.
+    If it is pooled, the blocks at the latents' size begin with a group-normed branch, through which
+    a position sees the whole image.
     """
 
     latent_channels: int
     pooled: bool = False
-    width: int = 64
+    width: int = 64  # channels inside
 
 
 CONFIGS = {
@@ -58,10 +55,9 @@ class Block(nn.Module):
         width = x.shape[-1]
         if self.pooled:
             h = _conv(4 * width, self.dtype, "pool.0", size=1, use_bias=False)(x)
-            h = nn.GroupNorm(
-                4, epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="pool.1"
-            )(h)
-            x = x + _conv(width, self.dtype, "pool.3", size=1, use_bias=False)(nn.relu(h))
+            norm = {"epsilon": 1e-5, "dtype": self.dtype, "use_fast_variance": False}
+            h = nn.relu(nn.GroupNorm(4, **norm, name="pool.1")(h))
+            x = x + _conv(width, self.dtype, "pool.3", size=1, use_bias=False)(h)
         h = nn.relu(_conv(width, self.dtype, "conv.0")(x))
         h = nn.relu(_conv(width, self.dtype, "conv.2")(h))
         return nn.relu(x + _conv(width, self.dtype, "conv.4")(h))
@@ -132,16 +128,12 @@ class TinyAutoencoder(nn.Module):
 
 
 def load_tiny(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencoder:
-    """Builds a tiny autoencoder with pretrained weights.
+    """Builds a tiny autoencoder with pretrained weights, or with their shapes where `abstract`.
 
-    Args:
-      name: a key of `CONFIGS`.
-      weights: a `.safetensors` or `.pth` file with the tensors of both parts; a folder with such a
-        file, called `diffusion_pytorch_model.safetensors` or `<name>.safetensors`, or with the
-        two files `<name>_encoder` and `<name>_decoder` (`.safetensors` or `.pth`); or a
-        repository "org/name". Empty is madebyollin/<name>.
-      dtype: of parameters and of the computation.
-      abstract: reads no file.
+    The weights are a `.safetensors` or `.pth` file with the tensors of both parts; a folder with
+    such a file, called `diffusion_pytorch_model.safetensors` or `<name>.safetensors`, or with the
+    two files `<name>_encoder` and `<name>_decoder` (`.safetensors` or `.pth`); or a repository
+    "org/name". Empty is madebyollin/<name>.
 
     Raises:
       FileNotFoundError: files are missing or cannot be downloaded; says which.
@@ -159,18 +151,15 @@ def _read(name: str, weights: str) -> tuple[dict[str, np.ndarray], str]:
     # diffusers has no model of the pooled ones.
     published = both[1] if CONFIGS[name].pooled else both[0]
     path = weight_files.locate(name, weights, f"madebyollin/{name}", [published])
-    files = [path]
+    files, parts = [path], ("encoder", "decoder")
     if path.is_dir():
-        halves = [
-            [f"{name}_{part}{suffix}" for part in ("encoder", "decoder")]
-            for suffix in (".safetensors", ".pth")
-        ]
+        halves = [[f"{name}_{p}{suffix}" for p in parts] for suffix in (".safetensors", ".pth")]
         files = weight_files.find(path, [[file] for file in both] + halves)
     if len(files) == 1:
         return _with_published_names(read_tensors(files[0]), files[0]), str(files[0])
     tensors = {
         f"{part}.{key}": tensor
-        for part, file in zip(("encoder", "decoder"), files, strict=True)
+        for part, file in zip(parts, files, strict=True)
         for key, tensor in read_tensors(file).items()
     }
     return tensors, " and ".join(map(str, files))
@@ -194,15 +183,5 @@ def _with_published_names(
     return published
 
 
-def _conv(
-    features: int, dtype: Any, name: str, *, size: int = 3, strides: int = 1, use_bias: bool = True
-) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (size, size),
-        strides,
-        padding=size // 2,
-        use_bias=use_bias,
-        dtype=dtype,
-        name=name,
-    )
+def _conv(features: int, dtype: Any, name: str, *, size: int = 3, **options: Any) -> nn.Conv:
+    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, name=name, **options)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from repulsor_jax.files.untrusted import printable
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
 
 def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> pathlib.Path:
     """Finds the file or folder that `weights` stands for, downloading it where it is a repository.
@@ -16,10 +14,7 @@ def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> p
       name: the autoencoder, for errors.
       weights: path of a file or folder, or a repository "org/name"; empty is `repository`.
       repository: where the weights are published; empty where they are not.
-      wanted: file names (or patterns of `fnmatch`) to download from a repository.
-
-    Returns:
-      A path that exists.
+      wanted: files to download from a repository.
 
     Raises:
       ValueError: `weights` is empty and has no default.
@@ -34,12 +29,25 @@ def locate(name: str, weights: str, repository: str, wanted: Sequence[str]) -> p
     path = pathlib.Path(weights).expanduser()
     if weights and path.exists():
         return path
-    if weights and not _REPOSITORY.fullmatch(weights):
+    if weights and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights):
         raise FileNotFoundError(
             f"config.data.autoencoder_weights: found nothing at {weights}, expected a file, a "
             f"folder or a repository org/name with the weights of {name!r}"
         )
-    return _download(name, weights or repository, wanted)
+    repository = weights or repository
+    try:
+        from huggingface_hub import snapshot_download
+
+        return pathlib.Path(snapshot_download(repository, allow_patterns=list(wanted)))
+    except Exception as error:
+        # The client raises errors of its own, of its HTTP library and of the file system.
+        reason = printable(str(error).strip().split("\n")[0])  # its URL may hold a password
+        raise FileNotFoundError(
+            f"autoencoder {name!r}: its weights could not be downloaded "
+            f"({type(error).__name__}: {reason}). Fetch {' and '.join(wanted)} from "
+            f"https://huggingface.co/{repository}/tree/main on a machine with a network, put them "
+            "in one folder, and set config.data.autoencoder_weights to it"
+        ) from error
 
 
 def find(folder: pathlib.Path, candidates: Sequence[Sequence[str]]) -> list[pathlib.Path]:
@@ -56,19 +64,3 @@ def find(folder: pathlib.Path, candidates: Sequence[Sequence[str]]) -> list[path
     raise FileNotFoundError(
         f"config.data.autoencoder_weights: found no weights in {folder}, expected {groups}"
     )
-
-
-def _download(name: str, repository: str, wanted: Sequence[str]) -> pathlib.Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        return pathlib.Path(snapshot_download(repository, allow_patterns=list(wanted)))
-    except Exception as error:
-        # The client raises errors of its own, of its HTTP library and of the file system.
-        reason = printable(str(error).strip().split("\n")[0])  # its URL may hold a password
-        raise FileNotFoundError(
-            f"autoencoder {name!r}: its weights could not be downloaded "
-            f"({type(error).__name__}: {reason}). Fetch {' and '.join(wanted)} from "
-            f"https://huggingface.co/{repository}/tree/main on a machine with a network, put them "
-            "in one folder, and set config.data.autoencoder_weights to it"
-        ) from error

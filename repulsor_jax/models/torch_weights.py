@@ -22,7 +22,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class _Entry(NamedTuple):
-    """A parameter in both worlds: its names, its shape in torch, and the two conversions."""
+    """A parameter in both worlds; the shape is the one in torch."""
 
     torch_name: str
     jax_name: str
@@ -32,32 +32,15 @@ class _Entry(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    width: int
-    channels: int
-    out_channels: int
     patch_size: int
     num_heads: int
-    depth: int
-    mlp_width: int
+    channels: int
+    out_channels: int
+    width: int
     label_rows: int
+    mlp_width: int
+    depth: int
     qk_norm: bool
-
-
-# Parameters that tell the sizes: see `_sizes`.
-_TORCH_NAMES = (
-    "x_embedder.proj.bias",
-    "y_embedder.embedding_table.weight",
-    "blocks.0.mlp.fc1.bias",
-    "final_layer.linear.bias",
-    "blocks.0.attn.q_norm.weight",
-)
-_JAX_NAMES = (
-    "patch_embed/bias",
-    "label_embed/embedding",
-    "block_0/mlp_in/bias",
-    "final/bias",
-    "block_0/q_norm/scale",
-)
 
 
 def from_torch_state_dict(
@@ -68,11 +51,7 @@ def from_torch_state_dict(
     Width, depth, classes, `mlp_ratio`, `learn_sigma` and `qk_norm` are read off the tensors; the
     arguments are what the shapes are checked against.
 
-    Args:
-      state: tensor names to NumPy arrays or CPU torch tensors of any float type.
-      num_heads: attention heads.
-      patch_size: side p of a patch.
-      in_channels: latent channels C.
+    The state holds NumPy arrays or CPU torch tensors of any float type.
 
     Returns:
       Nested dict of float32 NumPy arrays in the layout of `scan_blocks=False`; see
@@ -83,13 +62,15 @@ def from_torch_state_dict(
         shape found and the one expected, or if `pos_embed` is not the sine-cosine table.
     """
     arrays = {name: _to_float32(tensor) for name, tensor in state.items()}
-    sizes = _sizes(arrays, _TORCH_NAMES, num_heads, patch_size, in_channels)
+    names = (
+        *("x_embedder.proj.bias", "y_embedder.embedding_table.weight"),
+        *("blocks.0.mlp.fc1.bias", "final_layer.linear.bias"),
+    )
+    sizes = _sizes(arrays, names, num_heads, patch_size, in_channels)
     _check_positions(_find(arrays, "pos_embed"), sizes.width)
     del arrays["pos_embed"]
-    params = _convert(
-        arrays, [(e.torch_name, e.jax_name, e.shape, e.to_jax) for e in _entries(sizes)]
-    )
-    nested: dit.Params = traverse_util.unflatten_dict(params, sep="/")
+    entries = [(e.torch_name, e.jax_name, e.shape, e.to_jax) for e in _entries(sizes)]
+    nested: dit.Params = traverse_util.unflatten_dict(_convert(arrays, entries), sep="/")
     return nested
 
 
@@ -98,11 +79,7 @@ def to_torch_state_dict(
 ) -> State:
     """Converts parameters of `dit.DiT` to a SiT state dict; inverts `from_torch_state_dict`.
 
-    Args:
-      params: nested dict of arrays, unboxed, in either layout of the blocks.
-      num_heads: attention heads.
-      patch_size: side of a patch.
-      latent_size: height and width of the latents, for the `pos_embed` table.
+    The parameters are unboxed, in either layout of the blocks.
 
     Returns:
       Tensor names to float32 NumPy arrays, `pos_embed` [1, N, D] first.
@@ -116,12 +93,14 @@ def to_torch_state_dict(
     flat = traverse_util.flatten_dict(params, sep="/")
     arrays = {name: _to_float32(leaf) for name, leaf in flat.items()}
     rows = len(_find(arrays, "patch_embed/kernel"))
-    sizes = _sizes(arrays, _JAX_NAMES, num_heads, patch_size, rows // patch_size**2)
+    names = ("patch_embed/bias", "label_embed/embedding", "block_0/mlp_in/bias", "final/bias")
+    sizes = _sizes(arrays, names, num_heads, patch_size, rows // patch_size**2)
     positions = dit.position_embedding(latent_size // patch_size, sizes.width)
-    shapes = [e.to_jax(np.empty(e.shape, np.float32)).shape for e in _entries(sizes)]
-    entries = zip(_entries(sizes), shapes, strict=True)
-    state = _convert(arrays, [(e.jax_name, e.torch_name, s, e.to_torch) for e, s in entries])
-    return {"pos_embed": positions[None], **state}
+    entries = [
+        (e.jax_name, e.torch_name, e.to_jax(np.empty(e.shape)).shape, e.to_torch)
+        for e in _entries(sizes)
+    ]
+    return {"pos_embed": positions[None], **_convert(arrays, entries)}
 
 
 def stack_blocks(params: Mapping[str, Any]) -> dit.Params:
@@ -146,21 +125,17 @@ def unstack_blocks(params: Mapping[str, Any]) -> dit.Params:
     """
     if "blocks" not in params:
         raise ValueError(f"params: found {sorted(params)}, expected an entry named blocks")
-    rest = {name: params[name] for name in params if name != "blocks"}
-    depth = len(jax.tree.leaves(params["blocks"])[0])
-    return rest | {
-        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        for i in range(depth)
-    }
+    rest = dict(params)
+    stacked = rest.pop("blocks")
+    depth = len(jax.tree.leaves(stacked)[0])
+    return rest | {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
 
 
 def _entries(sizes: _Sizes) -> Iterator[_Entry]:
     """Every parameter of the model, in the order of the published state dict."""
     width, p = sizes.width, sizes.patch_size
     yield _Entry(
-        "x_embedder.proj.weight",
-        "patch_embed/kernel",
-        (width, sizes.channels, p, p),
+        *("x_embedder.proj.weight", "patch_embed/kernel", (width, sizes.channels, p, p)),
         lambda w: w.transpose(2, 3, 1, 0).reshape(p * p * sizes.channels, width),
         lambda k: k.reshape(p, p, sizes.channels, width).transpose(3, 2, 0, 1),
     )
@@ -179,16 +154,12 @@ def _block_entries(sizes: _Sizes, name: str, block: str) -> Iterator[_Entry]:
     width, heads = sizes.width, sizes.num_heads
     size = width // heads
     yield _Entry(
-        f"{name}.attn.qkv.weight",
-        f"{block}/qkv/kernel",
-        (3 * width, width),
+        *(f"{name}.attn.qkv.weight", f"{block}/qkv/kernel", (3 * width, width)),
         lambda w: w.reshape(3, heads, size, width).transpose(3, 1, 0, 2).reshape(width, 3 * width),
         lambda k: k.reshape(width, heads, 3, size).transpose(2, 1, 3, 0).reshape(3 * width, width),
     )
     yield _Entry(
-        f"{name}.attn.qkv.bias",
-        f"{block}/qkv/bias",
-        (3 * width,),
+        *(f"{name}.attn.qkv.bias", f"{block}/qkv/bias", (3 * width,)),
         lambda b: b.reshape(3, heads, size).swapaxes(0, 1).reshape(-1),
         lambda b: b.reshape(heads, 3, size).swapaxes(0, 1).reshape(-1),
     )
@@ -211,8 +182,8 @@ def _linear(torch_name: str, jax_name: str, inputs: int, outputs: int) -> Iterat
 def _sizes(
     arrays: State, names: tuple[str, ...], num_heads: int, patch_size: int, channels: int
 ) -> _Sizes:
-    *others, q_norm = names
-    width, label_rows, mlp_width, final = (len(_find(arrays, name)) for name in others)
+    """The sizes, read off the lengths of four parameters and the names of all."""
+    width, label_rows, mlp_width, final = (len(_find(arrays, name)) for name in names)
     out_channels = final // patch_size**2
     if width % num_heads:
         raise ValueError(f"num_heads: found {num_heads}, expected a divisor of the width {width}")
@@ -223,10 +194,9 @@ def _sizes(
         )
     matches = [re.match(r"blocks?[._](\d+)", name) for name in arrays]
     depth = len({match[1] for match in matches if match})
-    return _Sizes(
-        *(width, channels, out_channels, patch_size, num_heads),
-        *(depth, mlp_width, label_rows, q_norm in arrays),
-    )
+    qk_norm = any(name.endswith(("q_norm.weight", "q_norm/scale")) for name in arrays)
+    given = (patch_size, num_heads, channels, out_channels)
+    return _Sizes(*given, width, label_rows, mlp_width, depth, qk_norm)
 
 
 def _check_positions(found: np.ndarray, width: int) -> None:
@@ -234,9 +204,8 @@ def _check_positions(found: np.ndarray, width: int) -> None:
     side = round((found.size / width) ** 0.5)
     expected = dit.position_embedding(side, width)[None]
     if found.shape != expected.shape:
-        raise ValueError(
-            f"pos_embed: found shape {list(found.shape)}, expected [1, N, {width}], N a square"
-        )
+        shape = list(found.shape)
+        raise ValueError(f"pos_embed: found shape {shape}, expected [1, N, {width}], N a square")
     error = float(np.abs(found - expected).max())
     if not error < 1e-5:
         raise ValueError(
@@ -250,13 +219,15 @@ def _convert(
 ) -> State:
     """Renames and transforms all arrays: entries are a name, the new one, the shape, and how."""
     converted = {}
+    left = dict(arrays)
     for name, new_name, shape, transform in entries:
         array = _find(arrays, name)
         if array.shape != shape:
             raise ValueError(f"{name}: found shape {list(array.shape)}, expected {list(shape)}")
         converted[new_name] = np.ascontiguousarray(transform(array))
-    for name in sorted(set(arrays) - {name for name, *_ in entries}):
-        found = list(arrays[name].shape)
+        del left[name]
+    for name, array in left.items():
+        found = list(array.shape)
         raise ValueError(f"{name}: found a tensor of shape {found}, expected none of this name")
     return converted
 

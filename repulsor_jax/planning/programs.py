@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
-from repulsor_jax.autoencoders import Autoencoder, abstract_autoencoder
+from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
@@ -94,9 +94,8 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
     data, autoencoder = config.data, None
     if data.autoencoder != "none":
         try:
-            autoencoder = abstract_autoencoder(
-                data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype
-            )
+            options = {"weights": data.autoencoder_weights, "dtype": data.autoencoder_dtype}
+            autoencoder = get_autoencoder(data.autoencoder, **options, abstract=True)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
     channels = np.ones(config.model.in_channels, np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from repulsor_jax.autoencoders import abstract_autoencoder, get_autoencoder, tiny
+from repulsor_jax.autoencoders import get_autoencoder, tiny
 from repulsor_jax.autoencoders.base import build
 from repulsor_jax.files.tensors import read_tensors
 from tests.conftest import SHARED
@@ -74,7 +74,8 @@ def test_diffusers(tmp_path):
 def state():
     """Random tensors of taesd by their published names."""
     rng, tensors = np.random.default_rng(0), {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_autoencoder("taesd").params):
+    params = get_autoencoder("taesd", abstract=True).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *parts, last = (entry.key for entry in path)
         kernel = last == "kernel"
         shape = [leaf.shape[i] for i in (3, 2, 0, 1)] if kernel else leaf.shape
@@ -121,7 +122,7 @@ def test_files_of_another_model(tmp_path, state):
 
 
 def test_images_of_an_odd_size():
-    autoencoder = abstract_autoencoder("taesd")
+    autoencoder = get_autoencoder("taesd", abstract=True)
     images = jax.ShapeDtypeStruct((1, 32, 36, 3), np.float32)
     with pytest.raises(ValueError, match="found 32 x 36 pixels, expected multiples of 8"):
         jax.eval_shape(autoencoder.encode, autoencoder.params, images)
