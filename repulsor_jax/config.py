@@ -1,10 +1,9 @@
 """Turns the ConfigDict into checked, typed values; every complaint names its key.
 
-The classes are the schema, `configs/default.py` holds the defaults and explains each knob.
+The classes are the schema, a class for each section of `configs/default.py`, which holds the
+defaults and explains every knob.
 """
 
-import importlib.util
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,6 @@ from repulsor_jax.files.untrusted import parse as parse_values
 from repulsor_jax.flows import paths, sampler, solvers
 from repulsor_jax.method.registry import REGULARIZERS
 from repulsor_jax.models.build import build_model
-
-# docs.cloud.google.com/storage/docs/buckets#naming; 222 characters where it has dots.
-_LABEL = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-_BUCKET_NAME = rf"(?=[a-z0-9][^/]{{1,220}}[a-z0-9]/){_LABEL}(?:\.{_LABEL})*"
 
 
 class ConfigError(ValueError):
@@ -57,8 +52,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @checked
 class ModelConfig:
-    """See `configs/default.py`, section model."""
-
     latent_size: Count
     in_channels: Count
     patch_size: Count
@@ -78,8 +71,6 @@ class ModelConfig:
 
 @checked
 class FlowConfig:
-    """See `configs/default.py`, section flow."""
-
     path: Literal["linear", "gvp", "vp"]
     prediction: Literal["velocity", "score", "noise"]
     weighting: Literal["none", "velocity", "likelihood"]
@@ -90,8 +81,6 @@ class FlowConfig:
 
 @checked
 class RegularizerConfig:
-    """See `configs/default.py`, section regularizer."""
-
     name: Annotated[str, _one_of(REGULARIZERS)]
     weight: NonNegative
     warmup_steps: Natural
@@ -108,8 +97,6 @@ class RegularizerConfig:
 
 @checked
 class OptimizerConfig:
-    """See `configs/default.py`, section optimizer."""
-
     learning_rate: Positive
     warmup_steps: Natural
     schedule: Literal["constant", "cosine"]
@@ -124,8 +111,6 @@ class OptimizerConfig:
 
 @checked
 class DataConfig:
-    """See `configs/default.py`, section data."""
-
     dir: Text
     source: Text
     source_path: Text
@@ -151,8 +136,6 @@ class DataConfig:
 
 @checked
 class MeshConfig:
-    """See `configs/default.py`, section mesh."""
-
     data: CountOrFill
     fsdp: CountOrFill
     tensor: CountOrFill
@@ -160,8 +143,6 @@ class MeshConfig:
 
 @checked
 class CheckpointConfig:
-    """See `configs/default.py`, section checkpoint."""
-
     directory: Text
     every_steps: Count
     keep_last: Count
@@ -172,8 +153,6 @@ class CheckpointConfig:
 
 @checked
 class DivergenceConfig:
-    """See `configs/default.py`, section divergence."""
-
     policy: Literal["stop", "skip", "rollback"]
     max_events: Count
     max_loss: NonNegative
@@ -182,8 +161,6 @@ class DivergenceConfig:
 
 @checked
 class LogConfig:
-    """See `configs/default.py`, section log."""
-
     every_steps: Count
     profile_steps: tuple[Count, ...]
     watchdog_minutes: NonNegative
@@ -191,8 +168,6 @@ class LogConfig:
 
 @checked
 class SamplingConfig:
-    """See `configs/default.py`, section sampling."""
-
     solver: Annotated[str, _one_of(sampler.SOLVERS)]
     num_steps: Count
     time_shift: Positive
@@ -225,8 +200,6 @@ class SamplingConfig:
 
 @checked
 class EvaluationConfig:
-    """See `configs/default.py`, section evaluation."""
-
     every_steps: Natural
     training_samples: Annotated[int, Field(ge=2)]
     num_samples: Annotated[int, Field(ge=2)]
@@ -292,15 +265,9 @@ def regularizer_is_on(config: Config) -> bool:
 
 
 def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> None:
-    """Checks the batch sizes against the mesh.
+    """Raises ConfigError unless the mesh can cut the batches into `batch_shards` (data x fsdp).
 
-    Args:
-      config: the configuration.
-      batch_shards: number of pieces that the mesh cuts a batch into (data x fsdp).
-      trains: whether the batch of training counts too.
-
-    Raises:
-      ConfigError: names the key.
+    The batch of training counts only where the mode `trains`.
     """
     accumulation = config.optimizer.accumulation_steps
     shards = batch_shards * accumulation
@@ -324,9 +291,6 @@ def _check_consistency(c: Config) -> None:
         build_model(c.model)
     except ValueError as error:
         raise ConfigError(f"config.model.{error}") from error
-    for where in ("checkpoint.directory", "sampling.guiding_run"):
-        section, key = where.split(".")
-        _check_bucket(where, getattr(getattr(c, section), key))
     for is_wrong, message in _contradictions(c):
         if is_wrong:
             raise ConfigError(f"config.{message}")
@@ -401,20 +365,6 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         f"sampling.cfg_channels={s.cfg_channels} exceeds "
         f"config.model.in_channels={c.model.in_channels}; 0 guides all",
     )
-
-
-def _check_bucket(key: str, where: str) -> None:
-    if "://" not in where:
-        return
-    if not re.fullmatch(rf"gs://{_BUCKET_NAME}/[^/].*", where):
-        raise ConfigError(
-            f"config.{key}={where!r}: expected a folder, or gs://bucket/path, the bucket's "
-            "name of 3 to 63 lower case letters, digits, '-', '_' and '.'"
-        )
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(
-            f"config.{key}={where!r} needs gcsfs: install the extra `gcs`, or mount the bucket"
-        )
 
 
 def _multiples(value: int, factor: int) -> str:

@@ -129,7 +129,10 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
     with _one_line_errors(ValueError, OSError, SamplingError):
         config = config_lib.parse(_CONFIG.value)
-        if any(map(places.is_bucket, (config.checkpoint.directory, config.sampling.guiding_run))):
+        directories = config.checkpoint.directory, config.sampling.guiding_run
+        places.check_address("config.checkpoint.directory", directories[0])
+        places.check_address("config.sampling.guiding_run", directories[1])
+        if any(map(places.is_bucket, directories)):
             places.bound_waiting()
         workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value != "train":

@@ -37,7 +37,6 @@ CONFIGS = pathlib.Path(default.__file__).parent
             "evaluation.cfg_intervals has no meaning without guidance",
         ),
         ("sampling.guiding_run", "https://me:hunter2@x", "sampling.guiding_run: found a password"),
-        ("checkpoint.directory", "s3://x/y", "checkpoint.directory='s3://x/y': expected a folder"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_key(key, value, expected):

@@ -13,9 +13,11 @@ Whatever fails here is an OSError. A bucket that does not answer is given up on 
 """
 
 import collections
+import importlib.util
 import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -160,6 +162,24 @@ def open_folder(
 def is_bucket(directory: str | os.PathLike[str]) -> bool:
     """Whether it is the address of a bucket."""
     return str(directory).startswith(BUCKET)
+
+
+def check_address(key: str, directory: str) -> None:
+    """Raises ValueError, naming the key, unless this is a path or a bucket that can be reached.
+
+    Names of buckets: docs.cloud.google.com/storage/docs/buckets#naming; 222 characters with dots.
+    """
+    label = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+    name = rf"(?=[a-z0-9][^/]{{1,220}}[a-z0-9]/){label}(?:\.{label})*"
+    if "://" in directory and not re.fullmatch(rf"gs://{name}/[^/].*", directory):
+        raise ValueError(
+            f"{key}={directory!r}: expected a folder, or gs://bucket/path, the bucket's name of 3 "
+            "to 63 lower case letters, digits, '-', '_' and '.'"
+        )
+    if is_bucket(directory) and importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{key}={directory!r} needs gcsfs: install the extra `gcs`, or mount the bucket"
+        )
 
 
 def bound_waiting() -> None:

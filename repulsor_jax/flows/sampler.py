@@ -38,10 +38,7 @@ def initial_noise(seed: int | Array, indices: Array, shape: tuple[int, ...]) -> 
     Args:
       seed: an integer or a PRNG key (of the default, counter-based, kind).
       indices: [B] integers, the numbers of the samples.
-      shape: of one sample.
-
-    Returns:
-      [B, *shape] float32.
+      shape: of one sample; the noise is [B, *shape] float32.
     """
     key = _as_key(seed)
     draw = lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
@@ -56,14 +53,8 @@ def sample_labels(
     Args:
       seed: as of `initial_noise`; the same may be used again.
       indices: [B] integers, the numbers of the samples.
-      num_classes: labels are 0 to num_classes - 1.
+      num_classes: labels are int32, 0 to num_classes - 1.
       mode: "balanced" goes round the classes, index % num_classes; "random" draws uniformly.
-
-    Returns:
-      [B] int32.
-
-    Raises:
-      ValueError: unknown mode.
     """
     paths.check_choice("label mode", mode, LABEL_MODES)
     indices = jnp.asarray(indices, jnp.int32)
@@ -75,12 +66,7 @@ def sample_labels(
 
 
 def brownian_keys(seed: int | Array, indices: Array) -> Array:
-    """The keys [B] of an SDE sampler; key b depends on `seed` and `indices[b]` only.
-
-    Args:
-      seed: as of `initial_noise`; the same may be used again.
-      indices: [B] integers, the numbers of the samples.
-    """
+    """The keys [B] of an SDE sampler, drawn as `initial_noise`; the same seed may be used again."""
     key = jax.random.fold_in(_as_key(seed), _BROWNIAN)
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.asarray(indices))
 

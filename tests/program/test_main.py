@@ -122,6 +122,7 @@ def kill_at_work(tmp_path, pattern, *arguments):
 
 
 BAD_FLAGS = {
+    "--config.checkpoint.directory=s3://x/y": "error: config.checkpoint.directory='s3://x/y': exp",
     "--config.model.depht=3": "error: config.model.depht: unknown key 'depht'",
     "--config.optimizer.learning_rate=fast": "optimizer.learning_rate",
     "--config.model.patch_size=3": "error: config.model.patch_size: found 3, expected a divisor",
