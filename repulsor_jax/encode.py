@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,7 @@ from tqdm import tqdm
 
 from repulsor_jax.autoencoders import Autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import preprocess
-from repulsor_jax.data.converted import KINDS as LATENT_KINDS
-from repulsor_jax.data.converted import LatentSource, open_latent_source
+from repulsor_jax.data import converted, preprocess
 from repulsor_jax.data.encoder import convert_latents, encode_images
 from repulsor_jax.data.latents import (
     METADATA,
@@ -29,7 +27,7 @@ from repulsor_jax.data.latents import (
     open_latent_dataset,
 )
 from repulsor_jax.data.sources import ImageSource, open_source
-from repulsor_jax.data.writer import Batch, open_writer
+from repulsor_jax.data.writer import open_writer
 from repulsor_jax.experiment import data_directory, load_autoencoder
 from repulsor_jax.files import pictures
 from repulsor_jax.files.shards import fill
@@ -66,12 +64,9 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     # Sources, classes and autoencoder are checked before the first image is encoded.
     sources = _open_sources(config, todo, cache)
     _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
-    autoencoder = load_autoencoder(config) if todo and data.source not in LATENT_KINDS else None
+    autoencoder = load_autoencoder(config) if todo and data.source not in converted.KINDS else None
     for folder, source in sources.items():
-        if autoencoder is None:
-            _convert(config, directory / folder, source, todo[folder])
-        else:
-            _encode(config, directory / folder, source, todo[folder], autoencoder)
+        _make(config, directory / folder, source, todo[folder], autoencoder)
         multihost_utils.sync_global_devices("finished")
     if jax.process_index() == 0:
         shutil.rmtree(cache, ignore_errors=True)
@@ -80,15 +75,15 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
 def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:
     """Opens an image or latent source for each folder to be made."""
     name, path = config.data.source, os.path.expanduser(config.data.source_path)
+    if name in converted.KINDS:
+        return {
+            k: converted.open_latent_source(name, split, path=path) for k, split in splits.items()
+        }
     # Only the first process may decompress an archive: the others wait for its copy.
     if name == "archive" and jax.process_index() > 0:
         multihost_utils.sync_global_devices("decompressed")
-    sources = {
-        folder: open_latent_source(name, split, path=path)
-        if name in LATENT_KINDS
-        else open_source(name, split, path=path, cache_dir=cache)
-        for folder, split in splits.items()
-    }
+    open_split = functools.partial(open_source, name, path=path, cache_dir=cache)
+    sources = {folder: open_split(split) for folder, split in splits.items()}
     if name == "archive" and jax.process_index() == 0:
         multihost_utils.sync_global_devices("decompressed")
     return sources
@@ -103,7 +98,7 @@ def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: st
         "autoencoder": found.autoencoder,
         "dtype": found.dtype,
     }
-    if config.data.source not in LATENT_KINDS:  # whose files fix size and mirroring
+    if config.data.source not in converted.KINDS:  # whose files fix size and mirroring
         made |= {"image_size": found.image_size, "flips": found.flipped}
     differences = [
         f"config.data.{key}={getattr(config.data, key)!r}, and there it is {value!r}"
@@ -117,91 +112,68 @@ def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: st
         )
 
 
-def _encode(
-    config: Config,
-    directory: pathlib.Path,
-    source: ImageSource,
-    split: str,
-    autoencoder: Autoencoder,
-) -> None:
-    data = config.data
-    description = Description(
-        dtype=data.dtype,
-        stochastic=autoencoder.stochastic,
-        flipped=data.flips,
-        autoencoder=autoencoder.name,
-        weights_sha256=autoencoder.weights_sha256,
-        scale=autoencoder.scale,
-        shift=autoencoder.shift,
-        source=data.source,
-        split=split,
-        image_size=data.image_size,
-        class_names=tuple(source.class_names),
-    )
-    produce = functools.partial(
-        encode_images,
-        source=source,
-        autoencoder=autoencoder,
-        description=description,
-        batch_per_device=data.encode_batch_per_device,
-        # The cores of this process, which on a shared machine are not all of the machine.
-        num_workers=loky.cpu_count() if data.encode_workers == -1 else data.encode_workers,
-        skip_bad_images=data.on_bad_image == "skip",
-    )
-    keys = ("autoencoder_dtype", "encode_batch_per_device")
-    settings = {key: getattr(data, key) for key in keys}
-    dataset = _make(config, directory, source, description, settings, produce)
-    if dataset is not None and data.preview_images:
-        _write_preview(dataset, source, autoencoder, data.preview_images)
-
-
-def _convert(config: Config, directory: pathlib.Path, source: LatentSource, split: str) -> None:
-    data = config.data
-    scale, shift = latent_scale(data.autoencoder, weights=data.autoencoder_weights)
-    description = Description(
-        dtype=data.dtype,
-        stochastic=source.stochastic,
-        flipped=source.views == 2,
-        autoencoder=data.autoencoder,
-        scale=scale,
-        shift=shift,
-        source=data.source,
-        split=split,
-        class_names=tuple(source.class_names),
-    )
-    produce = functools.partial(convert_latents, source=source, description=description)
-    _make(config, directory, source, description, {}, produce)
-
-
 def _make(
     config: Config,
     directory: pathlib.Path,
-    source: ImageSource | LatentSource,
-    description: Description,
-    settings: Mapping[str, Any],
-    produce: Callable[[Sequence[range]], Iterator[Batch]],
-) -> LatentDataset | None:
-    """Writes what is missing of a data set, and returns it on the first process."""
+    source: Any,
+    split: str,
+    autoencoder: Autoencoder | None,
+) -> None:
+    """Writes what is missing of a data set: encodes an image source, converts a latent source."""
+    data = config.data
+    common: dict[str, Any] = {"dtype": data.dtype, "source": data.source, "split": split}
+    common["class_names"] = tuple(source.class_names)
+    settings = {"source_signature": source.signature()}
+    if autoencoder is None:
+        scale, shift = latent_scale(data.autoencoder, weights=data.autoencoder_weights)
+        description = Description(
+            stochastic=source.stochastic,
+            flipped=source.views == 2,
+            autoencoder=data.autoencoder,
+            scale=scale,
+            shift=shift,
+            **common,
+        )
+        produce = functools.partial(convert_latents, source=source, description=description)
+    else:
+        description = Description(
+            stochastic=autoencoder.stochastic,
+            flipped=data.flips,
+            autoencoder=autoencoder.name,
+            weights_sha256=autoencoder.weights_sha256,
+            scale=autoencoder.scale,
+            shift=autoencoder.shift,
+            image_size=data.image_size,
+            **common,
+        )
+        for key in ("autoencoder_dtype", "encode_batch_per_device"):
+            settings[key] = getattr(data, key)
+        produce = functools.partial(
+            encode_images,
+            source=source,
+            autoencoder=autoencoder,
+            description=description,
+            batch_per_device=data.encode_batch_per_device,
+            # The cores of this process, which on a shared machine are not all of the machine.
+            num_workers=loky.cpu_count() if data.encode_workers == -1 else data.encode_workers,
+            skip_bad_images=data.on_bad_image == "skip",
+        )
     writer = open_writer(
         directory,
         description,
         num_images=len(source),
-        images_per_shard=config.data.images_per_shard,
-        settings={"source_signature": source.signature(), **settings},
+        images_per_shard=data.images_per_shard,
+        settings=settings,
     )
     started = time.perf_counter()
     images_done = sum(len(writer.rows(k)) for k in writer.missing())
-    verb = "convert" if config.data.source in LATENT_KINDS else "encode"
-    fill(
-        writer,
-        produce,
-        title=f"{verb} {description.source} {description.split}",
-        share=slice(jax.process_index(), None, jax.process_count()),
-    )
+    title = f"{'encode' if autoencoder else 'convert'} {data.source} {split}"
+    fill(writer, produce, title=title, share=slice(jax.process_index(), None, jax.process_count()))
     multihost_utils.sync_global_devices("encoded")
     if jax.process_index() > 0:
-        return None
+        return
     dataset, seconds = writer.finish(), time.perf_counter() - started
+    directory = dataset.directory
     size = sum((directory / shard.name).stat().st_size for shard in dataset.shards)
     tqdm.write(
         f"{directory}: {dataset.num_images:,} images"
@@ -214,7 +186,8 @@ def _make(
             f"{len(dataset.skipped):,} images could not be read and were skipped; "
             f"{directory / METADATA} lists them"
         )
-    return dataset
+    if autoencoder is not None and data.preview_images:
+        _write_preview(dataset, source, autoencoder, data.preview_images)
 
 
 def _check_classes(directory: pathlib.Path, found: Mapping[str, Sequence[str]]) -> None:

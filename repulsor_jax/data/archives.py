@@ -71,9 +71,8 @@ def open_image_folder(path: str, split: str) -> ImageFolder:
         outside, or a class folder without any.
     """
     root = listing.find_folder(path, split, "folder")
-    return ImageFolder(
-        **vars(listing.arrange(root, listing.scan(root, IMAGE_SUFFIXES), "image")), root=root
-    )
+    items = listing.arrange(root, listing.scan(root, IMAGE_SUFFIXES), "image")
+    return ImageFolder(**vars(items), root=root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +138,10 @@ def open_image_archive(
         of it (absolute or with ".."), a compressed one that grows 200-fold, beyond 1 GiB, no such
         split, or see `open_image_folder`.
     """
-    if not path or not os.path.isfile(path):
+    if not os.path.isfile(path):
         kind = "is a folder" if os.path.isdir(path) else "not found"
-        raise ValueError(
-            f"archive: {path or 'no path'} {kind}; expected a .tar, .tar.* or .zip file"
-        )
+        found = f"{path or 'no path'} {kind}"
+        raise ValueError(f"archive: {found}; expected a .tar, .tar.* or .zip file")
     try:
         with open(path, "rb") as file:
             start = file.read(_BLOCK)
@@ -155,8 +153,8 @@ def open_image_archive(
         changed, end = os.stat(data_path).st_mtime_ns, os.path.getsize(data_path)
         is_zip = start.startswith(_ZIP_STARTS)
         with _Headers(data_path) as tar:
-            found = _list_zip(path, changed) if is_zip else _list_tar(tar, path, 0, end)
-            bar = tqdm(found, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
+            listed = _list_zip(path, changed) if is_zip else _list_tar(tar, path, 0, end)
+            bar = tqdm(listed, desc=f"list {os.path.basename(path)}", unit="file", delay=2)
             members = {m.name: m for m in bar if m.name and not listing.is_hidden(m.name)}
     except OSError as error:
         to = f", or decompressed to {cache_dir}" if cache_dir else ""
@@ -167,11 +165,10 @@ def open_image_archive(
             folders.add(name)
     prefix = _find_prefix(path, folders, split)
     below = {n[len(prefix) :]: m for n, m in members.items() if n.startswith(prefix)}
-    images = [
-        n for n, m in below.items() if m.kind == "file" and listing.suffix(n) in IMAGE_SUFFIXES
-    ]
-    tops = {n.removeprefix(prefix).partition("/")[0] for n in folders if n.startswith(prefix)}
+    files = [n for n, m in below.items() if m.kind == "file"]
+    images = [n for n in files if listing.suffix(n) in IMAGE_SUFFIXES]
     others = [n for n in below.keys() - set(images) if below[n].kind != "folder"]
+    tops = {n.removeprefix(prefix).partition("/")[0] for n in folders if n.startswith(prefix)}
     title = f"{path}:{prefix}".removesuffix(":")
     items = listing.arrange(title, listing.Files(images, list(tops), others), "image")
     chosen = [below[items.names[i]] for i in range(len(items))]
@@ -233,14 +230,15 @@ def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def _damaged(archive: str, detail: str) -> ValueError:
+    return ValueError(f"{archive}: ends early or is damaged, {detail}: fetch it again")
+
+
 def _list_zip(path: str, changed: int) -> Iterator[_Member]:
-    early = f"{path}: ends early or is damaged"
     try:
         entries = _open_zip(os.path.abspath(path), changed).infolist()
     except _BAD_ZIP as error:
-        raise ValueError(
-            f"{early}, in the directory at its end ({error}): fetch it again"
-        ) from error
+        raise _damaged(path, f"in the directory at its end ({error})") from error
     end = os.path.getsize(path)
     for index, entry in enumerate(entries):
         # Some programs for Windows write backslashes.
@@ -254,7 +252,7 @@ def _list_zip(path: str, changed: int) -> Iterator[_Member]:
                 "best without compression"
             )
         elif not 0 <= entry.header_offset <= end - entry.compress_size:
-            raise ValueError(f"{early}, in the member {name}: fetch it again")
+            raise _damaged(path, f"in the member {name}")
         elif stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
             yield _Member(name, "other")
         else:
@@ -271,14 +269,13 @@ def _list_tar(
     without an error at a damaged header or where the bytes end; only a block of zeros, which tar
     writes, marks the end of an archive.
     """
-    early = f"{where}: ends early or is damaged"
     file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             while (entry := tar.next()) is not None:
                 first, beyond = entry.offset_data, entry.offset_data + entry.size
                 if entry.size < 0 or beyond > end:
-                    raise ValueError(f"{early}, in the member {entry.name}: fetch it again")
+                    raise _damaged(where, f"in the member {entry.name}")
                 name = folder + _inside(where, entry.name)
                 if entry.isdir():
                     yield _Member(name, "folder")
@@ -293,16 +290,11 @@ def _list_tar(
                 tar.members.clear()  # type: ignore[attr-defined]  # which would hold them all
             last = tar.offset
     except (tarfile.TarError, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{early}, or is no archive of a known kind (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip): "
-            f"{error}"
-        ) from error
+        kinds = ".tar, .tar.gz, .tar.xz, .tar.bz2, .zip"
+        raise _damaged(where, f"or is no archive of a known kind ({kinds}): {error}") from error
     file.seek(last)
     if last + _BLOCK > end or file.read(_BLOCK) != bytes(_BLOCK):
-        raise ValueError(
-            f"{early}: found no end-of-archive mark at byte {last - start:,}, expected a block of "
-            "zeros: fetch it again, or make it again with tar"
-        )
+        raise _damaged(where, f"found no end-of-archive mark at byte {last - start:,}")
 
 
 class _Headers(io.FileIO):
@@ -350,7 +342,5 @@ def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None
                     )
                 copy.write(chunk)
     except (EOFError, lzma.LZMAError, zlib.error, MemoryError) as error:
-        raise ValueError(
-            f"{path}: ends early or is damaged, {method.__name__} says: {error}: fetch it again"
-        ) from error
+        raise _damaged(path, f"{method.__name__} says: {error}") from error
     return str(target)

@@ -36,13 +36,13 @@ class LatentItem(NamedTuple):
 class LatentSource:
     """Labelled latents by index; item i is always the same.
 
-    `read` returns an item's latents and name; it raises ValueError, naming the file, for one that
-    is damaged, of another shape than the first, or not finite.
+    Reading an item raises ValueError, naming the file, where it is damaged, of another shape than
+    the first, or not finite.
     """
 
     class_names: Sequence[str]  # "0" to "K-1" where the files only have numbers
     labels: np.ndarray  # int32 [N], indices into the class names
-    read: Callable[[int], tuple[np.ndarray, str]]
+    read: Callable[[int], tuple[np.ndarray, str]]  # an item's latents and name
     signature: Callable[[], str]  # see `sources.ImageSource`
     stochastic: bool = False  # items hold the posterior's means and log-variances
     views: int = 1  # 2 with flipped images
@@ -57,16 +57,11 @@ class LatentSource:
 
 
 def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
-    """Opens latents that another program wrote.
-
-    Args:
-      name: one of `KINDS`.
-      split: a folder in `path`, "." for `path` itself.
-      path: the folder.
+    """Opens latents of one of `KINDS` that another program wrote, in a folder, or in its `split`.
 
     Raises:
       ValueError: unknown name, no such folder, no latents, or labels that are missing or wrong;
-        the message names the file.
+        names the file.
     """
     if name not in KINDS:
         raise ValueError(f"latent source: found {name!r}, expected one of {list(KINDS)}")
@@ -152,9 +147,7 @@ def _fast_dit(split: str, path: str) -> LatentSource:
                 "0 or more: the label of the feature of this name"
             )
         values.append(label.item())
-    classes, numbers = _numbered_classes(labels, values)
-    items = listing.Listing(classes, listing.Names.pack(names), numbers)
-    return _array_files("fast-dit", features, items, scaled=True)
+    return _array_files("fast-dit", features, _numbered(labels, names, values), scaled=True)
 
 
 @checked
@@ -183,8 +176,7 @@ def _repa(split: str, path: str) -> LatentSource:
     values = {"labels": content.get("labels")} if isinstance(content, dict) else content
     labels = dict(parse(_RepaLabels, values, file).labels)
     names = sorted(_arrays_with_labels(root, labels, file))
-    classes, numbers = _numbered_classes(file, [labels[name] for name in names])
-    items = listing.Listing(classes, listing.Names.pack(names), numbers)
+    items = _numbered(file, names, [labels[name] for name in names])
     return _array_files("repa", root, items, stochastic=True, has_std=True)
 
 
@@ -227,19 +219,16 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
         types = [file.get_slice(key).get_dtype() for key in views]
         shape = shape or sizes[0][1:]
         expected = [*values.shape, *shape]
-        if len(shape) != 3 or sizes != [expected, expected] or values.ndim != 1:
+        is_shaped = len(shape) == 3 and sizes == [expected, expected] and values.ndim == 1
+        is_typed = set(types) <= {"F64", "F32", "F16", "BF16"} and values.dtype.kind in "iu"
+        if not (is_shaped and is_typed):
             raise ValueError(
-                f"{path}: found latents {sizes[0]}, latents_flip {sizes[1]} and labels "
-                f"{list(values.shape)}, expected [n, c, h, w] twice, with [c, h, w] = {shape} as "
-                f"in {names[0]}, and [n]"
-            )
-        if not set(types) <= {"F64", "F32", "F16", "BF16"} or values.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path}: found latents of type {types[0]} and {types[1]}, labels of "
-                f"{values.dtype}; expected floating point and whole numbers"
+                f"{path}: found latents {types[0]} {sizes[0]}, latents_flip {types[1]} {sizes[1]} "
+                f"and labels {values.dtype} {list(values.shape)}, expected floating point "
+                f"[n, c, h, w] twice, with {shape} as in {names[0]}, and whole numbers [n]"
             )
         labels.append(values)
-    class_names, numbers = _numbered_classes(root, np.concatenate(labels))
+    items = _numbered(root, names, np.concatenate(labels))
     ends = np.cumsum([len(values) for values in labels], dtype=np.int64)
     opened = functools.cache(open_safetensors)
 
@@ -253,11 +242,10 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
 
     def signature() -> str:
         sizes = np.array([os.path.getsize(path) for path in paths])
-        counts = np.concatenate([ends, numbers])
-        items = listing.Listing(class_names, listing.Names.pack(names), counts)
-        return listing.source_signature("lightning-dit", items, sizes)
+        counted = dataclasses.replace(items, labels=np.concatenate([ends, items.labels]))
+        return listing.source_signature("lightning-dit", counted, sizes)
 
-    return LatentSource(class_names, numbers, read, signature, views=2)
+    return LatentSource(items.class_names, items.labels, read, signature, views=2)
 
 
 _OPENERS: dict[str, Callable[[str, str], LatentSource]] = {
@@ -285,18 +273,18 @@ def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set
     return found
 
 
-def _numbered_classes(
-    where: str, labels: Sequence[int] | np.ndarray
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names "0" to "K-1", each of which must occur among the labels, and these as int32."""
-    found = np.unique(np.asarray(labels))
+def _numbered(where: str, names: list[str], labels: Sequence[int] | np.ndarray) -> listing.Listing:
+    """Files with labels of the classes "0" to "K-1", each of which must occur."""
+    numbers = np.asarray(labels)
+    found = np.unique(numbers)
     gaps = np.flatnonzero(found != np.arange(len(found)))
     if len(gaps):
         raise ValueError(
             f"{where}: found {len(found)} different labels from {found[0]} to {found[-1]}, but not "
             f"{gaps[0]}; expected each of 0 to K-1: renumber the labels, or complete the data set"
         )
-    return tuple(map(str, range(len(found)))), np.asarray(labels, np.int32)
+    classes = tuple(map(str, range(len(found))))
+    return listing.Listing(classes, listing.Names.pack(names), numbers.astype(np.int32))
 
 
 def _load_array(path: str) -> np.ndarray:
@@ -316,10 +304,8 @@ def _load_latents(path: str) -> np.ndarray:
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3 or array.size == 0 or array.dtype.kind != "f":
-        raise ValueError(
-            f"{path}: found {array.dtype} {list(array.shape)}, expected latents of floating point, "
-            "[c, h, w] or [1, c, h, w]"
-        )
+        found = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{path}: found {found}, expected latents, floating point [c, h, w]")
     return _finite(array.astype(np.float32), path)
 
 

@@ -155,8 +155,21 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
         dataset = _parse(path, content)
     except ValueError as error:
         raise ValueError(f"{error}: {_REMEDY}") from error
+    size = record_dtype(dataset.shape, dataset.dtype).itemsize
     for shard in dataset.shards:
-        _check_shard(dataset, shard)
+        path = directory / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} not found, though dataset.json lists it: {_REMEDY}")
+        records = found = 0
+        with contextlib.suppress(RuntimeError):  # which the reader raises on a damaged file
+            reader = ArrayRecordReader(str(path))
+            records, found = reader.num_records(), len(reader.read([0])[0])
+            reader.close()
+        if (records, found) != (shard.records, size):
+            raise ValueError(
+                f"{path}: found {records} records of {found} bytes, expected {shard.records} of "
+                f"{size}: {_REMEDY}"
+            )
     return dataset
 
 
@@ -176,10 +189,11 @@ def check_files(
     Raises:
       ValueError: names the damaged files.
     """
-    note = dataset.directory / f".verified-{process_index}-of-{process_count}.json"
-    stamps: dict[str, Any] = {}
+    directory = dataset.directory
+    note = directory / f".verified-{process_index}-of-{process_count}.json"
+    stamps: dict[str, list[Any]] = {}
     for shard in dataset.shards[process_index::process_count]:
-        stat = (dataset.directory / shard.name).stat()
+        stat = (directory / shard.name).stat()
         stamps[shard.name] = [stat.st_size, stat.st_mtime_ns, shard.sha256]
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -187,16 +201,16 @@ def check_files(
     unknown = [name for name, stamp in stamps.items() if known.get(name) != stamp]
     if not unknown:
         return
-    title = f"verify {dataset.directory.name}"
+    title = f"verify {directory.name}"
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        found = pool.map(file_sha256, [dataset.directory / name for name in unknown])
+        found = pool.map(file_sha256, [directory / name for name in unknown])
         bar = tqdm(found, title, len(unknown), unit="file", delay=1, disable=not progress)
         digests = zip(unknown, bar, strict=True)
         damaged = [name for name, digest in digests if digest != stamps[name][2]]
     if damaged:
         raise ValueError(
-            f"{dataset.directory / damaged[0]}: damaged, its SHA-256 is not the one in "
-            f"dataset.json, and so for {len(damaged)} files in all: {_REMEDY}"
+            f"{directory / damaged[0]}: damaged, its SHA-256 is not the one in dataset.json, and "
+            f"so for {len(damaged)} files in all: {_REMEDY}"
         )
     with contextlib.suppress(OSError):  # a read-only data set is checked at every start
         note.write_text(json.dumps(stamps))
@@ -230,10 +244,7 @@ def decode_records(
     size = record_dtype(shape, dtype).itemsize
     sizes = {len(record) for record in records}
     if sizes - {size}:
-        raise ValueError(
-            f"found records of {sorted(sizes)} bytes, expected {size} bytes each for shape {shape} "
-            f"and {dtype}"
-        )
+        raise ValueError(f"found records of {sorted(sizes)} bytes, expected {size} bytes each")
     labels = np.frombuffer(b"".join(record[:_LABEL_BYTES] for record in records), "<i4")
     latents = np.empty((len(records), *shape), DTYPES[dtype])
     # Bytes into bytes: five times as fast as through an array of records.
@@ -255,10 +266,7 @@ def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
     """Returns the format of a data set's latents.
 
     The normalization is "scale" for the autoencoder's fixed shift and factor, or "statistics" for
-    the data set's own mean and 1 / std per channel.
-
-    Raises:
-      ValueError: "statistics" with a constant channel.
+    the data set's own mean and 1 / std per channel, which must not be constant: ValueError.
     """
     if normalization == "scale":
         shift, factor = np.full((2, len(dataset.mean)), [[dataset.shift], [dataset.scale]])
@@ -321,22 +329,3 @@ def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
             f"{path}: found shards of {total} records, expected {dataset.num_records} in all"
         )
     return dataset
-
-
-def _check_shard(dataset: LatentDataset, shard: Shard) -> None:
-    """Raises if the shard is missing, or has another number or size of records."""
-    path = dataset.directory / shard.name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, though dataset.json lists it: {_REMEDY}")
-    found = size = 0
-    with contextlib.suppress(RuntimeError):  # which the reader raises on a damaged file
-        reader = ArrayRecordReader(str(path))
-        found = reader.num_records()
-        size = len(reader.read([0])[0])
-        reader.close()
-    expected = record_dtype(dataset.shape, dataset.dtype).itemsize
-    if (found, size) != (shard.records, expected):
-        raise ValueError(
-            f"{path}: found {found} records of {size} bytes, expected {shard.records} of "
-            f"{expected}: {_REMEDY}"
-        )

@@ -32,20 +32,14 @@ class ImageSource(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Label k is `class_names[k]`."""
-        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Item:
         """Returns an item; raises OSError with a filename where it cannot be read."""
-        ...
 
     def signature(self) -> str:
-        """SHA-256 in hex over kind, class names, and names, labels and sizes of the items.
-
-        A restarted job compares it. Contents are not read, and the path does not matter.
-        """
-        ...
+        """SHA-256 in hex of all but contents and path; a restarted job compares it."""
 
 
 def open_source(
@@ -55,9 +49,9 @@ def open_source(
 
     Args:
       name: "digits" (scikit-learn's), "folder" (see `open_image_folder`), "archive" (see
-        `open_image_archive`), or "tfds:<name>" for a TensorFlow Datasets image classification data
-        set, as in "tfds:cifar10".
-      split: a split of that source, as in "train"; "." for all of a folder or archive.
+        `open_image_archive`), or "tfds:<name>" for an image classification data set of TensorFlow
+        Datasets, as in "tfds:cifar10".
+      split: as in "train"; "." for all of a folder or archive.
       path: the folder or archive; for tfds the data_dir, its own default if empty.
       cache_dir: where a compressed archive is decompressed to.
 
@@ -156,8 +150,7 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
         builder = tfds.builder(data_set, data_dir=path or None)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
-            f"image source: found {name!r}, but TensorFlow Datasets does not know {data_set!r} and "
-            f"{data_dir} does not hold it"
+            f"image source: tfds does not know {data_set!r}, and {data_dir} does not hold it"
         ) from error
     features = builder.info.features
     if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
@@ -172,14 +165,12 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
             f"{data_set} --file_format=array_record` once and give the resulting data_dir here; or "
             'encode an archive of the images, by config.data.source="archive" (docs/data.md)'
         ) from error
+    decoders = {"image": tfds.decode.SkipDecoding()}  # decoding is left to the worker processes
     try:
-        # The worker processes decode, like the images of any other source.
-        decoders = {"image": tfds.decode.SkipDecoding()}
         examples = builder.as_data_source(split=split, decoders=decoders)
     except ValueError as error:
-        raise ValueError(
-            f"{name}: found split {split!r}, expected one of {sorted(builder.info.splits)}"
-        ) from error
+        splits = sorted(builder.info.splits)
+        raise ValueError(f"{name}: found split {split!r}, expected one of {splits}") from error
     return _Tfds(examples, name, split, builder.info.full_name, tuple(features["label"].names))
 
 

@@ -201,7 +201,7 @@ def open_writer(
       directory: must not exist yet, or be empty.
       description: the part of dataset.json that is known before the first record.
       num_images: of the source.
-      images_per_shard: of the source; at most as many are lost when the job is stopped.
+      images_per_shard: at most as many are lost when the job is stopped.
       settings: all else that the records depend on; a job that goes on must have the same.
 
     Raises:
@@ -222,65 +222,58 @@ def open_writer(
     job = {"format_version": FORMAT_VERSION, **sizes, **vars(description), **(settings or {})}
     text = json.dumps(job, indent=2) + "\n"
     path = folder / "job.json"
-    if path.exists():
-        begun, job = json.loads(path.read_text()), json.loads(text)
-        differences = [
-            f"{key} was {begun.get(key)!r:.60} and is {job.get(key)!r:.60}"
-            for key in sorted(begun.keys() | job.keys())
-            if begun.get(key) != job.get(key)
-        ]
-        if differences:
-            raise ValueError(
-                f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with the "
-                "settings of then, or delete that folder to start over"
-            )
-    elif not (folder / METADATA).exists():
-        atomic.write_text(path, text)
+    if not path.exists():
+        if not (folder / METADATA).exists():
+            atomic.write_text(path, text)
+        return writer
+    begun, job = json.loads(path.read_text()), json.loads(text)
+    differences = [
+        f"{key} was {begun.get(key)!r:.60} and is {job.get(key)!r:.60}"
+        for key in sorted(begun.keys() | job.keys())
+        if begun.get(key) != job.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(differences)}. Go on with the "
+            "settings of then, or delete that folder to start over"
+        )
     return writer
 
 
 @contextlib.contextmanager
 def _full_disk_is_oserror() -> Iterator[None]:
-    """The ArrayRecord writer itself raises RuntimeError."""
+    """The ArrayRecord writer raises RuntimeError, with the path in its message."""
     try:
         yield
     except RuntimeError as error:
-        raise OSError(  # the path is in its message
-            f"latents cannot be written: {error}. Once there is room, the same command goes on "
-            "from here"
+        raise OSError(
+            f"latents cannot be written: {error}. Once there is room, the same command goes on"
         ) from error
 
 
 def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:
     """Returns a batch as an array of records, or raises naming the first bad image."""
-    latents, labels = np.asarray(batch.latents), np.asarray(batch.labels)
-    expected = (len(labels), about.views, *(shape or latents.shape[2:]))
-    if latents.shape != expected or latents.ndim < 3 or labels.ndim != 1:
+    latents, labels = batch.latents, batch.labels
+    shape = shape or latents.shape[2:]
+    expected = (len(labels), about.views, *shape)
+    if latents.shape != expected:
         raise ValueError(
-            f"batch from image {first}: found latents {latents.shape} with labels {labels.shape}, "
-            f"expected {('B', about.views, *(shape or ('...', 'c')))} with ('B',)"
+            f"batch from image {first}: found latents {latents.shape}, expected {expected}"
         )
-    shape = latents.shape[2:]
     if about.stochastic and shape[-1] % 2:
         raise ValueError(
             f"found latents of {shape[-1]} channels, expected an even number: means, then "
             "log-variances"
         )
-    bad = (labels < 0) | (labels >= len(about.class_names))
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(
-            f"image {first + i}: found label {labels[i]}, expected 0 to "
-            f"{len(about.class_names) - 1}"
-        )
+    classes = len(about.class_names)
+    for i in np.flatnonzero((labels < 0) | (labels >= classes)):
+        raise ValueError(f"image {first + i}: found label {labels[i]}, expected 0 to {classes - 1}")
     records = np.empty((len(labels), about.views), record_dtype(shape, about.dtype))
     records["labels"] = labels[:, None]
     with np.errstate(over="ignore"):  # reported below, with the image
         records["latents"] = latents
     stored = records["latents"].reshape(len(labels), -1)
-    bad = ~np.isfinite(stored).all(axis=1)
-    if bad.any():
-        i = int(np.argmax(bad))
+    for i in np.flatnonzero(~np.isfinite(stored).all(axis=1)):
         problem = "are not finite" if np.isnan(stored[i]).any() else f"overflow {about.dtype}"
         raise ValueError(
             f"image {first + i}: the latents {problem}: check the image and the autoencoder's "

@@ -264,14 +264,17 @@ def test_repa_errors(tmp_path, damage, message):
 TENSORS = {"latents": noise(2, 8, 3, 2), "latents_flip": noise(2, 8, 3, 2), "labels": np.arange(2)}
 SHARD_ERRORS = {
     "no flip": ({"latents_flip": None}, r"but not \['latents_flip'\]"),
-    "fewer flips": ({"latents_flip": noise(1, 8, 3, 2)}, r"latents_flip \[1, 8, 3, 2\]"),
-    "more labels": ({"labels": np.arange(3)}, r"labels \[3\], expected \[n, c, h, w\] twice"),
+    "fewer flips": ({"latents_flip": noise(1, 8, 3, 2)}, r"latents_flip F32 \[1, 8, 3, 2\]"),
+    "more labels": (
+        {"labels": np.arange(3)},
+        r"labels int64 \[3\], expected .* \[n, c, h, w\] twice",
+    ),
     "shape": (
         {"latents": noise(2, 4, 3, 2), "latents_flip": noise(2, 4, 3, 2)},
-        r"\[c, h, w\] = \[8, 3, 2\] as in latents_rank00_shard000.safetensors",
+        r"twice, with \[8, 3, 2\] as in latents_rank00_shard000.safetensors",
     ),
-    "whole numbers": ({"latents": np.ones((2, 8, 3, 2), np.int32)}, "found latents of type I32"),
-    "float labels": ({"labels": np.ones(2)}, "labels of float64"),
+    "whole numbers": ({"latents": np.ones((2, 8, 3, 2), np.int32)}, "found latents I32"),
+    "float labels": ({"labels": np.ones(2)}, "labels float64"),
 }
 
 
