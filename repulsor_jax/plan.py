@@ -6,6 +6,7 @@ The programs of the run are compiled for a TPU slice and read: memory, FLOPs, co
 import ast
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -39,11 +40,10 @@ class Options:
 
     Attributes:
       topology: as "v5e:16x16", or "local".
-      num_slices: slices of it.
       compare: variants, separated by ";", each `key=value` pairs separated by ","; keys are those
         of the configuration, `topology` and `num_slices`.
       price_per_chip_hour: in any currency; 0 prints no cost.
-      largest_batch: whether to look for the largest batch, by a few more compilations.
+      largest_batch: look for it, by a few more compilations.
     """
 
     topology: str
@@ -65,14 +65,9 @@ class Variant:
 def plan(
     config_dict: ml_collections.ConfigDict, workdir: pathlib.Path, options: Options
 ) -> pathlib.Path:
-    """Plans, prints, and writes `plan.json` and `plan.html`.
+    """Plans, prints, and writes plan.json and plan.html to `<workdir>/plan/<topology>`.
 
     With variants to compare, only train steps are compiled, and the files are called `compare`.
-
-    Args:
-      config_dict: the configuration.
-      workdir: files go to `<workdir>/plan/<topology>`.
-      options: see `Options`.
 
     Returns:
       The page.
@@ -86,10 +81,9 @@ def plan(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
     variants = _variants(config_dict.to_dict(), options)
-    names = {"none": ("train",), "identity": ("train", "sample")}.get(
-        variants[0].config.data.autoencoder, PROGRAMS
+    names = {"none": PROGRAMS[:1], "identity": PROGRAMS[:2]}.get(
+        variants[0].config.data.autoencoder if len(variants) == 1 else "none", PROGRAMS
     )
-    names = names if len(variants) == 1 else ("train",)
     for variant in variants:  # errors come before the first compilation
         abstract_experiment(variant.config, workdir, variant.topology)
     found = [_plan_one(variant, workdir, names, options) for variant in variants]
@@ -100,12 +94,13 @@ def plan(
         for values in found:
             for line in values["programs"]["train"].get("advice", []):
                 print(f"{values['label']} does not fit; {line}")
-    folder = workdir / "plan" / re.sub(r"\W+", "-", variants[0].topology.name)
+    topology = variants[0].topology.name
+    folder = workdir / "plan" / re.sub(r"\W+", "-", topology)
     page = folder / ("plan.html" if len(found) == 1 else "compare.html")
     made_by = {"repulsor_jax": __version__, "jax": jax.__version__}
     record = {"made_by": made_by, "times_are": "estimates from published rates", "variants": found}
     atomic.write_text(page.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    report.write_page(page, f"Plan for {variants[0].topology.name}", found)
+    report.write_page(page, f"Plan for {topology}", found)
     print(f"\nplan: {page}")
     return page
 
@@ -119,8 +114,8 @@ def _plan_one(
     def compiled(name: str, config: Config) -> Program:
         batch = f", batch {config.batch_size:,}" if name == "train" else ""
         label = f" ({variant.label})" if variant.label else ""
-        text = f"compiling for {topology.name}: {_TITLES[name]}{batch}{label}"
-        print(text, end=" ... ", flush=True)
+        title = f"{_TITLES[name]}{batch}{label}"
+        print(f"compiling for {topology.name}: {title}", end=" ... ", flush=True)
         program = compile_program(name, abstract_experiment(config, workdir, topology), topology)
         outcome = "it does not fit" if program.refusal else "done"
         print(f"{outcome} in {program.seconds:.1f} s", flush=True)
@@ -136,11 +131,9 @@ def _plan_one(
         "programs": described,
         "run": describe_run(described["train"], config, topology, options.price_per_chip_hour),
     }
-    if options.largest_batch and topology.device_bytes is not None:
-        best = largest_batch(
-            config, programs["train"], topology.device_bytes, lambda c: compiled("train", c)
-        )
-        if best:
+    if options.largest_batch and (available := topology.device_bytes) is not None:
+        compile_train = functools.partial(compiled, "train")
+        if best := largest_batch(config, programs["train"], available, compile_train):
             values["largest_batch"] = {
                 "batch_size": best.images,
                 "total_bytes_per_chip": topology.devices_per_chip * best.total_bytes,
@@ -150,21 +143,19 @@ def _plan_one(
 
 def _variants(values: dict[str, Any], options: Options) -> list[Variant]:
     """The configuration as it is, then each variant of `options.compare`."""
-    opened: dict[tuple[str, int], Topology] = {}
+    opened = functools.cache(open_topology)
 
     def make(label: str, changes: dict[str, str]) -> Variant:
         name = changes.pop("topology", options.topology)
         slices = changes.pop("num_slices", str(options.num_slices))
         if not slices.isdecimal():
             raise ConfigError(f"--compare: num_slices={slices!r} must be a number")
-        key = name, int(slices)
-        if key not in opened:
-            opened[key] = open_topology(*key)
+        topology = opened(name, int(slices))
         try:
             config = config_lib.parse(_changed(values, changes))
         except ConfigError as error:
             raise ConfigError(f"--compare={label!r}: {error}" if label else str(error)) from error
-        return Variant(label, config, opened[key])
+        return Variant(label, config, topology)
 
     texts = [text.strip() for text in options.compare.split(";") if text.strip()]
     return [make("", {}), *(make(text, _pairs(text)) for text in texts)]

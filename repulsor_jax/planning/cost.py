@@ -25,27 +25,18 @@ from repulsor_jax.planning.hlo import Array, Collective, Instruction, Module, nu
 
 # Instructions that move no data.
 _FREE = {
-    "after-all",
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "opt-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
+    *("after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter"),
+    *("partition-id", "replica-id", "tuple"),
 }
 _SLICES = ("slice", "dynamic-slice", "gather")
 # Custom calls that compute: handwritten kernels, and libraries of GPUs and CPUs.
 _KERNELS = re.compile(r"tpu_custom_call|mosaic|triton|__cu|__onednn")
-_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _ELEMENTWISE = {
     *("abs", "add", "ceil", "clamp", "compare", "cosine", "divide", "erf", "exponential"),
     *("exponential-minus-one", "floor", "log", "log-plus-one", "logistic", "maximum", "minimum"),
     *("multiply", "negate", "power", "remainder", "rsqrt", "select", "sign", "sine", "sqrt"),
     *("subtract", "tan", "tanh", "cbrt", "round-nearest-even"),
 }
-_FLOATS = ("f", "bf", "c")
 # Passes of a bfloat16 matrix unit for a product of float32 operands, by precision.
 _PASSES = {"highest": 6, "high": 3}
 
@@ -90,28 +81,23 @@ class Cost:
 
 
 def program_cost(hlo_text: str, num_devices: int = 1) -> Cost:
-    """The cost of one run of a program.
+    """The cost of one run of a program, from `compiled.as_text()`.
 
-    Args:
-      hlo_text: from `compiled.as_text()`.
-      num_devices: number of devices of the mesh. For a mesh of several slices, the text is the
-        program of one slice, and the groups of its collectives are extended to all slices.
+    On a mesh of several slices the text is the program of one slice: the groups of its collectives
+    are extended to all `num_devices` of the mesh.
     """
     module = hlo.parse(hlo_text)
     cost = _Counter(module).computation(module.entry)
     size = module.num_partitions
     if num_devices > size > 1:
         offsets = range(0, num_devices, size)
-        cost.collectives = [(_on_all(each, size, offsets), n) for each, n in cost.collectives]
+        # Between slices, devices at the same place in their slices form a group.
+        between = tuple(tuple(i + k for k in offsets) for i in range(size))
+        for place, (each, count) in enumerate(cost.collectives):
+            on_all = tuple(tuple(i + k for i in group) for k in offsets for group in each.groups)
+            extended = dataclasses.replace(each, groups=on_all or between)
+            cost.collectives[place] = extended, count
     return cost
-
-
-def _on_all(each: Collective, size: int, offsets: range) -> Collective:
-    if each.groups:
-        groups = [tuple(i + k for i in group) for k in offsets for group in each.groups]
-    else:  # between slices: devices at the same place in their slices form a group
-        groups = [tuple(i + k for k in offsets) for i in range(size)]
-    return dataclasses.replace(each, groups=tuple(groups))
 
 
 class _Counter:
@@ -178,9 +164,9 @@ class _Counter:
             if flops is None:
                 result.unknown_calls[_target(instruction)] += 1
         elif opcode == "reduce" or opcode in _ELEMENTWISE:
-            reduced = opcode == "reduce"
-            array = self._operand(scope, instruction, 0) if reduced else instruction.arrays[0]
-            result.other_flops = array.size if array.dtype.startswith(_FLOATS) else 0
+            arrays = instruction.arrays
+            array = self._operand(scope, instruction, 0) if opcode == "reduce" else arrays[0]
+            result.other_flops = array.size if array.dtype.startswith(("f", "bf", "c")) else 0
         return result
 
     def _kernel_flops(self, scope: str, call: Instruction) -> float | None:
@@ -189,11 +175,11 @@ class _Counter:
             return 0.0
         if stated := re.search(r'"flops":"?(\d+)', call.attributes):
             return float(stated[1])
-        product = _CONTRACTED.search(call.attributes)
-        if not product or not _target(call).startswith("__cublas"):
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+        if not contracted or not _target(call).startswith("__cublas"):
             return None
         left = self._operand(scope, call, 0)
-        return 2.0 * call.arrays[0].size * math.prod(left.shape[k] for k in numbers(product[1]))
+        return 2.0 * call.arrays[0].size * math.prod(left.shape[k] for k in numbers(contracted[1]))
 
     def _operand(self, scope: str, instruction: Instruction, k: int) -> Array:
         return self._module.computations[scope][instruction.operands[k]].arrays[0]
@@ -233,8 +219,8 @@ class _Counter:
     def _read(self, called: str, k: int) -> float:
         """Bytes that a fused computation reads of its k-th parameter; inf for all of them."""
         inside = self._module.computations[called].values()
-        parameters = (i for i in inside if i.opcode == "parameter")
-        return self._read_of(called, next(i for i in parameters if int(i.argument) == k))
+        source = next(i for i in inside if i.opcode == "parameter" and int(i.argument) == k)
+        return self._read_of(called, source)
 
     def _read_of(self, called: str, source: Instruction) -> float:
         total = 0.0
@@ -288,20 +274,18 @@ def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> f
     )
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+
+    def field(key: str, k: int, default: int) -> int:
+        """The k-th number of a field `3x3`; of the `1_1x0_1` of `pad`, the padding before."""
+        return int(fields[key].split("x")[k].split("_")[0]) if key in fields else default
+
     pairs = 1.0
     for k, axis in enumerate(sorted(filter(str.isdigit, outputs))):
-        stride, right_dilation, dilation = (
-            _field(fields, key, k, 1) for key in ("stride", "rhs_dilate", "lhs_dilate")
-        )
+        dilation = field("lhs_dilate", k, 1)
         # The place in the dilated input that each tap of the window meets for each output.
-        places = np.arange(outputs[axis]) * stride - _field(fields, "pad", k, 0)
-        places = places + np.arange(taps[axis])[:, None] * right_dilation
+        places = np.arange(outputs[axis]) * field("stride", k, 1) - field("pad", k, 0)
+        places = places + np.arange(taps[axis])[:, None] * field("rhs_dilate", k, 1)
         inside = (places >= 0) & (places <= (inputs[axis] - 1) * dilation)
         pairs *= int((inside & (places % dilation == 0)).sum())
     # `i` of the window is already that of one feature group.
     return 2.0 * outputs["b"] * outputs["f"] * taps["i"] * pairs
-
-
-def _field(fields: dict[str, str], key: str, k: int, default: int) -> int:
-    """The k-th number of a window's field `3x3`; of `pad`'s `1_1x0_1` the padding before."""
-    return int(fields[key].split("x")[k].split("_")[0]) if key in fields else default

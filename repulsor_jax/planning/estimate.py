@@ -28,16 +28,11 @@ from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.hlo import Collective
 from repulsor_jax.planning.topology import Topology, slice_index
 
-_TORUS_3D = ("v4", "v5p", "tpu7x")  # rings where every side is a multiple of 4
-_TORUS_2D_SIDE = 16  # v5e, v6e: rings where a side is the whole pod's
-
 
 def estimate(cost: Cost, mesh: Mesh, topology: Topology) -> dict[str, float] | None:
-    """Seconds of one run of a program, by part.
+    """Seconds of one run of a program by part: "compute", "memory", "links" and "network".
 
-    Returns:
-      The parts "compute", "memory", "links" and "network", without a part whose rate is not
-      published; None for a chip without any published rate.
+    A part whose rate is not published is left out; None for a chip without any published rate.
     """
     chip = topology.chip
     if chip is None:
@@ -87,16 +82,16 @@ def lanes_of(collective: Collective, devices: list[jax.Device], topology: Topolo
         return 1
     if not topology.shape:
         return 1 if len(group) > 1 else 0
-    slices = [slice_index(devices[i]) for i in group]
-    places = [devices[i].coords for i, k in zip(group, slices, strict=True) if k == slices[0]]
-    is_3d = topology.chip is not None and topology.chip.name in _TORUS_3D
+    in_slice = [devices[i] for i in group]
+    in_slice = [d for d in in_slice if slice_index(d) == slice_index(in_slice[0])]
+    # 3-D tori have rings where every side is a multiple of 4; 2-D ones where a side is the pod's.
+    is_3d = topology.chip is not None and topology.chip.name in ("v4", "v5p", "tpu7x")
     is_cube = is_3d and all(side % 4 == 0 for side in topology.shape)
     lanes = 0
-    for along, side in zip(zip(*places, strict=True), topology.shape, strict=False):
-        extent = len(set(along))
-        is_ring = is_cube or (not is_3d and side == _TORUS_2D_SIDE)
-        if extent > 1:
-            lanes += 2 if is_ring and extent == side else 1
+    for axis, side in enumerate(topology.shape):
+        extent = len({device.coords[axis] for device in in_slice})
+        is_ring = extent == side and (is_cube or (not is_3d and side == 16))
+        lanes += (extent > 1) * (2 if is_ring else 1)
     return lanes
 
 

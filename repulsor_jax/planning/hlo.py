@@ -19,15 +19,9 @@ COLLECTIVES = {
 _ARRAY = re.compile(
     r"(?P<dtype>pred|bf16|[suf]\d+\w*|c\d+)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?"
 )
-_SPACE = re.compile(r"S\((\d+)\)")
-_COMMENT = re.compile(r"/\*.*?\*/")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_NAMED = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
-_PARTITIONS = re.compile(r"num_partitions=(\d+)")
-_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 _MESH_GROUPS = re.compile(
@@ -62,12 +56,9 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      name: unique in its program.
-      opcode: as "fusion" or "all-reduce-start".
       arrays: the results; the arrays of a tuple in their order.
       operands: names of the instructions whose results it reads.
-      argument: the text between its parentheses.
-      attributes: the text after them.
+      argument, attributes: the text between its parentheses, and after them.
       is_root: whether it is the result of its computation.
     """
 
@@ -93,8 +84,8 @@ class Instruction:
     @property
     def constant(self) -> int | None:
         """The value of a constant integer; None for any other instruction."""
-        known = self.opcode == "constant" and self.argument.lstrip("-").isdecimal()
-        return int(self.argument) if known else None
+        is_known = self.opcode == "constant" and self.argument.lstrip("-").isdecimal()
+        return int(self.argument) if is_known else None
 
 
 Computation = Mapping[str, Instruction]
@@ -106,7 +97,7 @@ class Module:
 
     Attributes:
       computations: by name, each its instructions by name, in order.
-      entry: name of the computation that runs first.
+      entry: the computation that runs first.
       num_partitions: number of devices that run it. On a mesh of several TPU slices it is the
         program of one slice, which sends to the others and receives from them.
     """
@@ -126,11 +117,11 @@ class Module:
         compares a counter with a constant: `lax.scan` and `lax.fori_loop` compile to that. The
         counter starts at 0 and increases by 1 unless the text says otherwise.
         """
-        if stated := _TRIP_COUNT.search(loop.attributes):
+        if stated := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(stated[1])
-        compared = self._compared(loop.attribute("condition").lstrip("%"))
-        limits = [i.constant for i in compared if i.constant is not None]
-        counters = [i for i in compared if i.opcode == "get-tuple-element"]
+        sides = self._compared(loop.attribute("condition").lstrip("%"))
+        limits = [i.constant for i in sides if i.constant is not None]
+        counters = [i for i in sides if i.opcode == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1:
             return None
         place = int(counters[0].attribute("index"))
@@ -160,7 +151,7 @@ class Module:
         if root.opcode != "tuple":
             return 1
         step = scope[root.operands[place]]
-        steps = [number for n in step.operands if (number := scope[n].constant) is not None]
+        steps = [n for n in (scope[name].constant for name in step.operands) if n is not None]
         return steps[0] if step.opcode == "add" and len(steps) == 1 and steps[0] > 0 else 1
 
 
@@ -173,26 +164,25 @@ def parse(text: str) -> Module:
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if current is not None and line.startswith("}"):
+        if line.startswith("}"):
             current = None
-        elif current is None:
-            header = _HEADER.match(line) if not line.startswith(("HloModule", " ")) else None
-            if header:
-                current = computations.setdefault(header[2], {})
-                entry = header[2] if header[1] else entry
-        elif instruction := _instruction(line):
-            current[instruction.name] = instruction
+        elif current is not None:
+            if instruction := _instruction(line):
+                current[instruction.name] = instruction
+        elif not line.startswith("HloModule") and (header := _HEADER.match(line)):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
     if not entry:
         raise ValueError("found no ENTRY computation, expected the text of a compiled program")
-    partitions = _PARTITIONS.search(text)
+    partitions = re.search(r"num_partitions=(\d+)", text)
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _instruction(line: str) -> Instruction | None:
-    named = _NAMED.match(line)
+    named = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not named:
         return None
-    text = _COMMENT.sub("", line[named.end() :])
+    text = re.sub(r"/\*.*?\*/", "", line[named.end() :])
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     opening = text.index("(", end)
     closing = _closing(text, opening)
@@ -220,7 +210,7 @@ def _closing(text: str, opening: int) -> int:
 
 def _arrays(text: str) -> Iterator[Array]:
     for match in _ARRAY.finditer(text):
-        space = _SPACE.search(match["layout"] or "")
+        space = re.search(r"S\((\d+)\)", match["layout"] or "")
         yield Array(match["dtype"], tuple(numbers(match["shape"])), int(space[1]) if space else HBM)
 
 
@@ -232,7 +222,6 @@ class Collective:
       kind: as "all-reduce".
       arrays: the results on one device.
       groups: which devices exchange with each other, by their places in the flattened mesh.
-      channel: number of the channel.
     """
 
     kind: str
@@ -282,7 +271,7 @@ def collective(instruction: Instruction) -> Collective | None:
     slices appears as a `recv`: its shape is known, its groups are not.
     """
     channel = instruction.attribute("channel_id")
-    between = _BETWEEN_SLICES.search(instruction.attributes)
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     if instruction.opcode == "recv" and between:
         kind = between[1].lower().replace("_", "-")
         return Collective(kind, instruction.arrays[:1], (), channel)
@@ -298,14 +287,10 @@ def collective(instruction: Instruction) -> Collective | None:
 
 def reduce_scatter(module: Module, fusion: Instruction) -> Collective | None:
     """The reduce-scatter that a TPU runs as a fusion: an all-reduce and a slice of its result."""
-    if fusion.opcode != "fusion":
-        return None
-    inside = module.computations[fusion.called[0]].values()
+    inside = module.computations[fusion.called[0]].values() if fusion.opcode == "fusion" else ()
     reduces = [i for i in inside if i.opcode == "all-reduce"]
-    if len(reduces) != 1:
-        return None
-    users = [i for i in inside if reduces[0].name in i.operands]
-    if [i.opcode for i in users] != ["dynamic-slice"]:
+    users = [i.opcode for i in inside if len(reduces) == 1 and reduces[0].name in i.operands]
+    if users != ["dynamic-slice"]:
         return None
     whole = collective(reduces[0])
     return whole and dataclasses.replace(whole, kind="reduce-scatter", arrays=fusion.arrays)

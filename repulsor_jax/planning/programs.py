@@ -30,7 +30,6 @@ from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import compile_training
 
 PROGRAMS = ("train", "sample", "encode")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,7 @@ class Built:
     Attributes:
       name: of `PROGRAMS`.
       images: images that one run makes or uses, over all devices.
-      mesh: the devices that it runs on.
       kinds: the sharded shapes of its arguments, by kind.
-      compile: compiles it.
       bank_shapes: shapes of an array that holds the memory bank's rows of two devices or more, and
         that nothing else in the program has.
     """
@@ -63,7 +60,7 @@ class Program(Built):
       memory: bytes on one device by kind. For a program that does not fit, the temporaries are the
         compiler's number.
       cost: of one run on one device; None for a program that does not fit.
-      seconds: time of tracing and compiling.
+      seconds: of tracing and compiling.
       refusal: the compiler's message for a program that does not fit; "" for one that fits.
     """
 
@@ -114,11 +111,7 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
 
 
 def compile_program(name: str, experiment: Experiment, topology: Topology) -> Program:
-    """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error.
-
-    Raises:
-      ConfigError: the configuration has no such program.
-    """
+    """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error."""
     built = build(name, experiment, topology)
     memory: dict[str, float] = {kind: shard_bytes(tree) for kind, tree in built.kinds.items()}
     arguments = sum(memory.values())
@@ -152,8 +145,7 @@ def largest_batch(
     """Doubles the batch as long as the train step fits, or halves it until the train step fits.
 
     Args:
-      config: the configuration.
-      first: its train step.
+      config: of `first`, the train step to begin with.
       available: bytes of memory of one device.
       compile_train: compiles the train step of another configuration.
 
@@ -183,14 +175,13 @@ def with_batch(config: Config, batch_size: int) -> Config:
 
 
 def build(name: str, experiment: Experiment, topology: Topology) -> Built:
-    """Builds one of `PROGRAMS` as its mode does, without compiling it.
-
-    Raises:
-      ConfigError: the configuration has no such program.
-    """
+    """Builds one of `PROGRAMS` as its mode does, without compiling it."""
     if name == "train":
         return _train(experiment)
-    return _sample(experiment) if name == "sample" else _encode(experiment, topology)
+    assert experiment.autoencoder is not None, f"no {name} program without an autoencoder"
+    if name == "sample":
+        return _sample(experiment, experiment.autoencoder)
+    return _encode(experiment, experiment.autoencoder, topology)
 
 
 def _train(experiment: Experiment) -> Built:
@@ -213,12 +204,9 @@ def _train(experiment: Experiment) -> Built:
         "other": [state.step, state.rng],
     }
 
-    def compile_it() -> jax.stages.Compiled:
-        return compile_training(
-            trainer, experiment.latent_format, record, config.data.dtype, mesh
-        ).step
-
+    arguments = trainer, experiment.latent_format, record, config.data.dtype, mesh
     shapes = _bank_shapes(state.bank.features, state.params) if state.bank else frozenset()
+    compile_it = lambda: compile_training(*arguments).step
     return Built("train", config.batch_size, mesh, kinds, compile_it, shapes)
 
 
@@ -236,10 +224,8 @@ def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
     return frozenset(shapes)
 
 
-def _sample(experiment: Experiment) -> Built:
-    config, mesh, autoencoder = experiment.config, experiment.mesh, experiment.autoencoder
-    if autoencoder is None:
-        raise ConfigError("config.data.autoencoder='none' cannot decode: there is no sampler")
+def _sample(experiment: Experiment, autoencoder: Autoencoder) -> Built:
+    config, mesh = experiment.config, experiment.mesh
     everywhere = sharding.replicated(mesh)
     params = abstract_train_state(make_trainer(config, mesh), mesh).ema_params
     decoder = _shapes(autoencoder.params, everywhere)
@@ -256,11 +242,9 @@ def _sample(experiment: Experiment) -> Built:
     return Built("sample", config.sampling.batch_size, mesh, kinds, compile_it)
 
 
-def _encode(experiment: Experiment, topology: Topology) -> Built:
+def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology) -> Built:
     """The encoder of one host: every host encodes its own images on its own devices."""
-    config, autoencoder = experiment.config, experiment.autoencoder
-    if autoencoder is None:
-        raise ConfigError("config.data.autoencoder='none' cannot encode: there is no encoder")
+    config = experiment.config
     devices = one_host(topology).devices
     mesh = Mesh(np.array(devices), ("batch",))
     params = _shapes(autoencoder.params, NamedSharding(mesh, PartitionSpec()))
@@ -279,12 +263,8 @@ def _encode(experiment: Experiment, topology: Topology) -> Built:
         class_names=experiment.class_names,
     )
     encode: Any = compiled_encoder(autoencoder, about)
-
-    def compile_it() -> jax.stages.Compiled:
-        return encode.lower(params, images).compile()
-
     kinds = {"autoencoder": params, "batch": images}
-    return Built("encode", count, mesh, kinds, compile_it)
+    return Built("encode", count, mesh, kinds, lambda: encode.lower(params, images).compile())
 
 
 def _image_shape(config: Config, autoencoder: Autoencoder) -> tuple[int, int, int]:
@@ -310,16 +290,14 @@ def _shapes(tree: Any, where: NamedSharding) -> Any:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes of one device's part of a tree of sharded shapes."""
-
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * itemsize for shape, itemsize in shards)
 
 
 def _refused_bytes(message: str, arguments: float) -> float:
     """Bytes that a refused program needs beside its arguments, from the compiler's message."""
-    if found := re.search(r"Used ([\d.]+)([KMGT]) of", message):
-        return max(float(found[1]) * _UNITS[found[2]] - arguments, 0)
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
-    return float(found[1]) * _UNITS[found[2]] if found else 0
+    found = re.search(r"(Used |temporaries \()([\d.]+)([KMGT])", message)
+    if not found:
+        return 0
+    size = float(found[2]) * 1024 ** " KMGT".index(found[3])
+    return max(size - arguments, 0) if found[1] == "Used " else size

@@ -22,7 +22,7 @@ _COLORS = (
 )
 _STYLE = (
     "body{font-family:sans-serif;margin:2em;max-width:75em}svg{font-size:12px}"
-    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+    "table{border-collapse:collapse}td{border:1px solid #ccc;padding:.3em .6em}"
     "pre{background:#f6f6f6;padding:1em;overflow:auto}"
 )
 
@@ -49,11 +49,10 @@ def _program_lines(name: str, program: Values) -> list[str]:
         f"{program['compile_seconds']:.1f} s",
         "  memory per chip",
     ]
-    for kind, size in program["memory_bytes_per_chip"].items():
-        lines.append(f"    {kind:<14}{_bytes(size):>12}")
     available, total = program["available_bytes_per_chip"], program["total_bytes_per_chip"]
-    of = f" of {_bytes(available)}, {total / available:.0%}" if available else ""
-    lines.append(f"    {'sum':<14}{_bytes(total):>12}{of}")
+    for kind, size in [*program["memory_bytes_per_chip"].items(), ("sum", total)]:
+        lines.append(f"    {kind:<14}{_bytes(size):>12}")
+    lines[-1] += f" of {_bytes(available)}, {total / available:.0%}" if available else ""
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT. The compiler: {program['refusal']}")
         lines.append("  Change one of these, then plan again:")
@@ -71,11 +70,9 @@ def _program_lines(name: str, program: Values) -> list[str]:
             + (", between slices" if row["over"] == "network" else "")
         )
     if "bank" in program["memory_bytes_per_chip"]:
-        lines.append(
-            "  A COLLECTIVE CARRIES THE BANK: its bytes grow with config.regularizer.bank_rows"
-            if program["carries_the_bank"]
-            else "  the bank stays where it is: no collective carries it"
-        )
+        stays = "the bank stays where it is: no collective carries it"
+        travels = "A COLLECTIVE CARRIES THE BANK: its bytes grow with config.regularizer.bank_rows"
+        lines.append(f"  {travels if program['carries_the_bank'] else stays}")
     if program["unknown_loops"]:
         lines.append(
             f"  {program['unknown_loops']} loops are counted once, because the number of their "
@@ -103,9 +100,8 @@ def _estimate_lines(time: Values | None) -> list[str]:
 
 
 def _run_lines(variant: Values) -> list[str]:
-    lines = []
-    run, largest = variant["run"], variant.get("largest_batch")
-    if largest:
+    lines, run = [], variant["run"]
+    if largest := variant.get("largest_batch"):
         lines.append(
             f"largest batch that fits, by doubling or halving: {largest['batch_size']:,} "
             f"({_bytes(largest['total_bytes_per_chip'])} per chip)"
@@ -169,13 +165,8 @@ def write_page(path: pathlib.Path, title: str, variants: list[Values]) -> None:
         *_pictures(variants),
     ]
     if len(variants) > 1:
-        body.append("<table>")
-        for row, tag in zip(
-            comparison_rows(variants), ["th"] + ["td"] * len(variants), strict=True
-        ):
-            cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            body.append(f"<tr>{cells}</tr>")
-        body.append("</table>")
+        rows = ["".join(f"<td>{html.escape(c)}</td>" for c in r) for r in comparison_rows(variants)]
+        body.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
     for variant in variants:
         body.append(f"<h2>{html.escape(variant['label'])}</h2>")
         body.append(f"<pre>{html.escape(plan_text(variant))}</pre>")
@@ -206,11 +197,11 @@ def _pictures(variants: list[Values]) -> list[str]:
         if (time := program.get("estimate"))
     }
     limit = f"GiB per chip, of {available:.2f}" if available else "GiB per chip"
-    pictures = [_bars(limit, memory, available)]
-    return pictures + ([_bars("estimated time, % of the sum of its parts", times)] if times else [])
+    charts = [(limit, memory, available), ("estimated time, % of the sum of its parts", times, 0.0)]
+    return [_bars(*chart) for chart in charts if chart[1]]
 
 
-def _bars(title: str, bars: dict[str, dict[str, float]], limit: float = 0.0) -> str:
+def _bars(title: str, bars: dict[str, dict[str, float]], limit: float) -> str:
     """Stacked bars as SVG, one below the other, with a legend and a line at the limit."""
     widest = max(limit, *(sum(bar.values()) for bar in bars.values()))
     kinds = dict.fromkeys(k for bar in bars.values() for k, v in bar.items() if v > widest / 500)

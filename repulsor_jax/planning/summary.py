@@ -13,7 +13,6 @@ from repulsor_jax.runtime import throughput
 from repulsor_jax.runtime.chips import GIB
 
 Values = dict[str, Any]
-_STATE = ("parameters", "optimizer", "EMA")
 
 
 def describe_topology(topology: Topology) -> Values:
@@ -45,7 +44,8 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "available_bytes_per_chip": available and per_chip * available,
     }
     if program.cost is None:
-        return values | {"refusal": program.refusal, "advice": _advice(program, config, topology)}
+        advice = _advice(program, config, topology) or ["more chips, or chips with more memory"]
+        return values | {"refusal": program.refusal, "advice": advice}
     cost, devices = program.cost, program.mesh.size
     return values | {
         "flops": devices * cost.matmul_flops,
@@ -85,8 +85,7 @@ def _describe_time(program: Program, config: Config, topology: Topology) -> Valu
 
 def describe_collectives(program: Program) -> list[Values]:
     """The collectives of one run, summed by kind and mesh axis, largest sum first."""
-    if program.cost is None:
-        return []
+    assert program.cost is not None
     devices = list(program.mesh.devices.flat)
     sums: dict[tuple[str, str, str], collections.Counter[str]] = {}
     for each, count in program.cost.collectives:
@@ -97,10 +96,7 @@ def describe_collectives(program: Program) -> list[Values]:
         total["bytes"] += count * each.num_bytes
         total["sent_bytes"] += round(count * each.sent_bytes)
         total["largest_bytes"] = max(total["largest_bytes"], each.num_bytes)
-    rows = [
-        {"kind": kind, "axis": axis, "over": over, **total}
-        for (kind, axis, over), total in sums.items()
-    ]
+    rows = [dict(kind=k, axis=axis, over=over, **n) for (k, axis, over), n in sums.items()]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -135,14 +131,14 @@ def _advice(program: Program, config: Config, topology: Topology) -> list[str]:
     if config.sampling.batch_size > shards:
         half = max(config.sampling.batch_size // 2 // shards, 1) * shards
         advice.append(f"--config.sampling.batch_size={half}")
-    return advice or ["more chips, or chips with more memory"]
+    return advice
 
 
 def _training_advice(program: Program, config: Config, topology: Topology) -> list[str]:
     memory, available = program.memory, topology.device_bytes or math.inf
     shards = sharding.batch_shards(program.mesh)
     fsdp, per_shard = program.mesh.shape.get("fsdp", 1), config.batch_size // shards
-    state = sum(memory.get(kind, 0) for kind in _STATE)
+    state = sum(memory.get(kind, 0) for kind in ("parameters", "optimizer", "EMA"))
     temporaries = memory.get("temporaries", 0)
     advice = []
     larger = [n for n in range(fsdp + 1, shards + 1) if n % fsdp == 0 and shards % n == 0]
@@ -164,11 +160,8 @@ def _training_advice(program: Program, config: Config, topology: Topology) -> li
         # Activations shrink with the rows in flight: the least divisor that makes them fit.
         free = available - (program.total_bytes - temporaries)
         needed = temporaries / free if free > 0 else 2
-        divisors = [
-            n // accumulation
-            for n in range(2 * accumulation, per_shard + 1, accumulation)
-            if per_shard % n == 0
-        ]
+        more = range(2 * accumulation, per_shard + 1, accumulation)
+        divisors = [n // accumulation for n in more if per_shard % n == 0]
         if divisors:
             fewer = next((n for n in divisors if n >= needed), divisors[-1])
             advice += [
@@ -182,4 +175,4 @@ def _training_advice(program: Program, config: Config, topology: Topology) -> li
             f"--config.regularizer.bank_rows: the bank takes {memory['bank'] / GIB:.1f} GiB of "
             "each device"
         )
-    return advice or ["more chips, or chips with more memory"]
+    return advice

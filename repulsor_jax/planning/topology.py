@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,6 @@ class Topology:
 
     Attributes:
       name: as "v5e:16x16", "2 x v5e:16x16" or "local".
-      devices: all devices.
       shape: chips of a slice along each dimension of its torus; () without a torus.
       known_bytes: memory of one device, as the compiler or the device states it; None if unknown.
     """
@@ -62,7 +60,7 @@ class Topology:
 
     @property
     def num_hosts(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return len({device.process_index for device in self.devices})
 
     @property
@@ -103,11 +101,7 @@ def describe_machine() -> None:
 
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
-    """Opens a topology by its name.
-
-    Args:
-      name: "local", or a kind of TPU and the shape of a slice, as "v5e:16x16".
-      num_slices: slices of that shape, joined by the data-centre network.
+    """Opens "local", or some slices of a kind of TPU and a shape, as "v5e:16x16".
 
     Raises:
       ConfigError: libtpu is not installed or does not know the name; names the flag.
@@ -117,7 +111,10 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     if name == "local":
         if num_slices > 1:
             raise ConfigError(f"--num_slices={num_slices} has no meaning for --topology=local")
-        return _local()
+        devices, known_bytes = tuple(jax.devices()), None
+        with contextlib.suppress(Exception):  # some backends have no statistics
+            known_bytes = (devices[0].memory_stats() or {}).get("bytes_limit")
+        return Topology("local", devices, known_bytes=known_bytes)
     match = re.fullmatch(r"([a-z]+\w*):(\d+(?:x\d+){1,2})", name)
     if not match:
         raise ConfigError(
@@ -130,8 +127,8 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
             "pip install -e '.[plan]'; no TPU is needed"
         )
     describe_machine()
-    several = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
+        several = {"num_slices": num_slices} if num_slices > 1 else {}
         description = topologies.get_topology_desc(name, "tpu", **several)
     except Exception as error:  # libtpu has no narrower type
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
@@ -152,17 +149,9 @@ def one_host(topology: Topology) -> Topology:
         return topology
     if not topology.shape:
         return dataclasses.replace(topology, devices=tuple(devices))
-    places: Any = zip(*(device.coords for device in devices), strict=True)
-    sides = [len(set(along)) for along in places][: len(topology.shape)]
+    sides = [len({d.coords[axis] for d in devices}) for axis in range(len(topology.shape))]
     kind = topology.name.rpartition(" ")[2].partition(":")[0]
     return open_topology(f"{kind}:{'x'.join(map(str, sides))}")
-
-
-def _local() -> Topology:
-    devices, known_bytes = tuple(jax.devices()), None
-    with contextlib.suppress(Exception):  # some backends have no statistics
-        known_bytes = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return Topology("local", devices, known_bytes=known_bytes)
 
 
 def slice_index(device: jax.Device) -> int:
@@ -172,11 +161,11 @@ def slice_index(device: jax.Device) -> int:
 
 def _available_memory(device: jax.Device) -> float | None:
     """Bytes that a program may use, from the compiler's refusal of a program that is too large."""
-    side = 2**20
-    x = jax.ShapeDtypeStruct((side, side), jnp.float32, sharding=SingleDeviceSharding(device))
+    sharding = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=sharding)
     try:
         jax.jit(lambda x: jnp.sin(x).T @ x).lower(x).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"available HBM \(([\d.]+)G\)", str(error))
-        return float(found[1]) * GIB if found else None
+        if found := re.search(r"available HBM \(([\d.]+)G\)", str(error)):
+            return float(found[1]) * GIB
     return None
