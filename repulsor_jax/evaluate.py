@@ -1,6 +1,7 @@
 """The evaluate mode: numbers that a paper can quote, each with its protocol."""
 
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -36,8 +37,7 @@ def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> li
     evaluated before is not evaluated again, and a job that was stopped goes on where it was.
 
     Args:
-      config: the configuration.
-      workdir: of a run.
+      config, workdir: of a run.
       checkpoints: "" for the newest, steps as "10000,20000", "all", or "follow": each as it
         appears, until that of the run's `total_steps` is done.
 
@@ -74,6 +74,9 @@ def _evaluate_checkpoints(
         experiment = run.open_experiment(config, workdir, checkpointer, first)
         generator = make_generator(experiment, run.load_guide(experiment))
         evaluator = Evaluator(experiment, generator, make_yardstick(experiment))
+        evaluate_of_step = functools.partial(
+            evaluate_params, evaluator, num_samples=config.evaluation.num_samples, grid=True
+        )
         if is_main:
             events = stack.enter_context(SummaryWriter(str(workdir / "tensorboard/evaluation")))
         for step in itertools.chain([first], wanted):
@@ -87,15 +90,7 @@ def _evaluate_checkpoints(
                 continue
             weights_sha256 = run.params_sha256(params)
             of_step = [
-                evaluate_params(
-                    evaluator,
-                    params,
-                    guidance,
-                    step=step,
-                    weights_sha256=weights_sha256,
-                    num_samples=config.evaluation.num_samples,
-                    grid=True,
-                )
+                evaluate_of_step(params, guidance, step=step, weights_sha256=weights_sha256)
                 for guidance in _sweep(config)
             ]
             if is_main:
@@ -123,15 +118,12 @@ def _write_events(events: SummaryWriter, records: Sequence[report.Record]) -> No
 
 def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
     """Waits until a run that is about to start has saved a checkpoint."""
-    folder = open_folder(directory)
-
-    def is_there() -> bool:
-        try:
-            return bool(folder.steps())
-        except OSError:  # the folder is away for a while
-            return False
-
-    while sharding.any_process(not is_there()):
+    folder, found = open_folder(directory), False
+    while True:
+        with contextlib.suppress(OSError):  # the folder is away for a while
+            found = bool(folder.steps())
+        if not sharding.any_process(not found):
+            return
         if jax.process_index() == 0:
             print(f"waiting for {directory}", flush=True)
         time.sleep(poll_seconds)

@@ -50,8 +50,7 @@ def evaluate_params(
       evaluator: of the run.
       params: EMA parameters.
       guidance: of the samples; None draws them without guidance.
-      step: of the parameters.
-      weights_sha256: of the parameters, `inference.run.params_sha256`.
+      step, weights_sha256: of the parameters; `inference.run.params_sha256`.
       num_samples: how many to draw.
       grid: draw a grid of the first samples too.
 
@@ -78,9 +77,7 @@ def evaluate_params(
             generator, params, guidance, num_samples, yardstick.extract, folder, title
         )
 
-    title = f"evaluate step {step}"
-    if guidance is not None:
-        title += f", cfg {guidance.scale:g}"
+    title = f"evaluate step {step}" + (f", cfg {guidance.scale:g}" if guidance else "")
     record, name = _measured(yardstick, protocol, f"step_{step}", title, features)
     picture = yardstick.folder / f"{name}.png"
     if grid and not sharding.agree(int(picture.is_file())):
@@ -92,10 +89,7 @@ def evaluate_params(
 
 
 def evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
-    """Evaluates the images of `config.evaluation.samples`; no run is needed.
-
-    Returns:
-      As `evaluate_params`.
+    """Evaluates the images of `config.evaluation.samples` as `evaluate_params`; needs no run.
 
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.

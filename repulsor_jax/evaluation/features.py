@@ -20,7 +20,6 @@ from repulsor_jax.files.checksums import file_sha256
 
 Array = jax.Array
 
-MAX_PIXELS = 4096  # the covariance is pixels x pixels
 MAX_LATENT_FEATURES = 2048  # as many as Inception's
 
 
@@ -31,7 +30,6 @@ class FeatureSpace:
     Attributes:
       name: "inception", "pixels" or "autoencoder".
       digest: of its weights, or a name of them; "" where it has none.
-      params: first argument of `apply`.
       apply: (params, uint8 `[B, H, W, C]`) -> float32 arrays `[B, D]`: "pool", whose Gaussians the
         Fréchet distance compares; in Inception's space "spatial" and "logits" (unbiased) too.
     """
@@ -68,28 +66,22 @@ def inception_space(weights: str = "") -> FeatureSpace:
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, axis=-1)
         found = inception.features(params, images)
-        return {
-            "pool": found["2048"],
-            "spatial": found["spatial"],
-            "logits": found["logits_unbiased"],
-        }
+        layers = {"pool": "2048", "spatial": "spatial", "logits": "logits_unbiased"}
+        return {name: found[layer] for name, layer in layers.items()}
 
     return FeatureSpace("inception", digest.hexdigest()[:16], params, apply)
 
 
 def pixel_space(size: int) -> FeatureSpace:
-    """Values in [-1, 1] of small images, as vectors.
-
-    Args:
-      size: values of one image.
+    """Values in [-1, 1] of images of `size` values, as vectors.
 
     Raises:
-      ValueError: more than `MAX_PIXELS` values.
+      ValueError: more than 4096 values: the covariance is `[size, size]`.
     """
-    if size > MAX_PIXELS:
+    if size > 4096:
         raise ValueError(
-            f"a Fréchet distance in pixel space is for images of at most {MAX_PIXELS} values; "
-            f"these have {size}: choose 'inception' or 'autoencoder'"
+            "a Fréchet distance in pixel space is for images of at most 4096 values; these have "
+            f"{size}: choose 'inception' or 'autoencoder'"
         )
 
     def apply(params: Any, images: Array) -> dict[str, Array]:
@@ -126,9 +118,7 @@ def download_inception(
 ) -> pathlib.Path:
     """Returns the path of the published Inception weights, fetched on first use (95 MB).
 
-    Args:
-      folder: of the file; the user's cache folder by default.
-      url: of the published file.
+    The file is kept in `folder`, the user's cache folder by default.
 
     Raises:
       FileNotFoundError: the fetch failed; says where to get the file, and how to do without.
@@ -139,13 +129,8 @@ def download_inception(
     is_new = not path.is_file()
     if is_new:
         try:
-            pooch.retrieve(
-                url,
-                known_hash=None,
-                fname=path.name,
-                path=folder,
-                progressbar=url.startswith("http"),
-            )
+            is_remote = url.startswith("http")
+            pooch.retrieve(url, None, fname=path.name, path=folder, progressbar=is_remote)
         except Exception as error:  # of requests, urllib3, the file system
             raise FileNotFoundError(
                 f"the Inception weights could not be fetched ({type(error).__name__}). Get "

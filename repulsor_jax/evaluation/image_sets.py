@@ -32,11 +32,8 @@ class ImageSet:
     Attributes:
       name: for reports.
       digest: of the content, or of the names and sizes of its files.
-      count: number of images.
-      shape: of one item as read.
-      dtype: of one item as read.
+      shape, dtype: of one item as read.
       read: ascending ranges of numbers -> an array of items for each; a range may be empty.
-      params: first argument of `decode`.
       decode: (params, items `[B, *shape]`) -> uint8 images `[B, H, W, C]`, under jit.
     """
 
@@ -53,14 +50,8 @@ class ImageSet:
 def npz_images(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> ImageSet:
     """The images of an .npz in the ADM suite's layout; see `reference.open_images` for errors."""
     images = reference.open_images(path, size=size)
-    return ImageSet(
-        name=images.path.name,
-        digest=file_sha256(images.path)[:16],
-        count=len(images),
-        shape=images.shape[1:],
-        dtype=np.uint8,
-        read=images.read,
-    )
+    digest, (count, *shape) = file_sha256(images.path)[:16], images.shape
+    return ImageSet(images.path.name, digest, count, tuple(shape), np.uint8, images.read)
 
 
 def source_images(source: ImageSource, name: str, size: int) -> ImageSet:
@@ -72,20 +63,13 @@ def source_images(source: ImageSource, name: str, size: int) -> ImageSet:
     def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
         workers = os.cpu_count() or 1
         for images, _ in read_in_order(source, parts, size, num_workers=workers, ahead=2 * workers):
-            good = [image for image in images if not isinstance(image, BadImageError)]
-            if len(good) < len(images):
-                bad = next(image for image in images if isinstance(image, BadImageError))
-                raise ValueError(f"{bad}. Mend it, or remove it from {name}")
-            yield np.stack(good) if good else np.empty((0, size, size, 3), np.uint8)
+            for image in images:
+                if isinstance(image, BadImageError):
+                    raise ValueError(f"{image}. Mend it, or remove it from {name}")
+            yield np.asarray(images, np.uint8).reshape(-1, size, size, 3)
 
-    return ImageSet(
-        name=name,
-        digest=source.signature()[:16],
-        count=len(source),
-        shape=(size, size, 3),
-        dtype=np.uint8,
-        read=read,
-    )
+    digest = source.signature()[:16]
+    return ImageSet(name, digest, len(source), (size, size, 3), np.uint8, read)
 
 
 def latent_images(dataset: LatentDataset, autoencoder: Autoencoder) -> ImageSet:

@@ -26,30 +26,24 @@ Array = jax.Array
 Params = dict[str, dict[str, np.ndarray]]
 
 SIZE = 299
-NUM_LOGITS = 1008
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # the first digits of the file's SHA-256, as its name says
 WEIGHTS_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 )
-SPATIAL_CHANNELS = 7
 
-_BATCH_NORM_EPSILON = 1e-3
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-# (name of the PyTorch module, x, features, kernel=(1, 1), stride=1, padding="SAME") -> Array: a
-# convolution without bias, batch norm and ReLU.
+# (name of the PyTorch module, x, features, kernel=(1, 1), stride=1, padding="SAME") -> Array
 _Convolution = Callable[..., Array]
 
 
 def features(params: Params, images: Array | np.ndarray) -> dict[str, Array]:
-    """Features of images at every layer that a metric uses.
-
-    Under jit, layers that the caller does not return are not computed: choose layers inside it.
+    """Features of images at every layer that a metric uses; jit computes those that are returned.
 
     Args:
-      params: from `load_params` or `params_from_state_dict`.
+      params: from `load_params`.
       images: uint8 `[B, H, W, 3]`, RGB, of any size.
 
     Returns:
@@ -58,9 +52,8 @@ def features(params: Params, images: Array | np.ndarray) -> dict[str, Array]:
       - "64", "192", "768": the mean over positions after the first and second max pool and after
         the last 17 x 17 block, `[B, 64]` and so on;
       - "2048": the pooled features of FID, KID, precision and recall, `[B, 2048]` (TF `pool_3`);
-      - "logits": `[B, 1008]`;
-      - "logits_unbiased": without the bias of the last layer, what the Inception Score is
-        computed from, `[B, 1008]`;
+      - "logits", and "logits_unbiased" without the bias of the last layer, which the Inception
+        Score is computed from, `[B, 1008]`;
       - "spatial": the features of sFID, `[B, 2023]`: 7 channels at 17 x 17 positions, channels
         fastest.
 
@@ -111,8 +104,7 @@ def activations(params: Params, x: Array) -> dict[str, Array]:
     """What `features` returns, from an input that `preprocess` made, float32 `[B, 299, 299, 3]`."""
 
     def convolution(name: str, x: Array, *shape: Any, **steps: Any) -> Array:
-        found = _convolve(x, params[name]["kernel"], **steps)
-        return jax.nn.relu(found + params[name]["bias"])
+        return jax.nn.relu(_convolve(x, params[name]["kernel"], **steps) + params[name]["bias"])
 
     layers = _network(convolution, x)
     unbiased = jnp.dot(layers["2048"], params["fc"]["kernel"], precision=lax.Precision.HIGHEST)
@@ -139,7 +131,7 @@ def _network(conv: _Convolution, x: Array) -> dict[str, Array]:
     x = _block_17(conv, "Mixed_6c", x, 160)
     x = _block_17(conv, "Mixed_6d", x, 160)
     # branch1x1 comes first in the block's output.
-    layers["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
+    layers["spatial"] = x[..., :7].reshape(len(x), -1)
     x = _block_17(conv, "Mixed_6e", x, 192)
     layers["768"] = _mean(x)
     x = _reduce_to_8(conv, "Mixed_7a", x)
@@ -150,70 +142,65 @@ def _network(conv: _Convolution, x: Array) -> dict[str, Array]:
 
 
 def _block_35(conv: _Convolution, name: str, x: Array, pool_features: int) -> Array:
-    five = conv(f"{name}.branch5x5_1", x, 48)
-    double = conv(f"{name}.branch3x3dbl_1", x, 64)
-    double = conv(f"{name}.branch3x3dbl_2", double, 96, (3, 3))
-    branches = [
+    return _join(
         conv(f"{name}.branch1x1", x, 64),
-        conv(f"{name}.branch5x5_2", five, 64, (5, 5)),
-        conv(f"{name}.branch3x3dbl_3", double, 96, (3, 3)),
+        _chain(conv, f"{name}.branch5x5", x, (48,), (64, (5, 5))),
+        _chain(conv, f"{name}.branch3x3dbl", x, (64,), (96, (3, 3)), (96, (3, 3))),
         conv(f"{name}.branch_pool", _average_pool(x), pool_features),
-    ]
-    return jnp.concatenate(branches, axis=-1)
+    )
 
 
 def _reduce_to_17(conv: _Convolution, name: str, x: Array) -> Array:
-    double = conv(f"{name}.branch3x3dbl_1", x, 64)
-    double = conv(f"{name}.branch3x3dbl_2", double, 96, (3, 3))
-    branches = [
-        conv(f"{name}.branch3x3", x, 384, (3, 3), stride=2, padding="VALID"),
-        conv(f"{name}.branch3x3dbl_3", double, 96, (3, 3), stride=2, padding="VALID"),
+    half = {"stride": 2, "padding": "VALID"}
+    return _join(
+        conv(f"{name}.branch3x3", x, 384, (3, 3), **half),
+        _chain(conv, f"{name}.branch3x3dbl", x, (64,), (96, (3, 3)), (96, (3, 3)), **half),
         _max_pool(x, stride=2),
-    ]
-    return jnp.concatenate(branches, axis=-1)
+    )
 
 
 def _block_17(conv: _Convolution, name: str, x: Array, width: int) -> Array:
-    seven = conv(f"{name}.branch7x7_1", x, width)
-    seven = conv(f"{name}.branch7x7_2", seven, width, (1, 7))
-    double = conv(f"{name}.branch7x7dbl_1", x, width)
-    double = conv(f"{name}.branch7x7dbl_2", double, width, (7, 1))
-    double = conv(f"{name}.branch7x7dbl_3", double, width, (1, 7))
-    double = conv(f"{name}.branch7x7dbl_4", double, width, (7, 1))
-    branches = [
+    row, column = (1, 7), (7, 1)
+    both = (width, column), (width, row)
+    return _join(
         conv(f"{name}.branch1x1", x, 192),
-        conv(f"{name}.branch7x7_3", seven, 192, (7, 1)),
-        conv(f"{name}.branch7x7dbl_5", double, 192, (1, 7)),
+        _chain(conv, f"{name}.branch7x7", x, (width,), (width, row), (192, column)),
+        _chain(conv, f"{name}.branch7x7dbl", x, (width,), *both, (width, column), (192, row)),
         conv(f"{name}.branch_pool", _average_pool(x), 192),
-    ]
-    return jnp.concatenate(branches, axis=-1)
+    )
 
 
 def _reduce_to_8(conv: _Convolution, name: str, x: Array) -> Array:
-    three = conv(f"{name}.branch3x3_1", x, 192)
-    seven = conv(f"{name}.branch7x7x3_1", x, 192)
-    seven = conv(f"{name}.branch7x7x3_2", seven, 192, (1, 7))
-    seven = conv(f"{name}.branch7x7x3_3", seven, 192, (7, 1))
-    branches = [
-        conv(f"{name}.branch3x3_2", three, 320, (3, 3), stride=2, padding="VALID"),
-        conv(f"{name}.branch7x7x3_4", seven, 192, (3, 3), stride=2, padding="VALID"),
+    half = {"stride": 2, "padding": "VALID"}
+    sevens = (192, (1, 7)), (192, (7, 1))
+    return _join(
+        _chain(conv, f"{name}.branch3x3", x, (192,), (320, (3, 3)), **half),
+        _chain(conv, f"{name}.branch7x7x3", x, (192,), *sevens, (192, (3, 3)), **half),
         _max_pool(x, stride=2),
-    ]
-    return jnp.concatenate(branches, axis=-1)
+    )
 
 
 def _block_8(conv: _Convolution, name: str, x: Array, pool: Callable[[Array], Array]) -> Array:
     three = conv(f"{name}.branch3x3_1", x, 384)
-    double = conv(f"{name}.branch3x3dbl_1", x, 448)
-    double = conv(f"{name}.branch3x3dbl_2", double, 384, (3, 3))
-    branches = [
+    double = _chain(conv, f"{name}.branch3x3dbl", x, (448,), (384, (3, 3)))
+    return _join(
         conv(f"{name}.branch1x1", x, 320),
         conv(f"{name}.branch3x3_2a", three, 384, (1, 3)),
         conv(f"{name}.branch3x3_2b", three, 384, (3, 1)),
         conv(f"{name}.branch3x3dbl_3a", double, 384, (1, 3)),
         conv(f"{name}.branch3x3dbl_3b", double, 384, (3, 1)),
         conv(f"{name}.branch_pool", pool(x), 192),
-    ]
+    )
+
+
+def _chain(conv: _Convolution, name: str, x: Array, *sizes: tuple, **last: Any) -> Array:
+    """Convolutions `<name>_1`, `<name>_2` and on, by (features, kernel); `last` is of the last."""
+    for k, size in enumerate(sizes, 1):
+        x = conv(f"{name}_{k}", x, *size, **(last if k == len(sizes) else {}))
+    return x
+
+
+def _join(*branches: Array) -> Array:
     return jnp.concatenate(branches, axis=-1)
 
 
@@ -241,10 +228,8 @@ def _max_pool(x: Array, *, stride: int, padding: str = "VALID") -> Array:
 def _average_pool(x: Array) -> Array:
     """Mean over 3 x 3 neighbours, of those inside the image."""
     total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-    rows, columns = (
-        np.convolve(np.ones(size, np.float32), np.ones(3, np.float32), "same")
-        for size in x.shape[1:3]
-    )
+    three = np.ones(3, np.float32)
+    rows, columns = (np.convolve(np.ones(n, np.float32), three, "same") for n in x.shape[1:3])
     return total / np.outer(rows, columns)[None, :, :, None]
 
 
@@ -275,7 +260,7 @@ def params_from_state_dict(
     Args:
       state: tensor names to arrays, those that `tensor_shapes` lists; `num_batches_tracked`, a
         counter, is ignored.
-      source: where the tensors come from, for errors.
+      source: for errors.
 
     Returns:
       For each convolution, by its PyTorch name, and for "fc": "kernel" (HWIO, or `[2048, 1008]`)
@@ -298,7 +283,7 @@ def params_from_state_dict(
             gamma, beta, mean, variance = (
                 tensors[f"{name}.bn.{key}"].astype(np.float64) for key in _BATCH_NORM
             )
-            scale = gamma / np.sqrt(variance + _BATCH_NORM_EPSILON)
+            scale = gamma / np.sqrt(variance + 1e-3)
             kernel = tensors[tensor_name].transpose(2, 3, 1, 0) * scale
             params[name] = _layer(kernel, beta - mean * scale)
     params["fc"] = _layer(tensors["fc.weight"].T, tensors["fc.bias"])
@@ -306,10 +291,8 @@ def params_from_state_dict(
 
 
 def _layer(kernel: np.ndarray, bias: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "kernel": np.ascontiguousarray(kernel, np.float32),
-        "bias": np.ascontiguousarray(bias, np.float32),
-    }
+    arrays = {"kernel": kernel, "bias": bias}
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
@@ -331,4 +314,4 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
     # Every shape follows from the network itself, which is traced but not run.
     image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), np.float32)
     jax.eval_shape(lambda x: _network(record, x), image)
-    return {**shapes, "fc.weight": (NUM_LOGITS, 2048), "fc.bias": (NUM_LOGITS,)}
+    return {**shapes, "fc.weight": (1008, 2048), "fc.bias": (1008,)}

@@ -129,8 +129,7 @@ def image_reference(
       images: the reference.
       keep: how many images' features to keep, evenly spaced; the statistics are of all.
       batch_size: images at a time.
-      space: of the comparison.
-      extract: of that space.
+      space, extract: of the comparison.
       mesh: the devices.
       cache: a folder.
 
@@ -170,7 +169,7 @@ def _reference_arrays(shards: Shards, keep: int) -> Arrays:
     """Gaussians, and the features of `keep` evenly spaced images, each as one item `[1, ...]`."""
     chosen = np.linspace(0, shards.count - 1, min(keep, shards.count)).round().astype(int)
     found: Arrays = {}
-    for name in [name for name in ("pool", "spatial") if name in shards.names()]:
+    for name in sorted({"pool", "spatial"} & set(shards.names())):
         statistics = fit_gaussian(shards.read(name))
         found |= {f"{name}_mean": statistics.mean[None], f"{name}_cov": statistics.covariance[None]}
     kept = []
@@ -191,22 +190,20 @@ def metrics(
     Raises:
       ValueError: features that are not finite, or of another dimension than the reference's.
     """
-    names = shards.names()
     values: dict[str, float] = {}
     warnings: list[str] = []
     for name, label, gaussian in (
         ("pool", space.metric, reference.pool),
         ("spatial", "sfid", reference.spatial),
     ):
-        if name not in names:
+        if name not in shards.names():
             continue
         if gaussian is None:
             warnings.append("the reference has no spatial statistics: no sFID")
             continue
         statistics = fit_gaussian(shards.read(name))
         for who, each in (("samples", statistics), ("reference", gaussian)):
-            warning = too_few_samples(each)
-            if warning:
+            if warning := too_few_samples(each):
                 warnings.append(f"{label}, {who}: {warning}")
         values[label] = frechet_distance(statistics, gaussian)
     if space.name != "inception":

@@ -13,13 +13,13 @@ from repulsor_jax import sharding
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_params
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.experiment import Experiment
-from repulsor_jax.inference import generator
 from repulsor_jax.inference.generator import (
     Generator,
     SamplingError,
     configured_guidance,
     generate_images,
     make_generator,
+    write_grid,
 )
 from repulsor_jax.inference.run import load_guide, params_sha256
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
@@ -29,10 +29,7 @@ from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
 class Monitor:
     """Draws samples of EMA parameters; a fault is reported, and training goes on.
 
-    Attributes:
-      experiment: of the run.
-      generator: of its samples.
-      evaluator: None where the configuration asks for no evaluation.
+    The evaluator is None where the configuration asks for no evaluation.
     """
 
     experiment: Experiment
@@ -55,13 +52,14 @@ class Monitor:
         """Draws a grid and evaluates, each where it is due; every process of the job takes part.
 
         Args:
-          step: of the parameters.
+          step: of the EMA parameters.
           params: EMA parameters.
           writer: of the run.
           beat: told of each phase, "grid" and "evaluate", and the step, as it begins.
           missing: skip a grid or an evaluation that exists, as after a restart.
         """
-        if self._grid_is_due(step) and not (missing and self._has_grid(step)):
+        has_grid = lambda: sharding.agree(int(self._grid_path(step).is_file()))
+        if self._grid_is_due(step) and not (missing and has_grid()):
             beat("grid", step)
             self._report_faults(step, "no grid", lambda: self._write_grid(step, params, writer))
         if self._evaluation_is_due(step) and not (missing and self._has_evaluation(step)):
@@ -75,9 +73,6 @@ class Monitor:
     def _evaluation_is_due(self, step: int) -> bool:
         config = self.experiment.config
         return is_due(config.evaluation.every_steps, step, config.total_steps)
-
-    def _has_grid(self, step: int) -> bool:
-        return bool(sharding.agree(int(self._grid_path(step).is_file())))
 
     def _has_evaluation(self, step: int) -> bool:
         found = any(
@@ -101,12 +96,12 @@ class Monitor:
                 tqdm.write(f"step {step}: {what}: {error}")
 
     def _write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:
-        c = self.experiment.config.sampling
-        guidance = configured_guidance(c)
-        samples = generate_images(self.generator, params, c.grid_samples, guidance)
+        config = self.experiment.config.sampling
+        guidance = configured_guidance(config)
+        samples = generate_images(self.generator, params, config.grid_samples, guidance)
         if jax.process_index() == 0:
             path = self._grid_path(step)
-            generator.write_grid(self.experiment, path, *samples)
+            write_grid(self.experiment, path, *samples)
             writer.image(step, "samples", path)
 
     def _evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:

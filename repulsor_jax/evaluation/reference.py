@@ -22,7 +22,6 @@ from repulsor_jax.evaluation.frechet import GaussianStatistics
 
 PathLike = str | os.PathLike[str]
 
-POOL_FEATURES, SPATIAL_FEATURES = 2048, 17 * 17 * 7
 _IMAGES = "arr_0"
 _SKIP = 2**24  # bytes read at a time on the way to an image
 _MAX_PIXELS = 2**24  # of one image, 4096 x 4096
@@ -50,9 +49,10 @@ class ImageArray:
             _header(_IMAGES, stream)
             at = 0
             for part in parts:
-                if part:
-                    self._skip(stream, (part.start - at) * image_bytes)
-                    at = part.stop
+                to_skip = (part.start - at) * image_bytes if part else 0
+                while to_skip and (data := stream.read(min(to_skip, _SKIP))):
+                    to_skip -= len(data)
+                at = part.stop if part else at
                 data = stream.read(len(part) * image_bytes)
                 if len(data) != len(part) * image_bytes:
                     image = part.start + len(data) // image_bytes
@@ -61,11 +61,6 @@ class ImageArray:
                         "it anew"
                     )
                 yield np.frombuffer(data, np.uint8).reshape(len(part), *image_shape)
-
-    @staticmethod
-    def _skip(stream: IO[bytes], size: int) -> None:
-        while size and (data := stream.read(min(size, _SKIP))):
-            size -= len(data)
 
 
 def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> ImageArray:
@@ -76,7 +71,7 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
       size: height and width to expect; None takes any.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: there is none.
       ValueError: not an .npz, no `arr_0`, not uint8 RGB or grey images, images of another size, or
         of more than 4096 x 4096 pixels; names the file.
     """
@@ -135,13 +130,10 @@ def read_statistics(
                 f"found {', '.join(names) or 'nothing'}, expected mu and sigma (and mu_s and "
                 f"sigma_s for sFID), or images under {_IMAGES}"
             )
-        count = None
-        if "count" in names:
-            count = int(_array(archive, "count", (), "iu", "a whole number"))
-        pool = _gaussian(archive, "", POOL_FEATURES, count)
-        if not {"mu_s", "sigma_s"} & set(names):
-            return pool, None
-        return pool, _gaussian(archive, "_s", SPATIAL_FEATURES, count)
+        has_count, has_spatial = "count" in names, {"mu_s", "sigma_s"} & set(names)
+        count = int(_array(archive, "count", (), "iu", "a whole number")) if has_count else None
+        pool = _gaussian(archive, "", 2048, count)
+        return pool, _gaussian(archive, "_s", 17 * 17 * 7, count) if has_spatial else None
 
 
 def _gaussian(

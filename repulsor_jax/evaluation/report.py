@@ -10,19 +10,9 @@ from repulsor_jax.files import atomic, pictures
 
 Record = dict[str, Any]
 
-TABLE = "results.md"
-
 # Columns of metrics, in this order, with their digits.
-_METRICS = {
-    "fid": 2,
-    "sfid": 2,
-    "inception_score": 1,
-    "precision": 3,
-    "recall": 3,
-    "kid": 5,
-    "frechet_pixels": 4,
-    "frechet_autoencoder": 4,
-}
+_METRICS = {"fid": 2, "sfid": 2, "inception_score": 1, "precision": 3, "recall": 3, "kid": 5}
+_METRICS |= {"frechet_pixels": 4, "frechet_autoencoder": 4}
 
 
 def write(folder: pathlib.Path, name: str, record: Record) -> None:
@@ -40,20 +30,16 @@ def read_all(folder: pathlib.Path) -> list[Record]:
     """All records of a folder, by step, then by guidance; with the name of its file in each."""
     paths = sorted(folder.glob("*.json"))
     records = [json.loads(path.read_text()) | {"file": path.name} for path in paths]
-    return sorted(records, key=_order)
 
+    def order(record: Record) -> tuple:
+        p = record["protocol"]
+        return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
 
-def _order(record: Record) -> tuple:
-    p = record["protocol"]
-    return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
+    return sorted(records, key=order)
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table, a row for each record: metrics, protocol in short, and the file of all.
-
-    Args:
-      records: from `read_all`.
-    """
+    """A Markdown table, a row for each record: metrics, protocol in short, and the file of all."""
     known = [m for m in _METRICS if any(m in record["metrics"] for record in records)]
     header = [*known, *_PROTOCOL]
     rows = []
@@ -118,7 +104,7 @@ _PROTOCOL = {
 def write_table(folder: pathlib.Path) -> str:
     """Writes `<folder>/results.md`, the table of all records there, and returns it."""
     text = table(read_all(folder))
-    atomic.write_text(folder / TABLE, text + "\n")
+    atomic.write_text(folder / "results.md", text + "\n")
     return text
 
 
@@ -139,12 +125,10 @@ def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None
     else:
         path, label = folder / f"sweep_step_{records[0]['protocol']['step']}.png", "guidance scale"
         if len({r["protocol"]["cfg_scale"] for r in records}) == 1:
-            label = "guidance from t ="
-            intervals = [r["protocol"]["cfg_interval"] for r in records]
-            points = [
-                (f"to t = {high:g}", low, r)
-                for (low, high), r in zip(intervals, records, strict=True)
-            ]
+            label, points = "guidance from t =", []
+            for record in records:
+                low, high = record["protocol"]["cfg_interval"]
+                points.append((f"to t = {high:g}", low, record))
         else:
             points = _by_scale(records)
     if len(records) < 2:

@@ -9,9 +9,7 @@ import numpy as np
 from repulsor_jax.evaluation.frechet import check_features, check_pair
 
 SEED = 2020  # torch-fidelity's, for its legacy generator, whose stream is frozen
-SPLITS = 10
-ADM_SPLIT_SIZE = 5000
-SUBSETS, SUBSET_SIZE = 100, 1000
+SPLITS, SUBSET_SIZE = 10, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int | Non
     return _inception_score(logits, [i * count // splits for i in range(splits + 1)])
 
 
-def adm_inception_score(logits: np.ndarray, *, split_size: int = ADM_SPLIT_SIZE) -> Score:
+def adm_inception_score(logits: np.ndarray, *, split_size: int = 5000) -> Score:
     """Inception Score as the ADM suite's evaluator computes it; ADM reports the mean alone.
 
     Args:
@@ -82,7 +80,7 @@ def kernel_distance(
     samples: np.ndarray,
     reference: np.ndarray,
     *,
-    subsets: int = SUBSETS,
+    subsets: int = 100,
     subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
 ) -> Score:
@@ -97,7 +95,6 @@ def kernel_distance(
       reference: features of real images, `[M, D]`; its input 2.
       subsets: how many random subsets of both to average over.
       subset_size: features in each, drawn without replacement.
-      seed: of the subsets.
 
     Raises:
       ValueError: features of different dimensions, fewer than a subset, or not finite.

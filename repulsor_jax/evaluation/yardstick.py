@@ -18,22 +18,11 @@ from repulsor_jax.evaluation.features import (
     inception_space,
     pixel_space,
 )
-from repulsor_jax.evaluation.image_sets import (
-    ImageSet,
-    latent_images,
-    npz_images,
-    source_images,
-)
+from repulsor_jax.evaluation.image_sets import ImageSet, latent_images, npz_images, source_images
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
-from repulsor_jax.experiment import (
-    Experiment,
-    check_weights,
-    data_directory,
-    load_autoencoder,
-)
+from repulsor_jax.experiment import Experiment, check_weights, data_directory, load_autoencoder
 from repulsor_jax.files.checksums import file_sha256
 
-_SPLITS = ("train", "test")
 _ARCHIVE = ".archive"
 
 
@@ -43,8 +32,6 @@ class Yardstick:
 
     Attributes:
       folder: where records, and the features of a job at work, are kept.
-      space: where images are compared.
-      extract: computes features.
       reference: the other side of the comparison; None on processes but the first.
     """
 
@@ -62,12 +49,10 @@ def make_yardstick(experiment: Experiment) -> Yardstick:
     """
     config, autoencoder = experiment.config, experiment.autoencoder
     assert autoencoder is not None
-    m = config.model
-    latent = jax.ShapeDtypeStruct((1, m.latent_size, m.latent_size, m.in_channels), "float32")
-    image = jax.eval_shape(autoencoder.decode, autoencoder.params, latent)
-    return open_yardstick(
-        config, experiment.workdir, experiment.mesh, autoencoder, tuple(image.shape[1:])
-    )
+    size, channels = config.model.latent_size, config.model.in_channels
+    latent = jax.ShapeDtypeStruct((1, size, size, channels), "float32")
+    shape = jax.eval_shape(autoencoder.decode, autoencoder.params, latent).shape[1:]
+    return open_yardstick(config, experiment.workdir, experiment.mesh, autoencoder, shape)
 
 
 def open_yardstick(
@@ -80,9 +65,7 @@ def open_yardstick(
     """As `make_yardstick`, for samples that no run of ours drew.
 
     Args:
-      config: the configuration.
-      workdir: records and caches are kept in `evaluations` of it.
-      mesh: the devices.
+      config, workdir, mesh: records and caches are kept in `<workdir>/evaluations`.
       autoencoder: of the configuration; None loads it where the reference or the space needs it.
       image_shape: `[H, W, C]` of the samples.
     """
@@ -166,7 +149,7 @@ def _open_images(
 ) -> ImageSet:
     """Opens the reference where it is not an .npz."""
     c = config.evaluation
-    if c.reference in _SPLITS:
+    if c.reference in ("train", "test"):
         directory = data_directory(config, workdir) / c.reference
         if not directory.exists():
             raise ConfigError(
