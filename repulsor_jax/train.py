@@ -22,7 +22,7 @@ from repulsor_jax.files.atomic import Appender
 from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
 from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
 from repulsor_jax.runtime.preemption import Preempted, Preemption
-from repulsor_jax.runtime.profiling import Profiler, step_annotation
+from repulsor_jax.runtime.profiling import Profiler
 from repulsor_jax.runtime.throughput import training_throughput
 from repulsor_jax.runtime.watchdog import Watchdog
 from repulsor_jax.train_state import TrainState
@@ -151,7 +151,8 @@ def train(
 
                 watchdog.beat("step", step + 1)
                 profiler.before(step + 1, state)
-                with jax.transfer_guard("disallow"), step_annotation(step + 1):
+                annotation = jax.profiler.StepTraceAnnotation("train", step_num=step + 1)
+                with jax.transfer_guard("disallow"), annotation:
                     state, step_metrics = program.step(state, batch)
                 step, turn = step + 1, turn + 1
                 profiler.after(step, state)

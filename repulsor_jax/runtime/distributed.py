@@ -18,9 +18,6 @@ from typing import NamedTuple
 import jax
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-_METADATA_TIMEOUT = 5  # seconds
-# JAX's own timeout aborts the process with a stack trace: let it come after ours.
-_LATER = 60  # seconds
 
 
 class JoinError(RuntimeError):
@@ -48,7 +45,7 @@ def detect(
     """Finds the launcher of a job of several processes; None for a single process.
 
     Args:
-      environ: the environment.
+      environ: as `os.environ`.
       tpu_vm_workers: returns the number of processes of a Cloud TPU job, which the environment does
         not hold; called only if the environment names no launcher. None stands for 1 process.
 
@@ -92,9 +89,8 @@ def join(
     Args:
       mode: "auto" joins if a launcher started several processes or the next arguments say so, "on"
         joins the processes that JAX finds, "off" joins nothing.
-      coordinator_address: host:port of process 0, for a job without a known launcher.
-      num_processes: likewise.
-      process_id: likewise; from 0.
+      coordinator_address, num_processes, process_id: host:port of process 0, and numbers, from 0,
+        for a job without a known launcher.
       timeout_seconds: how long to wait for the others. After it the process ends.
 
     Returns:
@@ -133,7 +129,8 @@ def join(
                 # JAX reads the variable itself.
                 local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else local_devices,
                 cluster_detection_method=launcher.method if launcher else None,
-                initialization_timeout=timeout_seconds + _LATER,
+                # JAX's own timeout aborts the process with a stack trace: let it come after ours.
+                initialization_timeout=timeout_seconds + 60,
                 # The first process writes and measures at the end, while the others wait to leave.
                 shutdown_timeout_seconds=24 * 3600,
             )
@@ -185,9 +182,8 @@ def has_tpu_chips() -> bool:
 def read_metadata(key: str) -> str:
     """Asks the metadata server of a Cloud TPU machine."""
     request = urllib.request.Request(_METADATA + key, headers={"Metadata-Flavor": "Google"})
-    with urllib.request.urlopen(request, timeout=_METADATA_TIMEOUT) as reply:
-        text: str = reply.read().decode()
-    return text
+    with urllib.request.urlopen(request, timeout=5) as reply:
+        return str(reply.read(), "utf-8")
 
 
 def tpu_vm_workers(

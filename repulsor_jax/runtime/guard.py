@@ -5,6 +5,7 @@ The step itself refuses such an update: parameters, moments, average and bank st
 a checkpoint. Where the state itself is no longer finite, only a checkpoint helps.
 """
 
+import dataclasses
 import enum
 import json
 import pathlib
@@ -42,36 +43,27 @@ class Verdict(enum.Enum):
     STOP = "training cannot go on by itself; `Guard.problem` says why"
 
 
+@dataclasses.dataclass
 class Guard:
     """Owns refused steps, states that are not finite, and the policy.
 
     Attributes:
+      config: the policy and its limits.
+      events: `<workdir>/events.jsonl`; written to after something was refused.
+      records_of: number of a batch -> numbers of its records in the data set.
+      not_finite: state -> names of its arrays with numbers that are not finite, or "".
       problem: what happened last, in words.
-      spoiled: names of the arrays of the state that were not finite at the last look, or "".
+      spoiled: what `not_finite` gave at the last look.
     """
 
-    def __init__(
-        self,
-        config: DivergenceConfig,
-        events: Appender,
-        records_of: Callable[[int], np.ndarray],
-        not_finite: Callable[[Any], str],
-    ) -> None:
-        """Nothing is written before something is refused.
-
-        Args:
-          config: the policy and its limits.
-          events: `<workdir>/events.jsonl`.
-          records_of: number of a batch -> numbers of its records in the data set.
-          not_finite: state -> names of its arrays with numbers that are not finite, or "".
-        """
-        self.problem = self.spoiled = ""
-        self._config = config
-        self._events = events
-        self._records_of = records_of
-        self._not_finite = not_finite
-        self._in_a_row = 0
-        self._last_step = -1
+    config: DivergenceConfig
+    events: Appender
+    records_of: Callable[[int], np.ndarray]
+    not_finite: Callable[[Any], str]
+    problem: str = ""
+    spoiled: str = ""
+    _in_a_row: int = 0
+    _last_step: int = -1
 
     def look(self, step: int, state: Any, refused: Sequence[Refusal], saves: bool) -> Verdict:
         """Decides how to go on after a step; every process takes part and gets the same verdict.
@@ -80,15 +72,23 @@ class Guard:
           step: of the state; refused steps do not count.
           state: read only after a refused step and before it is saved. A refused step leaves the
             state as it was, good or not.
-          refused: the refused steps in their order.
+          refused: in their order.
           saves: whether the state is to be saved.
         """
-        self.spoiled = self._not_finite(state) if refused or saves else ""
+        self.spoiled = self.not_finite(state) if refused or saves else ""
         if not refused and not self.spoiled:
             return Verdict.GO
         for refusal in refused:
             self._count(refusal.step)
-            self._write_down_refusal(refusal)
+            about = {
+                "event": "refused",
+                "step": refusal.step,
+                "batch": refusal.batch,
+                **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
+                "records": self.records_of(refusal.batch).tolist(),
+                "state_is_good": not self.spoiled,
+            }
+            self._write_down(f"{refusal} was refused", about)
         problems = [f"{refusal} was refused" for refusal in refused[-1:]]
         if self.spoiled:
             if not refused:
@@ -97,15 +97,15 @@ class Guard:
             self._write_down(problem, {"event": "not finite", "step": step, "arrays": self.spoiled})
             problems.append(problem)
         self.problem = "; ".join(problems)
-        if self._config.policy == "stop":
+        if self.config.policy == "stop":
             return Verdict.STOP
-        if self._in_a_row > self._config.max_events:
+        if self._in_a_row > self.config.max_events:
             self.problem += (
                 f", as {self._in_a_row - 1} times before it: "
-                f"config.divergence.max_events={self._config.max_events}"
+                f"config.divergence.max_events={self.config.max_events}"
             )
             return Verdict.STOP
-        back = self.spoiled or self._config.policy == "rollback"
+        back = self.spoiled or self.config.policy == "rollback"
         return Verdict.BACK if back else Verdict.AGAIN
 
     def _count(self, step: int) -> None:
@@ -113,26 +113,12 @@ class Guard:
         self._in_a_row = 1 if step > self._last_step else self._in_a_row + 1
         self._last_step = max(self._last_step, step)
 
-    def _write_down_refusal(self, refusal: Refusal) -> None:
-        records = self._records_of(refusal.batch)
-        self._write_down(
-            f"{refusal} was refused",
-            {
-                "event": "refused",
-                "step": refusal.step,
-                "batch": refusal.batch,
-                **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
-                "records": records.tolist(),
-                "state_is_good": not self.spoiled,
-            },
-        )
-
     def _write_down(self, message: str, event: Mapping[str, Any]) -> None:
         if jax.process_index() != 0:
             return
-        about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "policy": self._config.policy}
-        self._events.append_or_keep((json.dumps(about | dict(event)) + "\n").encode())
-        tqdm.write(f"warning: {message}; policy {self._config.policy!r}")
+        about = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "policy": self.config.policy}
+        self.events.append_or_keep((json.dumps(about | dict(event)) + "\n").encode())
+        tqdm.write(f"warning: {message}; policy {self.config.policy!r}")
 
 
 def bad_batches(path: pathlib.Path, batch_size: int) -> frozenset[int]:
@@ -145,9 +131,9 @@ def bad_batches(path: pathlib.Path, batch_size: int) -> frozenset[int]:
     Returns:
       The numbers, the same on every process.
     """
-    found = []
-    if jax.process_index() == 0:
-        for event in read_jsonl(path):
-            if event.get("state_is_good") and len(event["records"]) == batch_size:
-                found.append(event["batch"])
+    found = [
+        event["batch"]
+        for event in (read_jsonl(path) if jax.process_index() == 0 else ())
+        if event.get("state_is_good") and len(event["records"]) == batch_size
+    ]
     return frozenset(sharding.agree_numbers(found))

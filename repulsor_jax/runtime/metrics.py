@@ -1,6 +1,7 @@
 """Writes the numbers of a run: TensorBoard event files, a JSONL file, the console."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,8 +22,6 @@ from repulsor_jax.files.atomic import Appender
 from repulsor_jax.runtime.throughput import Throughput
 
 JSONL_NAME = "metrics.jsonl"
-_CURVES = ("flow_loss", "regularizer_loss", "fid_", "frechet_")  # starts of their names
-_FLUSH_SECONDS = 10.0  # between two writes of the event file
 
 
 class Refusal(NamedTuple):
@@ -52,12 +51,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, enabled: bool = True):
-        """Opens the writers to go on after `first_step`.
+        """Goes on after `first_step`; later lines, of an interrupted run, are dropped.
 
-        Args:
-          workdir: events go to `<workdir>/tensorboard`, lines to `<workdir>/metrics.jsonl`.
-          first_step: step resumed from; later lines, of an interrupted run, are dropped.
-          enabled: False on processes that do not write.
+        Events go to `<workdir>/tensorboard`, lines to `<workdir>/metrics.jsonl`.
         """
         self._enabled = enabled
         if not enabled:
@@ -98,21 +94,19 @@ class MetricWriter:
         self._ends.append((step, self._lines.size()))
         for name, value in values.items():
             self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        if time.monotonic() - self._flushed > 10.0:
             self.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Writes a text, as it stands, to the event file."""
-        if self._enabled:
-            shown = summary.text(name, f"```\n{text}\n```")
-            self._add(event_pb2.Event(step=step, summary=shown))
+        """Writes a text, as it stands, to the event file; on the first process alone."""
+        shown = summary.text(name, f"```\n{text}\n```")
+        self._add(event_pb2.Event(step=step, summary=shown))
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
-        """Writes a picture file to the event file."""
-        if self._enabled:
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            shown = summary.image(name, picture, dataformats="HWC")
-            self._add(event_pb2.Event(step=step, summary=shown))
+        """Writes a picture file to the event file; on the first process alone."""
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        shown = summary.image(name, picture, dataformats="HWC")
+        self._add(event_pb2.Event(step=step, summary=shown))
 
     def _add(self, event: event_pb2.Event) -> None:
         event.wall_time = time.time()
@@ -166,6 +160,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             return
 
 
+@dataclasses.dataclass(kw_only=True)
 class StepRecorder:
     """Takes the metrics of each step and reads them one step late, so that dispatch never waits.
 
@@ -173,45 +168,28 @@ class StepRecorder:
     rates of `throughput`. Those leave out what happens inside `pause`.
     """
 
-    def __init__(
-        self,
-        writer: MetricWriter,
-        *,
-        first_step: int,
-        total_steps: int,
-        throughput: Throughput,
-        every_steps: int,
-        enabled: bool = True,
-    ) -> None:
-        """Starts the clock and the bar.
+    writer: MetricWriter = dataclasses.field(kw_only=False)
+    first_step: int
+    total_steps: int
+    throughput: Throughput
+    every_steps: int
+    enabled: bool = True
 
-        Args:
-          writer: where the means go.
-          first_step: step resumed from.
-          total_steps: last step of the run.
-          throughput: of the steps.
-          every_steps: steps in a mean.
-          enabled: False on processes that do not print.
-        """
-        self._writer = writer
-        self._throughput = throughput
-        self._every_steps = every_steps
+    def __post_init__(self) -> None:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None  # number of its batch
         self._sums: dict[str, float] = {}
-        self._count = 0
-        self._step = first_step
-        self._paused_seconds = 0.0
+        self._count, self._step, self._paused_seconds = 0, self.first_step, 0.0
         self._started = time.perf_counter()
         # On a terminal the bar says it all; in a log file it would be one endless line.
         self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
+            total=self.total_steps,
+            initial=self.first_step,
             desc="train",
             unit="step",
-            disable=None if enabled else True,
+            disable=None if self.enabled else True,
             dynamic_ncols=True,
         )
-        self._print_lines = enabled and self._bar.disable
+        self._print_lines = self.enabled and self._bar.disable
 
     def __enter__(self) -> Self:
         return self
@@ -220,11 +198,7 @@ class StepRecorder:
         self._bar.close()
 
     def push(self, batch: int, step_metrics: Mapping[str, jax.Array]) -> list[Refusal]:
-        """Takes the metrics of a step just dispatched, and reads those of the one before.
-
-        Args:
-          batch: number of its batch.
-          step_metrics: its metrics, on the devices.
+        """Takes the metrics of a step on this batch, and reads those of the step before.
 
         Returns:
           The step before, if it was refused: it did not count, and the one just dispatched has its
@@ -247,7 +221,7 @@ class StepRecorder:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._bar.update(1)
         self._step += 1
-        if self._step % self._every_steps == 0:
+        if self._step % self.every_steps == 0:
             self._write_means(self._step)
         return []
 
@@ -266,7 +240,7 @@ class StepRecorder:
         """
         if self._count:
             self._write_means(self._step)
-        self._writer.flush()
+        self.writer.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -278,21 +252,17 @@ class StepRecorder:
     def _write_means(self, step: int) -> None:
         now = time.perf_counter()
         seconds = (now - self._started - self._paused_seconds) / self._count
+        rates = self.throughput.rates(seconds)
         means = {name: total / self._count for name, total in self._sums.items()}
-        rates = self._throughput.rates(seconds)
         means |= {"seconds_per_step": seconds} | rates
-        self._writer.scalars(step, means)
+        self.writer.scalars(step, means)
         shown = f"loss {means['loss']:.4f}, {rates['images_per_second']:.0f} images/s"
-        if "mfu" in rates:
-            shown += f", {rates['mfu']:.1%} MFU"
-        self._bar.set_postfix_str(f"{shown}, {1e3 * seconds:.1f} ms/step", refresh=False)
+        shown += f", {rates['mfu']:.1%} MFU" if "mfu" in rates else ""
+        shown += f", {1e3 * seconds:.1f} ms/step"
+        self._bar.set_postfix_str(shown, refresh=False)
         if self._print_lines:
-            remaining = (self._bar.total - step) * seconds
-            print(
-                f"step {step}/{self._bar.total}: {shown}, {1e3 * seconds:.1f} ms/step, "
-                f"{tqdm.format_interval(remaining)} left",
-                flush=True,
-            )
+            left = tqdm.format_interval((self.total_steps - step) * seconds)
+            print(f"step {step}/{self.total_steps}: {shown}, {left} left", flush=True)
         self._count, self._sums = 0, {}
         self._started, self._paused_seconds = now, 0.0
 
@@ -302,7 +272,7 @@ def draw_curves(workdir: pathlib.Path) -> None:
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for line in read_jsonl(workdir / JSONL_NAME):
         for name in line:
-            if name.startswith(_CURVES):
+            if name.startswith(("flow_loss", "regularizer_loss", "fid_", "frechet_")):
                 steps, values = curves.setdefault(name, {}).setdefault("", ([], []))
                 steps.append(line["step"])
                 values.append(line[name])

@@ -19,8 +19,6 @@ from jax.experimental import multihost_utils
 from repulsor_jax import sharding
 
 EXIT_CODE = 75  # EX_TEMPFAIL: saved; run the same command again
-_SERVICE_PERIOD = 1.0  # seconds between two looks of JAX's service for the signal
-_ONE_REQUEST = 1.0  # seconds; `timeout` and some launchers signal a process and then its group
 
 
 class Preempted(Exception):
@@ -35,16 +33,9 @@ class Preemption:
     """
 
     def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        end: Callable[[int], Any] = os._exit,
+        self, clock: Callable[[], float] = time.monotonic, end: Callable[[int], Any] = os._exit
     ) -> None:
-        """Installs nothing; entering the context does.
-
-        Args:
-          clock: returns seconds.
-          end: ends the process with an exit code.
-        """
+        """Installs nothing; `clock` returns seconds, `end` ends the process with an exit code."""
         self._clock, self._end = clock, end
         self._told_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -83,7 +74,8 @@ class Preemption:
         if self._told_at is None:
             self._told_at = self._clock()
             os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
-        elif self._clock() - self._told_at > _ONE_REQUEST:
+        elif self._clock() - self._told_at > 1.0:
+            # Within a second, `timeout` and some launchers signal a process and then its group.
             # A checkpoint is listed when it is complete: ending now harms none.
             self._end(128 + number)
 
@@ -98,7 +90,7 @@ def settle() -> None:
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sharding.any_process(False)
-        time.sleep(_SERVICE_PERIOD + 1.0)
+        time.sleep(2.0)  # the service looks for the signal every second
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:

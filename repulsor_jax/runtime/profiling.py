@@ -7,21 +7,11 @@ import jax
 from tqdm import tqdm
 
 
-def step_annotation(step: int) -> jax.profiler.StepTraceAnnotation:
-    """Marks the work dispatched inside as one step of the profile."""
-    return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-
 class Profiler:
     """Records a range of steps into `<workdir>/profile`, on the first process."""
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, ...]) -> None:
-        """Plans the recording; nothing is started yet.
-
-        Args:
-          workdir: of the run.
-          steps: the first and the last step to record; () records nothing.
-        """
+        """Plans to record from the first to the last of two steps; () records nothing."""
         self._directory = workdir / "profile"
         enabled = steps and jax.process_index() == 0
         self._steps = range(steps[0], steps[1] + 1) if enabled else range(0)

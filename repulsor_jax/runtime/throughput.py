@@ -16,19 +16,12 @@ from repulsor_jax.runtime import chips
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """The work of a step, and the chips that do it.
-
-    Attributes:
-      batch_size: images in a step.
-      flops: the model's FLOPs in a step.
-      num_chips: chips at work.
-      peak_flops: FLOP/s of all of them; None if unknown.
-    """
+    """The images and FLOPs of a step, and the chips that do it, with FLOP/s of all of them."""
 
     batch_size: int
     flops: float
     num_chips: float
-    peak_flops: float | None
+    peak_flops: float | None  # None if unknown
 
     def rates(self, seconds_per_step: float) -> dict[str, float]:
         """Rates by name, for the metrics; without `mfu` if the peak is unknown."""

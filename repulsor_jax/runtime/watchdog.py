@@ -18,12 +18,7 @@ class Watchdog:
     """
 
     def __init__(self, workdir: pathlib.Path, minutes: float) -> None:
-        """Plans the watch; entering the context starts it.
-
-        Args:
-          workdir: of the run.
-          minutes: time without a beat until a report; 0 watches nothing.
-        """
+        """Reports after so many minutes without a beat, once entered; 0 watches nothing."""
         self._path = workdir / "hangs" / f"process_{jax.process_index()}.txt"
         self._who = f"process {jax.process_index()} of {jax.process_count()}"
         self._seconds = 60.0 * minutes
@@ -46,8 +41,7 @@ class Watchdog:
         self._beat = (phase, step, time.monotonic())
 
     def _watch(self) -> None:
-        reported = 0
-        seen = self._beat
+        reported, seen = 0, self._beat
         while not self._done.wait(self._seconds / 4):
             if self._beat is not seen:
                 seen, reported = self._beat, 0
@@ -58,9 +52,8 @@ class Watchdog:
                 self._report(phase, step, stuck)
 
     def _report(self, phase: str, step: int, stuck: float) -> None:
-        text = (
-            f"{self._who} has been in phase {phase!r} of step {step} for {stuck / 60:.1f} minutes"
-        )
+        where = f"phase {phase!r} of step {step}"
+        text = f"{self._who} has been in {where} for {stuck / 60:.1f} minutes"
         print(f"warning: {text}; stacks: {self._path}", file=sys.stderr, flush=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
