@@ -23,8 +23,6 @@ from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.flows import paths, sampler, solvers
 from repulsor_jax.models.dit import DiT
 
-_MIN_PICTURE_SIZE = 48  # small images are enlarged to about this many dots
-
 
 class SamplingError(RuntimeError):
     """A sample that is not finite; the message names the sample and says what to do."""
@@ -95,9 +93,6 @@ def make_generator(
       guide: see `Generator`.
       gathers: False leaves parameters in shards whatever `config.sampling.gather_params` says, as
         beside a training state, which takes the memory.
-
-    Raises:
-      ValueError: the experiment has no autoencoder.
     """
     mesh, everywhere = experiment.mesh, sharding.replicated(experiment.mesh)
     generate = make_batch_fn(experiment, guide.model if guide else None, gathers=gathers)
@@ -125,14 +120,10 @@ def make_batch_fn(
 
     Its arguments are the EMA parameters, those of the guide or None, the decoder's, the first
     number, and None or the three float32 numbers of a `Guidance`.
-
-    Raises:
-      ValueError: the experiment has no autoencoder.
     """
     config, mesh, latent_format = experiment.config, experiment.mesh, experiment.latent_format
     c = config.sampling
-    if experiment.autoencoder is None:
-        raise ValueError("the experiment was prepared without an autoencoder to decode with")
+    assert experiment.autoencoder is not None
     decode = experiment.autoencoder.decode
     if c.decode_slice:
         decode = functools.partial(decode_in_slices, decode, slice_size=c.decode_slice)
@@ -172,7 +163,7 @@ def make_latent_sampler(
     c = config.sampling
 
     def predict_with(model: DiT) -> Callable[..., Any]:
-        return lambda params, x, t, labels: model.apply({"params": params}, x, t, labels)
+        return lambda params, *inputs: model.apply({"params": params}, *inputs)
 
     spec = sampler.SamplerSpec(
         paths.get_path(config.flow.path),
@@ -201,10 +192,9 @@ def draw_batches(
     """Draws the samples of each part, in batches that never cross from one part to the next.
 
     Args:
-      generator: of the samples.
-      params: EMA parameters.
+      generator, params: of the samples; EMA parameters.
       parts: numbers of samples.
-      guidance: of the samples; None draws them without guidance.
+      guidance: None draws them without guidance.
       extract: images on the devices -> arrays `[B, ...]` by name, yielded in place of "images" and
         "labels".
 
@@ -223,27 +213,21 @@ def draw_batches(
 
     for numbers, device_arrays in one_late(started()):
         arrays, finite = sharding.to_host(device_arrays)
-        _check_samples(finite[: len(numbers)], numbers.start)
+        bad = np.flatnonzero(~finite[: len(numbers)])
+        if bad.size:
+            raise SamplingError(
+                f"sample {numbers[bad[0]]} is not finite, nor are {bad.size - 1} others of "
+                f"{len(numbers)}: the model's output is NaN or infinite (evaluate an earlier "
+                "checkpoint, or config.model.dtype='float32'), or config.sampling.max_steps of "
+                "dopri5 were not enough"
+            )
         yield {name: array[: len(numbers)] for name, array in arrays.items()}
-
-
-def _check_samples(finite: np.ndarray, first: int) -> None:
-    if not finite.all():
-        raise SamplingError(
-            f"sample {first + int(np.argmin(finite))} is not finite, nor are "
-            f"{int((~finite).sum()) - 1} others of {len(finite)}: the model's output is NaN or "
-            "infinite (evaluate an earlier checkpoint, or config.model.dtype='float32'), or "
-            "config.sampling.max_steps of dopri5 were not enough"
-        )
 
 
 def generate_images(
     generator: Generator, params: Any, count: int, guidance: Guidance | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the first `count` samples, the few of a grid, on every process.
-
-    Returns:
-      Images uint8 `[count, H, W, C]` and labels `[count]`.
+    """Draws the first samples, on every process: uint8 `[count, H, W, C]` and labels `[count]`.
 
     Raises:
       SamplingError: a sample is not finite.
@@ -257,16 +241,14 @@ def write_grid(
     experiment: Experiment, path: pathlib.Path, images: np.ndarray, labels: np.ndarray
 ) -> None:
     """Writes a PNG of images; the columns bear the classes' names where each is of one class."""
-    columns = experiment.config.sampling.grid_columns
-    names = experiment.class_names
-    by_class = (
-        columns == len(names) <= len(labels) and experiment.config.sampling.labels == "balanced"
-    )
+    config, names = experiment.config.sampling, experiment.class_names
+    columns = config.grid_columns
+    by_class = columns == len(names) <= len(labels) and config.labels == "balanced"
     save_grid(
         images,
         path,
         columns=columns,
-        upscale=max(1, _MIN_PICTURE_SIZE // images.shape[1]),
+        upscale=max(1, 48 // images.shape[1]),
         smooth=True,
         column_labels=[names[k] for k in labels[:columns]] if by_class else None,
     )

@@ -22,20 +22,13 @@ from repulsor_jax.checkpoints.manifest import named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import ClassName, LatentFormat
-from repulsor_jax.experiment import (
-    Experiment,
-    check_weights,
-    checked_mesh,
-    load_autoencoder,
-)
+from repulsor_jax.experiment import Experiment, check_weights, checked_mesh, load_autoencoder
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
-
-_SHOWN_DIGITS = 16  # of a SHA-256, in reports
 
 
 @checked
@@ -138,12 +131,9 @@ def open_experiment(
     optimizer = dataclasses.replace(config.optimizer, ema_decay=saved.optimizer.ema_decay)
     config = dataclasses.replace(config, optimizer=optimizer)
     mesh = checked_mesh(config, trains=False)
-    autoencoder = load_autoencoder(config)
-    weights = saved.latents.weights_sha256
-    check_weights(autoencoder, weights, f"{workdir} was trained on latents made")
-    shift, factor = (
-        np.array(getattr(saved.latents, key), np.float32) for key in ("shift", "factor")
-    )
+    autoencoder, latents = load_autoencoder(config), saved.latents
+    check_weights(autoencoder, latents.weights_sha256, f"{workdir} was trained on latents made")
+    shift, factor = np.array(latents.shift, np.float32), np.array(latents.factor, np.float32)
     return Experiment(
         config=config,
         workdir=workdir,
@@ -151,8 +141,8 @@ def open_experiment(
         model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
         latent_format=LatentFormat(False, shift, factor),
-        latents_sha256=weights,
-        class_names=saved.latents.class_names,
+        latents_sha256=latents.weights_sha256,
+        class_names=latents.class_names,
     )
 
 
@@ -173,7 +163,7 @@ def restore_params(
 def params_sha256(params: Any) -> str:
     """First digits of `tensors_sha256` of parameters; the same on every mesh."""
     named = {name: sharding.to_host(leaf) for name, leaf in named_leaves(params).items()}
-    return tensors_sha256(named)[:_SHOWN_DIGITS]
+    return tensors_sha256(named)[:16]
 
 
 def load_guide(experiment: Experiment) -> Guide | None:
@@ -253,7 +243,7 @@ def protocol(
         "prediction": config.flow.prediction,
         "dtype": config.model.dtype,
         "autoencoder": autoencoder.name,
-        "autoencoder_sha256": autoencoder.weights_sha256[:_SHOWN_DIGITS],
+        "autoencoder_sha256": autoencoder.weights_sha256[:16],
         "autoencoder_dtype": config.data.autoencoder_dtype,
         "latent_shift": np.asarray(experiment.latent_format.shift).tolist(),
         "latent_factor": np.asarray(experiment.latent_format.factor).tolist(),
