@@ -275,7 +275,6 @@ def test_errors():
         "num_steps is 0; expected at least 1": lambda: solvers.time_grid(0),
         "diffusion form 'SBDM'; expected one of constant": lambda: solvers.Diffusion("SBDM"),
         "last step 'Mean'; expected one of mean": lambda: solvers.Diffusion(last_step="Mean"),
-        "norm is -1; expected 0 or more": lambda: solvers.Diffusion(norm=-1),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
