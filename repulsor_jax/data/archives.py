@@ -35,8 +35,7 @@ _BAD_ZIP = (
 )
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_TAR_HEADER = 2**20  # bytes of a long name, or of a header of the PAX kind
-# A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
-_MAX_EXPANSION, _ALWAYS_EXPANDED = 200, 2**30
+_ALWAYS_EXPANDED = 2**30  # bytes to which any compressed tar may grow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +59,10 @@ class ImageFolder(listing.Listing):
 def open_image_folder(path: str, split: str) -> ImageFolder:
     """Opens the images in `path/split`, or in `path` itself if the split is ".".
 
-    Images are the files named .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .ppm or .pgm, in
-    any letter case. They stand in `class/**/image`, with labels in sorted order of the class
-    names, or all directly inside as the one class "unlabelled". Items are sorted by class, then
-    by path. Links are followed, hidden files and folders left out; other files are left out too,
-    with a warning.
+    Images are the files with one of `IMAGE_SUFFIXES`, in any letter case. They stand in
+    `class/**/image`, with labels in sorted order of the class names, or all directly inside as the
+    one class "unlabelled". Items are sorted by class, then by path. Links are followed, hidden
+    files and folders left out; other files are left out too, with a warning.
 
     Raises:
       ValueError: no such folder or unreadable, no image, images both in class folders and
@@ -101,10 +99,10 @@ class ImageArchive(listing.Listing):
             else:
                 with open(self.path, "rb", buffering=0) as file:
                     data = os.pread(file.fileno(), size, place)
+            if len(data) != size:
+                raise EOFError(f"{len(data):,} bytes instead of {size:,}")
         except _BAD_ZIP as error:
             raise OSError(errno.EIO, f"damaged: {error}", name) from error
-        if len(data) != size:
-            raise OSError(errno.EIO, f"damaged: {len(data):,} bytes instead of {size:,}", name)
         return listing.Item(data, int(self.labels[index]), name)
 
     def signature(self) -> str:
@@ -195,8 +193,8 @@ def _inside(archive: str, name: str) -> str:
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
         raise ValueError(
-            f"{archive}: found a member named {name!r}, which leads out of the archive; expected "
-            "relative names without '..': is this archive from a source you trust?"
+            f"{archive}: found a member named {name!r}, which leads out of the archive: is this "
+            "archive from a source you trust?"
         )
     return _plain(name)
 
@@ -207,13 +205,10 @@ def _plain(name: str) -> str:
 
 def _find_prefix(path: str, folders: set[str], split: str) -> str:
     """The folder of a split in the archive, "" or with a slash at the end."""
-    split = _plain(split)
-    if not split:
+    if not (split := _plain(split)):
         return ""
     tops = sorted(folder for folder in folders if "/" not in folder)
-    found = [f"{top}/{split}" for top in tops if f"{top}/{split}" in folders]
-    if split in folders:
-        found = [split]
+    found = [split] if split in folders else sorted({f"{top}/{split}" for top in tops} & folders)
     if len(found) != 1:
         several = f", but {listing.shorten(found)}" if found else ""
         raise ValueError(
@@ -248,8 +243,7 @@ def _list_zip(path: str, changed: int) -> Iterator[_Member]:
         elif entry.flag_bits & 1 or entry.compress_type not in (0, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{path}: {name} is encrypted or compressed by method {entry.compress_type}, "
-                "expected 0 (as it is) or 8 (deflate): make the zip again, without a password and "
-                "best without compression"
+                "expected 0 (none) or 8 (deflate): make the zip again, without a password"
             )
         elif not 0 <= entry.header_offset <= end - entry.compress_size:
             raise _damaged(path, f"in the member {name}")
@@ -310,21 +304,18 @@ class _Headers(io.FileIO):
 
 
 def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None) -> str:
-    """Returns the path of the decompressed copy in `cache_dir`, made if it is not there yet.
-
-    The method is one of the modules gzip, lzma and bz2.
-    """
+    """Returns the decompressed copy in `cache_dir`; the method is the module gzip, lzma or bz2."""
     if cache_dir is None:
         raise ValueError(
-            f"{path}: a tar compressed with {method.__name__} is read from a decompressed copy: "
-            "give a cache_dir to put it in, or decompress it yourself"
+            f"{path}: compressed with {method.__name__} and read from a copy: give a cache_dir"
         )
     status, name = os.stat(path), os.path.basename(path)
     stem = f"{name.partition('.')[0]}-{status.st_size:x}-{status.st_mtime_ns:x}"
     target = pathlib.Path(cache_dir, f"{stem}.tar")
     if target.exists():
         return str(target)
-    most = max(_ALWAYS_EXPANDED, _MAX_EXPANSION * status.st_size)
+    # A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
+    most = max(_ALWAYS_EXPANDED, 200 * status.st_size)
     bar = {"desc": f"decompress {name}", "total": status.st_size, "delay": 2}
     try:
         with (

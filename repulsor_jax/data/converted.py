@@ -9,7 +9,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -20,40 +20,25 @@ from repulsor_jax.files.tensors import open_safetensors
 from repulsor_jax.files.untrusted import checked, parse, read_json
 
 
-class LatentItem(NamedTuple):
-    """The stored latents of one image, a `name` for messages, and its index of a class.
-
-    Latents are float32 `[views, h, w, c]`, or `[views, h, w, 2c]` of means, then log-variances, if
-    the source is stochastic. View 0 is the image, view 1 the image flipped left to right.
-    """
-
-    latents: np.ndarray
-    label: int
-    name: str
-
-
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
     """Labelled latents by index; item i is always the same.
 
-    Reading an item raises ValueError, naming the file, where it is damaged, of another shape than
-    the first, or not finite.
+    `read` returns an item, float32 `[views, h, w, c]`, or `[views, h, w, 2c]` of means, then
+    log-variances; view 1 is the image flipped left to right. It raises ValueError, naming the file,
+    for an item that is damaged, of another shape than the first, or not finite.
     """
 
     class_names: Sequence[str]  # "0" to "K-1" where the files only have numbers
     labels: np.ndarray  # int32 [N], indices into the class names
-    read: Callable[[int], tuple[np.ndarray, str]]  # an item's latents and name
+    read: Callable[[int], np.ndarray]
     signature: Callable[[], str]  # see `sources.ImageSource`
     stochastic: bool = False  # items hold the posterior's means and log-variances
-    views: int = 1  # 2 with flipped images
+    views: int = 1
     scaled: bool = False  # latents were multiplied by the autoencoder's scale
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __getitem__(self, index: int) -> LatentItem:
-        latents, name = self.read(index)
-        return LatentItem(latents, int(self.labels[index]), name)
 
 
 def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
@@ -88,7 +73,7 @@ def _array_files(
             f"{first}: found {shape[0]} channels, expected an even number: means, then spreads"
         )
 
-    def read(index: int) -> tuple[np.ndarray, str]:
+    def read(index: int) -> np.ndarray:
         path = os.path.join(root, items.names[index])
         stored = _load_latents(path)
         if stored.shape != shape:
@@ -105,7 +90,7 @@ def _array_files(
                 )
             # The SD-VAE clips log-variances to [-30, 20].
             stored = np.concatenate([mean, 2 * np.log(np.maximum(std, np.exp(np.float32(-15))))])
-        return np.ascontiguousarray(stored.transpose(1, 2, 0)[None]), path
+        return np.ascontiguousarray(stored.transpose(1, 2, 0)[None])
 
     def signature() -> str:
         return listing.source_signature(kind, items, listing.file_sizes(root, items.names))
@@ -232,13 +217,13 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     ends = np.cumsum([len(values) for values in labels], dtype=np.int64)
     opened = functools.cache(open_safetensors)
 
-    def read(index: int) -> tuple[np.ndarray, str]:
+    def read(index: int) -> np.ndarray:
         shard = int(np.searchsorted(ends, index, side="right"))
         row = index - (int(ends[shard - 1]) if shard else 0)
-        name, file = f"{paths[shard]}[{row}]", opened(paths[shard])
+        file = opened(paths[shard])
         found = [file.get_slice(key)[row : row + 1] for key in views]
-        latents = _finite(np.concatenate(found).astype(np.float32), name)
-        return np.ascontiguousarray(latents.transpose(0, 2, 3, 1)), name
+        latents = _finite(np.concatenate(found).astype(np.float32), f"{paths[shard]}[{row}]")
+        return np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
 
     def signature() -> str:
         sizes = np.array([os.path.getsize(path) for path in paths])

@@ -23,9 +23,6 @@ from repulsor_jax.data.writer import Batch
 from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.files.untrusted import printable
 
-_CHUNK = 16  # images that a worker process reads at a time
-_LATENTS_AT_ONCE = 256
-
 
 def encode_images(
     todo: Sequence[range],
@@ -78,7 +75,9 @@ def encode_images(
                         )
                     good.append(image)
                 elif skip_bad_images:
-                    skipped.append(_skip(row, image))
+                    tqdm.write(printable(f"skipped {image}"))  # a name may hold control characters
+                    name, _, reason = str(image).partition(": ")
+                    skipped.append(Skipped(index=row, name=name, reason=reason))
                 else:
                     raise BadImageError(
                         f"{image}. Mend or remove it, or set config.data.on_bad_image='skip'; "
@@ -101,17 +100,12 @@ def encode_images(
 def convert_latents(
     todo: Sequence[range], source: LatentSource, description: Description
 ) -> Iterator[Batch]:
-    """Yields latents that others made, for some shards; a scaled source is scaled back.
-
-    Raises:
-      ValueError: a file is damaged or of another shape.
-    """
-    for rows in in_batches(todo, _LATENTS_AT_ONCE):
-        items = [source[i] for i in rows]
-        latents = np.stack([item.latents for item in items])
+    """Yields latents that others made, for some shards; a scaled source is scaled back."""
+    for rows in in_batches(todo, 256):
+        latents = np.stack([source.read(i) for i in rows])
         if source.scaled:
             latents = latents / description.scale + description.shift
-        yield Batch(latents, np.array([item.label for item in items]))
+        yield Batch(latents, source.labels[rows.start : rows.stop])
 
 
 def compiled_encoder(autoencoder: Autoencoder, about: Description) -> Callable[..., jax.Array]:
@@ -131,17 +125,12 @@ def _read_batches(
     source: ImageSource, batches: Sequence[range], image_size: int, num_workers: int
 ) -> Iterator[tuple[range, Images, np.ndarray]]:
     """Yields rows, images and labels of each batch, read in chunks by worker processes."""
-    chunks = in_batches(batches, _CHUNK)
-    ahead = 2 * num_workers + 2 * -(-max(map(len, batches)) // _CHUNK)
+    chunk = 16  # images that a worker process reads at a time
+    ahead = 2 * num_workers + 2 * -(-max(map(len, batches)) // chunk)
+    chunks = in_batches(batches, chunk)
     read = read_in_order(source, chunks, image_size, num_workers=num_workers, ahead=ahead)
     with contextlib.closing(read):  # type: ignore[type-var]  # ends the worker processes
         for rows in batches:
-            parts = list(itertools.islice(read, -(-len(rows) // _CHUNK)))
+            parts = list(itertools.islice(read, -(-len(rows) // chunk)))
             images = [image for part, _ in parts for image in part]
             yield rows, images, np.concatenate([labels for _, labels in parts])
-
-
-def _skip(index: int, error: BadImageError) -> Skipped:
-    tqdm.write(printable(f"skipped {error}"))  # a name may hold control characters
-    name, _, reason = str(error).partition(": ")
-    return Skipped(index=index, name=name, reason=reason)

@@ -1,10 +1,8 @@
 """The data set of latents: ArrayRecord shards beside a dataset.json that describes them.
 
 A record is an int32 little-endian label followed by the latent in C order, in the data set's
-dtype. The shards hold the records in source order: shard 0 the first ones, and so on. A data set
-with flips holds two records an image, its latent and that of the mirrored image.
-
-`writer.py` writes it, `pipeline.py` reads it for training.
+dtype. The shards hold the records in source order. A data set with flips holds two records an
+image, its latent and that of the mirrored image.
 """
 
 import concurrent.futures
@@ -44,15 +42,9 @@ def _where(holds: Callable[[Any], bool], expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-ClassName = Annotated[
-    str, _where(lambda name: not has_controls(name), "a name without control characters")
-]
+_without_controls = _where(lambda name: not has_controls(name), "a name without controls")
+ClassName = Annotated[str, _without_controls]
 _Count = Annotated[int, Field(ge=1)]
-_Shape = Annotated[
-    tuple[_Count, ...],
-    Field(min_length=1),
-    _where(lambda shape: math.prod(shape) <= 2**28, "2^28 values at most"),
-]
 _PerChannel = Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
 
 
@@ -108,7 +100,8 @@ class LatentDataset(Description):
     """
 
     directory: pathlib.Path
-    shape: _Shape  # of one record's latent, [h, w, c], or [h, w, 2c] if stochastic
+    # Of one record's latent, [h, w, c], or [h, w, 2c] if stochastic.
+    shape: Annotated[tuple[_Count, ...], Field(min_length=1)]
     num_images: _Count
     mean: _PerChannel
     std: _PerChannel
@@ -180,14 +173,10 @@ def check_files(
     process_count: int = 1,
     progress: bool = False,
 ) -> None:
-    """Reads this process's share of the shards and compares their SHA-256 with dataset.json's.
+    """Compares the SHA-256 of every `process_count`-th shard with dataset.json's; or ValueError.
 
-    A process reads every `process_count`-th shard. Intact files are noted in `.verified-*.json`
-    beside the shards, where that can be written, and are not read again while size and time of
-    change stay the same.
-
-    Raises:
-      ValueError: names the damaged files.
+    Intact files are noted in `.verified-*.json` beside the shards, where that can be written, and
+    are not read again while size and time of change stay the same.
     """
     directory = dataset.directory
     note = directory / f".verified-{process_index}-of-{process_count}.json"
@@ -217,10 +206,7 @@ def check_files(
 
 
 def identity(dataset: LatentDataset) -> dict[str, Any]:
-    """The identity of a data set in any folder, as plain values; no file is read.
-
-    Two data sets with the same identity hold the same records in the same order.
-    """
+    """Plain values that are the same where data sets hold the same records in the same order."""
     return {
         "images": dataset.num_images,
         "flipped": dataset.flipped,
@@ -296,8 +282,8 @@ def denormalize(latents: jax.Array, latent_format: LatentFormat) -> jax.Array:
 def sample_posterior(key: jax.Array, moments: jax.Array) -> jax.Array:
     """Draws latents `[..., c]`, float32, from N(mean, exp(logvar)).
 
-    The moments are mean and log-variance concatenated, `[..., 2c]`; the log-variance is clipped to
-    [-30, 20] as the SD-VAE does.
+    The moments are mean and log-variance, `[..., 2c]`; the latter is clipped to [-30, 20] as the
+    SD-VAE does.
     """
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     noise = jax.random.normal(key, mean.shape, jnp.float32)
@@ -321,6 +307,8 @@ def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
         class_names=tuple(content["class_names"]),
         skipped=tuple(Skipped(**skipped) for skipped in content.get("skipped", ())),
     )
+    if math.prod(dataset.shape) > 2**28:
+        raise ValueError(f"{path}: found shape {dataset.shape}, expected 2^28 values at most")
     if len(dataset.mean) != len(dataset.std):
         raise ValueError(f"{path}: found {len(dataset.std)} in std, {len(dataset.mean)} in mean")
     total = sum(shard.records for shard in dataset.shards)

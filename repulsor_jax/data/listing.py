@@ -86,14 +86,10 @@ def find_folder(path: str, split: str, kind: str) -> str:
       ValueError: there is no such folder, or the split leads out of `path`.
     """
     if os.path.isabs(split) or ".." in split.replace("\\", "/").split("/"):
-        raise ValueError(
-            f"{kind}: found the split {split!r}, which leads out of {path}; expected a folder in it"
-        )
+        raise ValueError(f"{kind}: found the split {split!r}, which leads out of {path}")
     if not os.path.isdir(path):
         found = "is a file, not a folder" if os.path.exists(path) else "not found"
-        raise ValueError(
-            f"{kind}: {path or 'no path'} {found}; expected the folder of the data set"
-        )
+        raise ValueError(f"{kind}: {path or 'no path'} {found}; expected the folder of the data")
     root = os.path.join(path, split) if split not in ("", ".") else path
     if not os.path.isdir(root):
         raise ValueError(
@@ -168,14 +164,11 @@ def arrange(where: str, files: Files, what: str) -> Listing:
         )
     if odd := [name for name in class_names if has_controls(name)]:
         raise ValueError(
-            f"{where}: found the class name {odd[0]!r}, which holds control characters; it would "
-            "go into tables and pictures: rename the folder"
+            f"{where}: found the class name {odd[0]!r}, which holds control characters: rename it"
         )
     if files.others:
-        message = (
-            f"{where}: left out {len(files.others)} files that are not {what}s by their name or "
-            f"kind, such as {min(files.others)}"
-        )
+        others = f"{len(files.others)} files that are not {what}s by their name or kind"
+        message = f"{where}: left out {others}, such as {min(files.others)}"
         logging.warning("%s", printable(message))
     names = Names.pack(name for c in class_names for name in sorted(classes[c]))
     counts = [len(classes[c]) for c in class_names]

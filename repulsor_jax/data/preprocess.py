@@ -34,11 +34,6 @@ def prepare_image(image: bytes | np.ndarray, size: int, name: str) -> np.ndarray
     halve with PIL's BOX filter while the shorter side is at least twice `size`, resize with
     BICUBIC so that the shorter side is `size`, cut the centre.
 
-    Args:
-      image: an encoded image's bytes, or an array, uint8 `[H, W, C]`.
-      size: side of the result, or 0 to leave the image at its own size.
-      name: what errors call the image.
-
     Returns:
       uint8 `[size, size, C]` (`[H, W, C]` if `size` is 0), with C = 3 if the image was encoded.
 
@@ -66,8 +61,8 @@ def read_images(
     """Reads and prepares some items of an `ImageSource`, in a worker process.
 
     Returns:
-      One entry per index: the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable
-      one; and the labels, int32 `[B]`, -1 where the item was unreadable.
+      For each index the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable one; and
+      the labels, int32 `[B]`, -1 where the item was unreadable.
     """
     images: list[np.ndarray | BadImageError] = []
     labels = np.full(len(indices), -1, np.int32)
@@ -126,15 +121,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if mode.startswith("I"):  # 16-bit greyscale, which PIL reads into 32 bits for some files
         values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImageError(
-                f"{name}: found grey values from {values.min()} to {values.max()}, expected 16 "
-                "bits, 0 to 65535: convert it to 8 bits first"
-            )
+            found = f"grey values from {values.min()} to {values.max()}"
+            raise BadImageError(f"{name}: found {found}, expected 16 bits: convert it to 8")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if mode in ("F", "LAB"):
         raise BadImageError(
-            f"{name}: found colour mode {mode} (PIL's name), of which the range or the colour "
-            "space is not known: convert it to 8-bit RGB first"
+            f"{name}: found colour mode {mode} (PIL's name): convert it to RGB first"
         )
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
@@ -152,8 +144,8 @@ def _center_crop(image: Image.Image, size: int, name: str) -> np.ndarray:
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
         raise BadImageError(
-            f"{name}: {image.width} x {image.height} is too long and narrow, with the shorter side "
-            f"at {size} it would be {width} x {height}: crop it first"
+            f"{name}: {image.width} x {image.height} is too long and narrow, and would become "
+            f"{width} x {height}: crop it first"
         )
     if (width, height) != image.size:  # at the same size a resize changes nothing
         image = image.resize((width, height), Image.Resampling.BICUBIC)
