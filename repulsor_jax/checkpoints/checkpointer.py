@@ -32,7 +32,6 @@ from repulsor_jax.train_state import TrainState
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
 
 Records = Mapping[str, Any]
-_LONGEST_PAUSE = 30.0  # seconds between two attempts to save at the end
 
 
 def checkpoint_directory(config: CheckpointConfig, workdir: pathlib.Path) -> str | pathlib.Path:
@@ -86,12 +85,7 @@ class Checkpointer:
         """
         if isinstance(directory, str | os.PathLike):
             directory = open_folder(directory)
-        self._storage = Storage(
-            directory,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            read_only=read_only,
-        )
+        self._storage = Storage(directory, keep_last, keep_every, read_only)
         self.directory = self._storage.directory
         self._retry_steps = retry_steps
         self._max_lost_steps = max_lost_steps
@@ -159,7 +153,7 @@ class Checkpointer:
         Storage that fails is a warning: ask `retry_due` when to try again.
 
         Args:
-          step: the state's step; nothing is done where a checkpoint of it exists.
+          step: of the state; nothing is done where a checkpoint of it exists.
           state: the training state.
           data_state: the data iterator's `get_state()`, the same on every process.
           config: the configuration, for the record.
@@ -199,7 +193,7 @@ class Checkpointer:
                     "same command then goes on from it"
                 )
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, 30.0)
 
     def restore(
         self,
@@ -256,10 +250,7 @@ class Checkpointer:
         return state, data_state, said + notes
 
     def restore_ema(self, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
-        """Restores the EMA parameters alone: no head, no bank, no optimizer state is read.
-
-        Returns:
-          The parameters, and the step that they are of.
+        """Restores the EMA parameters, no head, bank or optimizer state; returns their step too.
 
         Raises:
           DamagedCheckpointError: it is damaged.
@@ -274,10 +265,7 @@ class Checkpointer:
         return found["ema_params"], step
 
     def records(self, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Reads the run's configuration and what it says of its latents, and no array.
-
-        Returns:
-          The configuration, the `experiment.latents_record`, and the step.
+        """Reads the run's configuration, its `experiment.latents_record` and their step, no array.
 
         Raises:
           DamagedCheckpointError: it is damaged.
@@ -299,8 +287,6 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.directory} holds no step {step}; it holds {steps}")
         return steps[-1] if step is None else step
-
-    # Within.
 
     def _note(self, step: int, problem: str) -> None:
         """Remembers how saving a step went, and warns where it failed."""

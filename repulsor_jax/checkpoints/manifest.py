@@ -30,9 +30,8 @@ from repulsor_jax.files.checksums import values_sha256
 
 Array = jax.Array
 
-# Odd constants of the golden ratio, and of murmur3's finaliser (the two lanes start elsewhere).
-_STRIDES = (0x9E3779B9, 0x85EBCA77)
-_LANES = (0x243F6A88, 0x13198A2E)
+# Odd constants of the golden ratio, and of murmur3's finaliser; the two lanes start elsewhere.
+_LANES = (0x9E3779B9, 0x243F6A88), (0x85EBCA77, 0x13198A2E)
 
 
 class CheckpointError(ValueError):
@@ -81,12 +80,9 @@ class Manifest:
 
 
 def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the manifest as plain values; every device reads its shards once.
+    """The manifest of a tree of arrays and of the other records, as plain values.
 
-    Args:
-      step: of the state.
-      state: a tree of arrays.
-      records: the other records, plain values.
+    Every device reads its shards once.
     """
     mesh = getattr(jax.tree.leaves(state)[0].sharding, "mesh", None)
     found: dict[str, Any] = {
@@ -107,9 +103,8 @@ def check(values: Mapping[str, Any], step: int, records: Mapping[str, Any], wher
 
     Args:
       values: the manifest as it was read.
-      step: of the checkpoint that it was read from.
+      step, where: of the checkpoint, and its name for an error.
       records: those of the others that were read.
-      where: the checkpoint, for an error.
 
     Raises:
       DamagedCheckpointError: names what was changed, or what is wrong with the manifest.
@@ -130,12 +125,7 @@ def check(values: Mapping[str, Any], step: int, records: Mapping[str, Any], wher
 
 
 def check_arrays(manifest: Manifest, tree: Any, where: str) -> None:
-    """Compares arrays with the manifest.
-
-    Args:
-      manifest: of the checkpoint.
-      tree: the arrays that were read, all or a part of those that the manifest has.
-      where: the checkpoint, for an error.
+    """Compares arrays, all or a part of those that the manifest has, with it.
 
     Raises:
       DamagedCheckpointError: some were changed, or are not finite: training saves no such state,
@@ -156,7 +146,7 @@ def misfit(manifest: Manifest, wanted: Any, within: str = "") -> str:
     Args:
       manifest: of the checkpoint.
       wanted: a tree of `jax.ShapeDtypeStruct`.
-      within: how the names begin that `wanted` has all of; "" for every name.
+      within: start of the names that `wanted` has all of; "" for every name.
     """
     expected = named_leaves(wanted)
     for name, leaf in expected.items():
@@ -184,12 +174,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def measure(tree: Any) -> dict[str, tuple[SavedArray, int]]:
     """What a manifest says of every array of a tree, and how many of its numbers are not finite.
 
-    Args:
-      tree: arrays on the devices, on any mesh; random keys count as their data. Shape and dtype
-        are part of a fingerprint.
-
-    Returns:
-      By name, as "params/model/final/kernel"; the same on every process.
+    The arrays are on any mesh; random keys count as their data. Shape and dtype are part of a
+    fingerprint. The result is by name, and the same on every process.
     """
     found = {}
     for name, leaf in named_leaves(tree).items():
@@ -211,11 +197,7 @@ def measure(tree: Any) -> dict[str, tuple[SavedArray, int]]:
 def not_finite(tree: Any) -> str:
     """Names arrays with numbers that are not finite: no training can go on from such a state.
 
-    Args:
-      tree: as for `measure`.
-
-    Returns:
-      As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
+    As "bank/features (3 numbers) and 2 more arrays"; "" where every number is finite.
     """
     return _name_spoiled(measure(tree))
 
@@ -239,12 +221,8 @@ def sums(array: Array) -> Array:
         index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         place += index * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    mixed = [
-        _mix(words ^ _mix(place * np.uint32(step) + np.uint32(start)))
-        for step, start in zip(_STRIDES, _LANES, strict=True)
-    ]
-    is_inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-    bad = ~jnp.isfinite(array) if is_inexact else jnp.zeros(())
+    mixed = [_mix(words ^ _mix(place * np.uint32(k) + np.uint32(start))) for k, start in _LANES]
+    bad = ~jnp.isfinite(array) if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.zeros(())
     return jnp.stack([each.sum(dtype=jnp.uint32) for each in (*mixed, bad)])
 
 

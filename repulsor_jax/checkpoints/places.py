@@ -32,8 +32,7 @@ ANSWER_SECONDS = 10.0  # for one small request
 MANY_SECONDS = 120.0  # for as many as a listing or a deletion takes
 _UNFINISHED = ".orbax-checkpoint-tmp"  # part of the names of orbax's temporary folders
 _DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
-_PROBE_BYTES = 1 << 16
-_PROBE = "probe"
+_PROBE, _PROBE_BYTES = "probe", 1 << 16
 _MARKER = "commit_success.txt"
 # All that a checkpoint has at its top.
 _PARTS = {"state", *RECORDS, "_CHECKPOINT_METADATA", _MARKER}
@@ -110,10 +109,8 @@ class _Bucket:
         try:
             bucket = gcsfs.GCSFileSystem()  # copies within the bucket: the bytes do not come here
             for part in (sorted(names), [_MARKER]):
-                sources, targets = (
-                    [str(self.path / top / each) for each in part] for top in (name, target)
-                )
-                bucket.copy(sources, targets)
+                old, new = ([str(self.path / top / n) for n in part] for top in (name, target))
+                bucket.copy(old, new)
         except Exception as error:  # of gcsfs, aiohttp, google.auth
             raise OSError(f"copying {self.path / name}: {error}") from error
         self.remove(name)
@@ -148,12 +145,7 @@ Folder = _Disk | _Bucket
 def open_folder(
     directory: str | os.PathLike[str], *, answer_seconds: float = ANSWER_SECONDS
 ) -> Folder:
-    """The folder of that name; nothing is made or asked for yet.
-
-    Args:
-      directory: a path, or gs://bucket/path.
-      answer_seconds: after which a bucket that does not answer one small request is away.
-    """
+    """The folder at a path, or at gs://bucket/path; nothing is made or asked for yet."""
     if is_bucket(directory):
         return _Bucket(str(directory), answer_seconds)
     return _Disk(directory)

@@ -43,7 +43,6 @@ CHANGES = {
     "sampling": FREE,
     "evaluation": FREE,
 }
-_ABSENT = "absent"
 JSONL_NAME = "resumes.jsonl"
 
 
@@ -58,10 +57,8 @@ def check(
     """Compares a run's configuration and data with the present ones.
 
     Args:
-      config: the present configuration, as plain values.
-      latents: the present `experiment.latents_record`.
-      saved_config: that of the checkpoint.
-      saved_latents: likewise.
+      config, latents: the present configuration, as plain values, and `experiment.latents_record`.
+      saved_config, saved_latents: those of the checkpoint.
       force: allow what `FORCED` marks, and another data set.
 
     Returns:
@@ -70,22 +67,18 @@ def check(
     Raises:
       ConfigError: names every change that is not allowed, and what to do.
     """
-    notes: list[str] = []
-    forced: list[str] = []
-    fixed: list[str] = []
+    changes: dict[str, list[str]] = {FREE: [], NOTED: [], FORCED: [], FIXED: []}
     saved, present = _flat(saved_config), _flat(config)
     for key in sorted(saved.keys() | present.keys()):
-        one, other = saved.get(key, _ABSENT), present.get(key, _ABSENT)
-        verdict = kind_of_change(key)
-        if key == "regularizer.weight" and 0 in (one, other):
-            verdict = FORCED  # the head and the bank are there only with a weight
-        if one == other or verdict == FREE:
-            continue
-        line = f"config.{key}: {one!r} -> {other!r}"
-        if verdict == NOTED or _ABSENT in (one, other):  # a key of another version
-            notes.append(line)
-        else:
-            (fixed if verdict == FIXED else forced).append(line)
+        pair = saved.get(key, "absent"), present.get(key, "absent")
+        kind = kind_of_change(key)
+        if key == "regularizer.weight" and 0 in pair:
+            kind = FORCED  # the head and the bank are there only with a weight
+        if kind != FREE and "absent" in pair:
+            kind = NOTED  # a key of another version
+        if pair[0] != pair[1]:
+            changes[kind].append(f"config.{key}: {pair[0]!r} -> {pair[1]!r}")
+    fixed, forced = changes[FIXED], changes[FORCED]
     forced += [
         f"data set: {key}: {saved_latents['dataset'].get(key)!r} -> {value!r}"
         for key, value in latents.get("dataset", {}).items()
@@ -101,25 +94,22 @@ def check(
             f"the run was trained otherwise: {'; '.join(forced)}. Use the run's own, or another "
             "--workdir; --force goes on all the same"
         )
-    return notes + [f"forced: {line}" for line in forced]
+    return changes[NOTED] + [f"forced: {line}" for line in forced]
 
 
 def kind_of_change(key: str) -> str:
     """FREE, NOTED, FORCED or FIXED, for a key as "optimizer.learning_rate"."""
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        known = CHANGES.get(".".join(parts[:length]))
-        if known:
-            return known
-    return NOTED  # a section of another version
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((CHANGES[p] for p in prefixes if p in CHANGES), NOTED)  # noted: another version's
 
 
 def write_down(file: Appender, step: int, notes: Sequence[str]) -> None:
     """Appends to a run's `resumes.jsonl` what changed when it went on, if anything did."""
-    if not notes:
-        return
-    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": step}
-    file.append_or_keep((json.dumps(line | {"notes": list(notes)}) + "\n").encode())
+    if notes:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = json.dumps({"time": now, "step": step, "notes": list(notes)})
+        file.append_or_keep(f"{line}\n".encode())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,17 +25,10 @@ from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpoint
 from repulsor_jax.checkpoints.places import DAMAGED, RECORDS, Folder, is_bucket
 
 BARRIER_SECONDS = 600
-_READ_ATTEMPTS = 2
-_READ_PAUSE = 1.0  # seconds between two attempts
 # Tensorstore's codes for storage in trouble. Damaged files have others, as DATA_LOSS.
 _TROUBLE = (
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "ABORTED",
-    "CANCELLED",
-    "RESOURCE_EXHAUSTED",
-    "UNAUTHENTICATED",
-    "PERMISSION_DENIED",
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "RESOURCE_EXHAUSTED"),
+    *("UNAUTHENTICATED", "PERMISSION_DENIED"),
 )
 
 
@@ -43,18 +36,13 @@ class Storage:
     """The checkpoints of one folder."""
 
     def __init__(
-        self,
-        folder: Folder,
-        *,
-        keep_last: int = 0,
-        keep_every: int = 0,
-        read_only: bool = False,
+        self, folder: Folder, keep_last: int = 0, keep_every: int = 0, read_only: bool = False
     ) -> None:
         """Opens the folder, and creates it where absent unless `read_only`.
 
         Args:
           folder: where the checkpoints are.
-          keep_last: how many of the newest checkpoints to keep; 0 keeps all.
+          keep_last: how many of the newest to keep; 0 keeps all.
           keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
           read_only: neither create nor delete anything.
 
@@ -69,12 +57,10 @@ class Storage:
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._opened = 0
         self._orbax = self._open()
-        if not read_only:
-            problem = self._on_first(folder.tidy) or self._on_first(folder.probe)
-            if problem:
-                raise CheckpointError(f"{self.directory} cannot be written ({problem})")
-        problem = self._on_first(self._look)
+        problem = "" if read_only else self._on_first(folder.tidy) or self._on_first(folder.probe)
         if problem:
+            raise CheckpointError(f"{self.directory} cannot be written ({problem})")
+        if problem := self._on_first(self._look):
             raise CheckpointError(f"{self.directory} cannot be read ({problem})")
 
     def close(self) -> None:
@@ -91,8 +77,6 @@ class Storage:
         count = int(sharding.agree(len(self._seen)))
         steps = np.resize(np.array(self._seen, np.int64), count)
         return sharding.agree(steps).tolist() if count else []
-
-    # Writing.
 
     def begin(self, step: int, state: Any, records: Mapping[str, Any]) -> str:
         """Starts saving, with a manifest; the state may be donated right after.
@@ -113,8 +97,7 @@ class Storage:
             self._orbax.save(self._path(step), args=args)
         except Exception as error:  # of orbax, tensorstore, the file system
             problem = one_line(error)
-        problem = agreed(problem)
-        if problem:
+        if problem := agreed(problem):
             self._recover()
         else:
             self._saving = step, self._waiter.submit(self._finish)
@@ -130,8 +113,7 @@ class Storage:
             return ""
         (step, future), self._saving = self._saving, None
         error = future.exception()
-        problem = agreed(one_line(error) if error else "")
-        if problem:
+        if problem := agreed(one_line(error) if error else ""):
             self._recover()
         return "" if step in self.steps() else problem
 
@@ -155,8 +137,6 @@ class Storage:
             )
         return names
 
-    # Reading.
-
     def read_records(
         self, step: int, names: Sequence[str] = RECORDS[1:]
     ) -> tuple[Manifest, dict[str, Any]]:
@@ -178,8 +158,7 @@ class Storage:
         """Reads arrays onto the shardings of `wanted`, and compares them with the manifest.
 
         Args:
-          step: of the checkpoint.
-          about: its manifest.
+          step, about: of the checkpoint, and its manifest.
           wanted: a tree of `jax.ShapeDtypeStruct` with shardings; `orbax.checkpoint.PLACEHOLDER`
             for an array that is not to be read.
           partial: `wanted` is only a part of what was saved.
@@ -188,29 +167,17 @@ class Storage:
           DamagedCheckpointError: they cannot be read, came back otherwise, or are not finite.
           CheckpointError: the bucket is away.
         """
-        args = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=partial,
-        )
+        onto = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=onto, partial_restore=partial)
         found = self._restore(step, "state", args)
-        arrays = {
-            name: leaf
-            for name, leaf in manifest.named_leaves(found).items()
-            if leaf is not ocp.PLACEHOLDER
-        }
+        named = manifest.named_leaves(found).items()
+        arrays = {name: leaf for name, leaf in named if leaf is not ocp.PLACEHOLDER}
         manifest.check_arrays(about, arrays, str(self._path(step)))
         return found
 
     def structure(self, step: int) -> Any:
-        """The tree of the saved state, with orbax's metadata in place of arrays.
-
-        Raises:
-          DamagedCheckpointError: it cannot be read.
-          CheckpointError: the bucket is away.
-        """
-        path = self._path(step)
-        read = self._orbax.metadata
+        """The tree of the saved state with orbax's metadata for arrays; raises as `read_arrays`."""
+        path, read = self._path(step), self._orbax.metadata
         return self._read(step, "state", lambda: read(path).item_metadata["state"].tree)
 
     def _restore(self, step: int, name: str, args: Any) -> Any:
@@ -220,7 +187,7 @@ class Storage:
 
     def _read(self, step: int, name: str, read: Callable[[], Any]) -> Any:
         of_bucket = is_bucket(self.directory)
-        for attempt in range(_READ_ATTEMPTS):
+        for is_last in (False, True):
             found, problem, passes = None, "", False
             try:
                 found = read()
@@ -231,16 +198,13 @@ class Storage:
             if not problem:
                 return found
             passes = sharding.any_process(passes)
-            if not passes:
+            if is_last or not passes:
                 break
-            if attempt < _READ_ATTEMPTS - 1:
-                time.sleep(_READ_PAUSE)
+            time.sleep(1.0)
         said = f"{self._path(step)}: {name} cannot be read ({problem})"
         if of_bucket and passes:
             raise CheckpointError(f"{said}; the bucket is away: the same command tries it again")
         raise DamagedCheckpointError(said)
-
-    # Within.
 
     def _path(self, step: int) -> Any:
         return self.directory / str(step)
@@ -262,19 +226,16 @@ class Storage:
             # With True, threads wait five minutes for a directory that could not be made.
             create_directories_asynchronously=False,
         )
-        handlers = {
-            name: ocp.JsonCheckpointHandler(multiprocessing_options=together) for name in RECORDS
-        }
+        options: Any = {"multiprocessing_options": together, "async_options": beside}
         handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(
-                multiprocessing_options=together, async_options=beside
-            ),
+            composite_options=ocp.CompositeOptions(**options),
             state=ocp.PyTreeCheckpointHandler(multiprocessing_options=together),
-            **handlers,
+            **{
+                name: ocp.JsonCheckpointHandler(multiprocessing_options=together)
+                for name in RECORDS
+            },
         )
-        return ocp.AsyncCheckpointer(
-            handler, async_options=beside, multiprocessing_options=together
-        )
+        return ocp.AsyncCheckpointer(handler, **options)
 
     def _finish(self) -> None:
         """Waits until orbax has saved, or raises why it could not; then removes old checkpoints."""
@@ -310,13 +271,12 @@ class Storage:
 
     def _on_first(self, act: Callable[[], None]) -> str:
         """Calls `act` on the first process alone; every process gets what went wrong, or ""."""
-        problem = ""
-        if jax.process_index() == 0:
-            try:
+        try:
+            if jax.process_index() == 0:
                 act()
-            except OSError as error:
-                problem = one_line(error)
-        return agreed(problem)
+        except OSError as error:
+            return agreed(one_line(error))
+        return agreed("")
 
 
 def one_line(error: BaseException) -> str:
@@ -344,10 +304,5 @@ def may_pass(error: Exception, of_bucket: bool) -> bool:
 
 
 def agreed(problem: str) -> str:
-    """Makes one process's problem a problem of all: returns its text here, or that another failed.
-
-    Returns "" where no process has a problem.
-    """
-    if sharding.any_process(bool(problem)):
-        return problem or "another process failed"
-    return ""
+    """Makes one process's problem a problem of all: its text, or that another failed, or ""."""
+    return (problem or "another process failed") if sharding.any_process(bool(problem)) else ""

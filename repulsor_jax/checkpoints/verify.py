@@ -10,15 +10,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints.manifest import (
-    CheckpointError,
-    DamagedCheckpointError,
-    named_leaves,
-)
+from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError, named_leaves
 from repulsor_jax.checkpoints.places import open_folder
 from repulsor_jax.checkpoints.storage import Storage
-
-_WHOLE = "whole"
 
 
 def verify(directory: str | os.PathLike[str], *, group_bytes: int = 256 << 20) -> bool:
@@ -44,7 +38,7 @@ def verify(directory: str | os.PathLike[str], *, group_bytes: int = 256 << 20) -
     is_main = jax.process_index() == 0
     for step in tqdm(steps, unit="checkpoint", delay=1, disable=not is_main):
         try:
-            found[step] = _WHOLE, _read(storage, step, group_bytes)
+            found[step] = "whole", _read(storage, step, group_bytes)
         except DamagedCheckpointError as error:
             found[step] = "DAMAGED", str(error)
     storage.close()
@@ -52,7 +46,7 @@ def verify(directory: str | os.PathLike[str], *, group_bytes: int = 256 << 20) -
         print(f"{'step':>10}  verdict")
         for step, (verdict, what) in found.items():
             print(f"{step:>10}  {verdict:<8} {what}")
-    return all(verdict == _WHOLE for verdict, _ in found.values())
+    return all(verdict == "whole" for verdict, _ in found.values())
 
 
 def _read(storage: Storage, step: int, group_bytes: int) -> str:
