@@ -4,7 +4,6 @@ The programs of the run are compiled for a TPU slice and read: memory, FLOPs, co
 """
 
 import ast
-import copy
 import dataclasses
 import functools
 import json
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from flax import traverse_util
 
 from repulsor_jax import __version__
 from repulsor_jax import config as config_lib
@@ -175,18 +175,14 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of the configuration's values with some replaced by values given as text."""
-    changed = copy.deepcopy(dict(values))
+    """The configuration's values with some replaced by values given as text."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(values, sep=".")
     for key, text in changes.items():
-        *sections, last = key.split(".")
-        parent: Any = changed
-        for section in sections:
-            parent = parent.get(section) if isinstance(parent, dict) else None
-        if not isinstance(parent, dict):
+        if key not in flat:
             raise ConfigError(f"config.{key}: unknown key")
         try:
-            value = text if isinstance(parent.get(last), str) else ast.literal_eval(text)
+            flat[key] = text if isinstance(flat[key], str) else ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = text
-        parent[last] = value  # `config.parse` refuses an unknown key and another type
+            flat[key] = text  # `config.parse` says what is wrong with it
+    changed: dict[str, Any] = traverse_util.unflatten_dict(flat, sep=".")
     return changed
