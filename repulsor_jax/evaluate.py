@@ -18,9 +18,7 @@ from repulsor_jax.checkpoints.checkpointer import (
     Checkpointer,
     CheckpointError,
     DamagedCheckpointError,
-    checkpoint_directory,
 )
-from repulsor_jax.checkpoints.places import open_folder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_npz, evaluate_params
@@ -63,10 +61,7 @@ def _evaluate_checkpoints(
     config: Config, workdir: pathlib.Path, folder: pathlib.Path, checkpoints: str
 ) -> list[report.Record]:
     is_main = jax.process_index() == 0
-    records: list[report.Record] = []
-    plot = None
-    if checkpoints == "follow":
-        _wait_for(checkpoint_directory(config.checkpoint, workdir), config.evaluation.poll_seconds)
+    records, plot = list[report.Record](), None
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(run.open_checkpoints(config, workdir))
         wanted = _wanted_steps(checkpointer, checkpoints, config)
@@ -114,19 +109,6 @@ def _write_events(events: SummaryWriter, records: Sequence[report.Record]) -> No
         events.add_text(f"evaluation/protocol{suffix}", text, protocol["step"])
         for name, value in record["metrics"].items():
             events.add_scalar(f"evaluation/{name}{suffix}", value, protocol["step"])
-
-
-def _wait_for(directory: str | pathlib.Path, poll_seconds: float) -> None:
-    """Waits until a run that is about to start has saved a checkpoint."""
-    folder, found = open_folder(directory), False
-    while True:
-        with contextlib.suppress(OSError):  # the folder is away for a while
-            found = bool(folder.steps())
-        if not sharding.any_process(not found):
-            return
-        if jax.process_index() == 0:
-            print(f"waiting for {directory}", flush=True)
-        time.sleep(poll_seconds)
 
 
 def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:
@@ -183,9 +165,6 @@ def _sweep(config: Config) -> list[Guidance | None]:
         return [configured_guidance(s)]
     scales = c.cfg_scales or (s.cfg_scale,)
     intervals = c.cfg_intervals or ((s.cfg_interval_low, s.cfg_interval_high),)
-    guidances = [
-        Guidance(scale, *(interval if scale != 1.0 else (0.0, 1.0)))
-        for interval in intervals
-        for scale in scales
-    ]
+    pairs = itertools.product(intervals, scales)
+    guidances = [Guidance(k, *between) if k != 1.0 else Guidance(k) for between, k in pairs]
     return list(dict.fromkeys(guidances))

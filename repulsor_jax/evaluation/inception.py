@@ -58,11 +58,10 @@ def features(params: Params, images: Array | np.ndarray) -> dict[str, Array]:
         fastest.
 
       The spatial features are `mixed_6/conv:0`, channels 0 to 6, in the ADM suite's evaluator.
-      In PyTorch's names that is `Mixed_6d.branch1x1` after batch norm and ReLU. Both steps are
-      read from published sources, not checked by running the TensorFlow graph: converters that
-      wrote the PyTorch weights map `mixed_6/conv` to `Mixed_6d.branch1x1`, and the graph's list of
-      operations ends every convolution's group (Conv2D, batchnorm, CheckNumerics) with the
-      operation that bears the bare name, which the next layer reads: its ReLU.
+      In PyTorch's names that is `Mixed_6d.branch1x1` after batch norm and ReLU. That is read, not
+      checked by running the TensorFlow graph: converters that wrote the PyTorch weights map one
+      name to the other, and the graph's list of operations ends every convolution's group with
+      the operation that bears the bare name, which the next layer reads: its ReLU.
 
     Raises:
       ValueError: the images are not uint8 `[B, H, W, 3]`.
@@ -241,8 +240,7 @@ def load_params(path: str | os.PathLike[str]) -> Params:
       ValueError: the file cannot be read, or does not hold exactly the tensors that
         `tensor_shapes` lists; names the file.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not pathlib.Path(path).is_file():
         raise FileNotFoundError(
             f"{path}: found no Inception weights; get {WEIGHTS_NAME} from {WEIGHTS_URL}, or do "
             "without: a Fréchet distance of pixels or latents needs none, and is not called FID"

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import sharding
+from repulsor_jax.evaluation import scores
 from repulsor_jax.evaluation.features import FeatureSpace
 from repulsor_jax.evaluation.frechet import (
     GaussianStatistics,
@@ -19,13 +20,6 @@ from repulsor_jax.evaluation.frechet import (
 )
 from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
-from repulsor_jax.evaluation.scores import (
-    SPLITS,
-    SUBSET_SIZE,
-    adm_inception_score,
-    inception_score,
-    kernel_distance,
-)
 from repulsor_jax.files import atomic
 from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
 from repulsor_jax.inference.generator import Generator, Guidance, draw_batches
@@ -82,9 +76,8 @@ def sample_features(
     Raises:
       SamplingError: a sample is not a finite number.
     """
-    produce = lambda parts: draw_batches(generator, params, parts, guidance, extract)
     shards = Shards(folder, count, whole_batches(_PER_SHARD, generator.batch_size))
-    fill(shards, produce, title=title)
+    fill(shards, lambda r: draw_batches(generator, params, r, guidance, extract), title=title)
     return shards
 
 
@@ -151,18 +144,15 @@ def image_reference(
     if not is_main:
         return None
     found = {key: next(kept.read(key))[0] for key in kept.names()}
-    gaussians = {
-        key: GaussianStatistics(found[f"{key}_mean"], found[f"{key}_cov"], images.count)
+    features = found["features"]
+    about = {"name": images.name, "digest": images.digest, "images": images.count}
+    gaussians = [
+        GaussianStatistics(found[f"{key}_mean"], found[f"{key}_cov"], images.count)
         for key in ("pool", "spatial")
         if f"{key}_mean" in found
-    }
-    description = {
-        "name": images.name,
-        "digest": images.digest,
-        "images": images.count,
-        "features": len(found["features"]),
-    }
-    return Reference(description, gaussians["pool"], gaussians.get("spatial"), found["features"])
+    ]
+    spatial = gaussians[1] if len(gaussians) > 1 else None
+    return Reference(about | {"features": len(features)}, gaussians[0], spatial, features)
 
 
 def _reference_arrays(shards: Shards, keep: int) -> Arrays:
@@ -210,21 +200,23 @@ def metrics(
         return values, warnings
 
     logits = np.concatenate(list(shards.read("logits")))
-    adm = adm_inception_score(logits)
+    adm = scores.adm_inception_score(logits)
     values |= {"inception_score": adm.mean, "inception_score_std": adm.std}
-    if shards.count >= SPLITS:
-        values["inception_score_shuffled"] = inception_score(logits).mean
+    if shards.count >= scores.SPLITS:
+        values["inception_score_shuffled"] = scores.inception_score(logits).mean
     del logits
     if reference.features is None:
         warnings.append("the reference holds statistics alone: no KID, precision, recall")
         return values, warnings
     pool = np.concatenate(list(shards.read("pool")))
     fewest = min(len(pool), len(reference.features))
-    if fewest >= SUBSET_SIZE:
-        kid = kernel_distance(pool, reference.features)
+    if fewest >= scores.SUBSET_SIZE:
+        kid = scores.kernel_distance(pool, reference.features)
         values |= {"kid": kid.mean, "kid_std": kid.std}
     else:
-        warnings.append(f"found {fewest} images, KID needs {SUBSET_SIZE} on both sides: left out")
+        warnings.append(
+            f"found {fewest} images, KID needs {scores.SUBSET_SIZE} on both sides: left out"
+        )
     if fewest > NEIGHBOURS:
         shares = precision_recall(samples=pool, reference=reference.features)
         values |= {"precision": shares.precision, "recall": shares.recall}

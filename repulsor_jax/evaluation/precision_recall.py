@@ -8,9 +8,9 @@ Distances are float32, in blocks, so that 50,000 by 50,000 take the memory of on
 suite rounds features to float16.)
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ NEIGHBOURS = 3
 ROWS, COLUMNS = 1024, 8192  # of a block of distances: 32 MiB
 
 
-@dataclasses.dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(NamedTuple):
     """Shares in [0, 1]."""
 
     precision: float

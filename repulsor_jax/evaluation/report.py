@@ -159,6 +159,6 @@ def _by_scale(records: Sequence[Record]) -> list[tuple[str, float, Record]]:
 
 
 def _but_step(record: Record) -> Record:
-    """A record without the step, its weights and the results."""
+    """What a record was measured with, without the step and its weights."""
     protocol = {k: v for k, v in record["protocol"].items() if k not in ("step", "weights_sha256")}
     return {"protocol": protocol, "features": record["features"], "reference": record["reference"]}

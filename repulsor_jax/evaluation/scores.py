@@ -1,8 +1,8 @@
 """Inception Score and Kernel Inception Distance; NumPy, float64."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ SEED = 2020  # torch-fidelity's, for its legacy generator, whose stream is froze
 SPLITS, SUBSET_SIZE = 10, 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Mean over the parts of a set, and their standard deviation (the population's)."""
 
     mean: float

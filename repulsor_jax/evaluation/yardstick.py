@@ -1,6 +1,7 @@
 """The yardstick of a run's samples: a feature space, and a reference in it."""
 
 import dataclasses
+import math
 import pathlib
 import shutil
 
@@ -71,7 +72,7 @@ def open_yardstick(
     """
     folder, is_main = workdir / "evaluations", jax.process_index() == 0
     path = pathlib.Path(config.evaluation.reference).expanduser()
-    statistics, images = None, None
+    statistics = images = None
     if path.suffix == ".npz":
         if config.evaluation.features == "inception":
             statistics = reference_lib.read_statistics(path)
@@ -132,13 +133,10 @@ def _open_space(
         if name == "inception":
             return inception_space(config.evaluation.inception_weights)
         if name == "pixels":
-            height, width, channels = image_shape
-            return pixel_space(height * width * channels)
+            return pixel_space(math.prod(image_shape))
     except ValueError as error:
         raise ConfigError(f"config.evaluation.features={name!r}: {error}") from error
-    if autoencoder is None:
-        autoencoder = load_autoencoder(config)
-    return autoencoder_space(autoencoder)
+    return autoencoder_space(autoencoder or load_autoencoder(config))
 
 
 def _open_images(
@@ -149,45 +147,41 @@ def _open_images(
 ) -> ImageSet:
     """Opens the reference where it is not an .npz."""
     c = config.evaluation
+    key = f"config.evaluation.reference={c.reference!r}"
     if c.reference in ("train", "test"):
         directory = data_directory(config, workdir) / c.reference
         if not directory.exists():
             raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: {directory} is absent. Name an "
-                ".npz or a folder of images, or encode that split, or in training set "
-                "config.evaluation.every_steps=0"
+                f"{key}: {directory} is absent. Name an .npz or a folder of images, or encode that "
+                "split, or in training set config.evaluation.every_steps=0"
             )
         dataset = open_latent_dataset(directory)
         autoencoder = autoencoder or load_autoencoder(config)
         if dataset.autoencoder != autoencoder.name:
             raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: {directory} was encoded with "
-                f"{dataset.autoencoder!r}, but config.data.autoencoder={autoencoder.name!r}"
+                f"{key}: {directory} was encoded with {dataset.autoencoder!r}, but "
+                f"config.data.autoencoder={autoencoder.name!r}"
             )
-        check_weights(
-            autoencoder,
-            dataset.weights_sha256,
-            f"config.evaluation.reference={c.reference!r}: {directory} was encoded",
-        )
+        check_weights(autoencoder, dataset.weights_sha256, f"{key}: {directory} was encoded")
         return latent_images(dataset, autoencoder)
     height, width = image_shape[:2]
     if height != width:
         raise ConfigError(
-            f"config.evaluation.reference={c.reference!r}: its images are cropped to squares, but "
-            f"samples are {height} x {width}: give an .npz"
+            f"{key}: its images are cropped to squares, but samples are {height} x {width}: give "
+            "an .npz"
         )
     kind, path = c.reference, config.data.source_path
     if not kind.startswith("tfds:"):
         located = pathlib.Path(c.reference).expanduser()
         if not located.exists():
             raise ConfigError(
-                f"config.evaluation.reference={c.reference!r}: found no such file or folder, "
-                "expected an .npz, a folder or archive of images, 'tfds:<name>', 'train' or 'test'"
+                f"{key}: found no such file or folder, expected an .npz, a folder or archive of "
+                "images, 'tfds:<name>', 'train' or 'test'"
             )
         kind, path = "folder" if located.is_dir() else "archive", str(located)
     cache = workdir / "evaluations" / _ARCHIVE
     try:
         source = open_source(kind, c.reference_split, path=path, cache_dir=cache)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.evaluation.reference={c.reference!r}: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
     return source_images(source, f"{c.reference} {c.reference_split}".removesuffix(" ."), height)
