@@ -37,17 +37,11 @@ class Guidance(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """One batch, on the devices, sharded on its rows.
+    """One batch, on the devices, sharded on its rows."""
 
-    Attributes:
-      images: uint8 `[B, H, W, C]`.
-      labels: int32 `[B]`.
-      finite: bool `[B]`; False where the latent was not finite, and the image means nothing.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    finite: jax.Array
+    images: jax.Array  # uint8 [B, H, W, C]
+    labels: jax.Array  # int32 [B]
+    finite: jax.Array  # bool [B]; False where the latent was not finite: the image means nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +95,11 @@ def make_generator(
     decoder_params = jax.device_put(experiment.autoencoder.params, everywhere)
 
     def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
-        numbers = None
-        if guidance is not None:
-            numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
-        # A guide without guidance would be computed for nothing.
-        guiding_params = guide.params if guide and guidance else None
         row = jax.device_put(np.int32(first), everywhere)
+        guiding_params = numbers = None  # without guidance, a guide would be computed for nothing
+        if guidance is not None:
+            guiding_params = guide and guide.params
+            numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
         with sharding.use_mesh(mesh):
             return compiled(params, guiding_params, decoder_params, row, numbers)
 
@@ -136,19 +129,16 @@ def make_batch_fn(
     def generate(
         params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any
     ) -> Samples:
+        constrain = jax.lax.with_sharding_constraint
         if gathers:  # here, not in every evaluation of the model
-            params, guiding_params = jax.lax.with_sharding_constraint(
-                (params, guiding_params), sharding.replicated(mesh)
-            )
-        indices = jnp.arange(c.batch_size, dtype=jnp.int32) + first
-        indices = jax.lax.with_sharding_constraint(indices, rows)
+            params, guiding_params = constrain((params, guiding_params), sharding.replicated(mesh))
+        indices = constrain(jnp.arange(c.batch_size, dtype=jnp.int32) + first, rows)
         labels = sampler.sample_labels(c.seed, indices, num_classes, c.labels)
         noise = sampler.initial_noise(c.seed, indices, shape)
         keys = sampler.brownian_keys(c.seed, indices) if c.solver in solvers.SDE_STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
-        latents = solve(
-            params, noise, labels, scale, interval, keys=keys, guiding_params=guiding_params
-        )
+        optional = {"keys": keys, "guiding_params": guiding_params}
+        latents = solve(params, noise, labels, scale, interval, **optional)
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         images = decode(decoder_params, denormalize(latents, latent_format))
         return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)

@@ -68,9 +68,7 @@ class _Latents:
 class RunRecords:
     """Everything that a model's output depends on beside its parameters, from a checkpoint.
 
-    Attributes:
-      model, flow, optimizer: of the run's configuration.
-      latents: of its `experiment.latents_record`.
+    The latents are those of `experiment.latents_record`, the rest is of the configuration.
     """
 
     model: _Model
@@ -203,9 +201,8 @@ def load_guide(experiment: Experiment) -> Guide | None:
                     f"config.sampling.guiding_run={run!r}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
-        model_config = parse(
-            config_lib.ModelConfig, checkpointer.records(step)[0]["model"], f"{run}: config.model"
-        )
+        values = checkpointer.records(step)[0]["model"]
+        model_config = parse(config_lib.ModelConfig, values, f"{run}: config.model")
         model = build_model(model_config, experiment.mesh.devices.flat[0])
         params = restore_params(experiment, checkpointer, step, model)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})

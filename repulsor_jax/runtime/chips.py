@@ -17,8 +17,6 @@ class Chip:
       name: common name, as "v5e".
       device_kinds: its values of `jax.Device.device_kind`.
       peak_flops: dense bfloat16 FLOP/s, 2 per multiply-add.
-      hbm_bytes: capacity of its memory.
-      hbm_bytes_per_second: rate of its memory.
       link_bytes_per_second: rate of one link to a neighbour, in one direction; a GPU's NVLinks
         count as one link.
       dcn_bytes_per_second: its share of its host's network, in one direction.

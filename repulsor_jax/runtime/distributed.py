@@ -28,7 +28,6 @@ class Launcher(NamedTuple):
     """The program that started the processes of a job.
 
     Attributes:
-      name: for messages.
       method: its name for `jax.distributed.initialize`.
       sees_own_devices: whether this process drives every device that it sees. By default, JAX gives
         each process of a host one device on Slurm and Open MPI.
@@ -44,10 +43,8 @@ def detect(
 ) -> Launcher | None:
     """Finds the launcher of a job of several processes; None for a single process.
 
-    Args:
-      environ: as `os.environ`.
-      tpu_vm_workers: returns the number of processes of a Cloud TPU job, which the environment does
-        not hold; called only if the environment names no launcher. None stands for 1 process.
+    `tpu_vm_workers` returns the number of processes of a Cloud TPU job, which the environment does
+    not hold; it is called only if the environment names no launcher. None stands for 1 process.
 
     Raises:
       JoinError: a variable does not hold a number.

@@ -25,23 +25,15 @@ JSONL_NAME = "metrics.jsonl"
 
 
 class Refusal(NamedTuple):
-    """A step that was refused.
-
-    Attributes:
-      step: the number that the step would have had.
-      batch: number of its batch in the data's sequence, from 0.
-      values: its metrics: "loss", "grad_norm" and others.
-    """
+    """A step that was refused: the number that it would have had, and that of its batch, from 0."""
 
     step: int
     batch: int
-    values: Mapping[str, float]
+    values: Mapping[str, float]  # its metrics: "loss", "grad_norm" and others
 
     def __str__(self) -> str:
-        return (
-            f"step {self.step}: loss {self.values['loss']:.6g}, grad_norm "
-            f"{self.values['grad_norm']:.6g} (batch {self.batch})"
-        )
+        loss, grad_norm = self.values["loss"], self.values["grad_norm"]
+        return f"step {self.step}: loss {loss:.6g}, grad_norm {grad_norm:.6g} (batch {self.batch})"
 
 
 class MetricWriter:
@@ -177,9 +169,8 @@ class StepRecorder:
 
     def __post_init__(self) -> None:
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None  # number of its batch
-        self._sums: dict[str, float] = {}
-        self._count, self._step, self._paused_seconds = 0, self.first_step, 0.0
-        self._started = time.perf_counter()
+        self._step = self.first_step
+        self._begin_mean(time.perf_counter())
         # On a terminal the bar says it all; in a log file it would be one endless line.
         self._bar = tqdm(
             total=self.total_steps,
@@ -216,10 +207,10 @@ class StepRecorder:
         values = {name: float(value) for name, value in jax.device_get(device_values).items()}
         if values.pop("refused"):
             return [Refusal(self._step + 1, batch, values)]
-        self._count += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._bar.update(1)
+        self._count += 1
         self._step += 1
         if self._step % self.every_steps == 0:
             self._write_means(self._step)
@@ -227,16 +218,15 @@ class StepRecorder:
 
     def rewind(self, step: int) -> None:
         """Goes on counting from an earlier step, and forgets the metrics that are pending."""
-        self._pending, self._step, self._count, self._sums = None, step, 0, {}
-        self._started, self._paused_seconds = time.perf_counter(), 0.0
+        self._pending, self._step = None, step
+        self._begin_mean(time.perf_counter())
         self._bar.n = step
         self._bar.refresh()
 
     def flush(self) -> None:
-        """Writes the means of the steps since the last ones written, if any.
+        """Writes the means of the steps since the last ones written, if any, when all is settled.
 
-        Called before a checkpoint, when all is settled: no mean spans a checkpoint, so that a
-        resumed run writes the same.
+        Before every checkpoint: where no mean spans one, a resumed run writes the same.
         """
         if self._count:
             self._write_means(self._step)
@@ -263,7 +253,11 @@ class StepRecorder:
         if self._print_lines:
             left = tqdm.format_interval((self.total_steps - step) * seconds)
             print(f"step {step}/{self.total_steps}: {shown}, {left} left", flush=True)
-        self._count, self._sums = 0, {}
+        self._begin_mean(now)
+
+    def _begin_mean(self, now: float) -> None:
+        self._sums: dict[str, float] = {}
+        self._count = 0
         self._started, self._paused_seconds = now, 0.0
 
 
