@@ -92,12 +92,8 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:
     """Raises ConfigError where a complete data set, train or test, is not the configured one."""
     found = open_latent_dataset(directory)
-    made: dict[str, Any] = {
-        "source": found.source,
-        f"{folder}_split": found.split,
-        "autoencoder": found.autoencoder,
-        "dtype": found.dtype,
-    }
+    made = {key: getattr(found, key) for key in ("source", "autoencoder", "dtype")}
+    made[f"{folder}_split"] = found.split
     if config.data.source not in converted.KINDS:  # whose files fix size and mirroring
         made |= {"image_size": found.image_size, "flips": found.flipped}
     differences = [
@@ -182,10 +178,8 @@ def _make(
         f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
     )
     if dataset.skipped:
-        tqdm.write(
-            f"{len(dataset.skipped):,} images could not be read and were skipped; "
-            f"{directory / METADATA} lists them"
-        )
+        where = directory / METADATA
+        tqdm.write(f"{len(dataset.skipped):,} images could not be read, and are listed in {where}")
     if autoencoder is not None and data.preview_images:
         _write_preview(dataset, source, autoencoder, data.preview_images)
 

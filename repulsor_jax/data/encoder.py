@@ -49,8 +49,6 @@ def encode_images(
       BadImageError: an image cannot be read, and is not to be skipped.
       ValueError: the images are of several sizes or not of one that the autoencoder takes.
     """
-    if batch_per_device < 1:
-        raise ValueError(f"encoding batch: found {batch_per_device} images, expected 1 or more")
     devices = Mesh(np.array(jax.local_devices()), ("batch",))
     batch_size = batch_per_device * devices.size
     sharding = NamedSharding(devices, PartitionSpec("batch"))

@@ -37,7 +37,7 @@ def training_iterator(
     Args:
       dataset: the data set.
       global_batch_size: may exceed the data set.
-      seed: of the order of records; 0 or more.
+      seed: of the order of records.
       rows: of each global batch, to read, see `sharding.local_row_numbers`; None is all.
       num_threads: threads that read batches ahead; 0 reads in the caller.
       prefetch: batches to read ahead; 0 reads in the caller.
@@ -46,17 +46,8 @@ def training_iterator(
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
       `[b]`} with b rows, and `get_state` / `set_state`. Where a record turns out to be damaged,
       `next` raises `DamagedDataError`.
-
-    Raises:
-      ValueError: an argument is out of range.
     """
-    if global_batch_size < 1:
-        raise ValueError(f"found a global batch size of {global_batch_size}, expected 1 or more")
     own = np.arange(global_batch_size) if rows is None else rows
-    if own.min() < 0 or own.max() >= global_batch_size:
-        raise ValueError(f"found rows {own}, expected rows of a batch of {global_batch_size}")
-    if seed < 0:
-        raise ValueError(f"data seed: found {seed}, expected 0 or more")
     source, order = dataset.open(), _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:

@@ -209,8 +209,8 @@ def open_writer(
       ValueError: an argument is wrong, or the job that was begun is another one.
     """
     directory = pathlib.Path(directory).absolute()
-    if num_images < 1 or images_per_shard < 1:
-        raise ValueError(f"found {num_images=}, {images_per_shard=}, expected 1 or more of each")
+    if not num_images:
+        raise ValueError(f"{directory}: the source is empty, expected 1 image or more")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} already holds files; a data set is never overwritten: "

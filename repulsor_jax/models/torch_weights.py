@@ -31,18 +31,6 @@ class _Entry(NamedTuple):
     to_torch: Transform = np.asarray
 
 
-class _Sizes(NamedTuple):
-    patch_size: int
-    num_heads: int
-    channels: int
-    out_channels: int
-    width: int
-    label_rows: int
-    mlp_width: int
-    depth: int
-    qk_norm: bool
-
-
 def from_torch_state_dict(
     state: Mapping[str, Any], *, num_heads: int, patch_size: int, in_channels: int
 ) -> dit.Params:
@@ -58,18 +46,18 @@ def from_torch_state_dict(
       `stack_blocks` for the other. The fixed `pos_embed` is checked and left out.
 
     Raises:
-      ValueError: if a tensor is missing, superfluous or of another shape, naming it with the
-        shape found and the one expected, or if `pos_embed` is not the sine-cosine table.
+      ValueError: a tensor is missing, superfluous or of another shape, or `pos_embed` is not the
+        sine-cosine table; names it.
     """
     arrays = {name: _to_float32(tensor) for name, tensor in state.items()}
     names = (
         *("x_embedder.proj.bias", "y_embedder.embedding_table.weight"),
         *("blocks.0.mlp.fc1.bias", "final_layer.linear.bias"),
     )
-    sizes = _sizes(arrays, names, num_heads, patch_size, in_channels)
-    _check_positions(_find(arrays, "pos_embed"), sizes.width)
+    found = _entries(arrays, names, num_heads, patch_size, in_channels)
+    entries = [(e.torch_name, e.jax_name, e.shape, e.to_jax) for e in found]
+    _check_positions(_find(arrays, "pos_embed"), len(arrays["x_embedder.proj.bias"]))
     del arrays["pos_embed"]
-    entries = [(e.torch_name, e.jax_name, e.shape, e.to_jax) for e in _entries(sizes)]
     nested: dit.Params = traverse_util.unflatten_dict(_convert(arrays, entries), sep="/")
     return nested
 
@@ -85,8 +73,7 @@ def to_torch_state_dict(
       Tensor names to float32 NumPy arrays, `pos_embed` [1, N, D] first.
 
     Raises:
-      ValueError: if a parameter is missing, superfluous or of another shape, naming it with the
-        shape found and the one expected.
+      ValueError: a parameter is missing, superfluous or of another shape; names it.
     """
     if "blocks" in params:
         params = unstack_blocks(params)
@@ -94,12 +81,11 @@ def to_torch_state_dict(
     arrays = {name: _to_float32(leaf) for name, leaf in flat.items()}
     rows = len(_find(arrays, "patch_embed/kernel"))
     names = ("patch_embed/bias", "label_embed/embedding", "block_0/mlp_in/bias", "final/bias")
-    sizes = _sizes(arrays, names, num_heads, patch_size, rows // patch_size**2)
-    positions = dit.position_embedding(latent_size // patch_size, sizes.width)
     entries = [
         (e.jax_name, e.torch_name, e.to_jax(np.empty(e.shape)).shape, e.to_torch)
-        for e in _entries(sizes)
+        for e in _entries(arrays, names, num_heads, patch_size, rows // patch_size**2)
     ]
+    positions = dit.position_embedding(latent_size // patch_size, len(arrays["patch_embed/bias"]))
     return {"pos_embed": positions[None], **_convert(arrays, entries)}
 
 
@@ -107,7 +93,7 @@ def stack_blocks(params: Mapping[str, Any]) -> dit.Params:
     """Converts loop parameters ("block_0", ...) to scanned ones ("blocks", leading layer axis).
 
     Raises:
-      ValueError: if `params` holds no "block_0" or skips a block.
+      ValueError: `params` holds no "block_0" or skips a block.
     """
     names = [name for name in params if name.startswith("block_")]
     blocks = [params.get(f"block_{i}") for i in range(len(names))]
@@ -118,11 +104,7 @@ def stack_blocks(params: Mapping[str, Any]) -> dit.Params:
 
 
 def unstack_blocks(params: Mapping[str, Any]) -> dit.Params:
-    """The inverse of `stack_blocks`.
-
-    Raises:
-      ValueError: if `params` holds no "blocks".
-    """
+    """The inverse of `stack_blocks`; ValueError where `params` holds no "blocks"."""
     if "blocks" not in params:
         raise ValueError(f"params: found {sorted(params)}, expected an entry named blocks")
     rest = dict(params)
@@ -131,27 +113,44 @@ def unstack_blocks(params: Mapping[str, Any]) -> dit.Params:
     return rest | {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
 
 
-def _entries(sizes: _Sizes) -> Iterator[_Entry]:
-    """Every parameter of the model, in the order of the published state dict."""
-    width, p = sizes.width, sizes.patch_size
+def _entries(
+    arrays: State, names: tuple[str, ...], heads: int, p: int, channels: int
+) -> Iterator[_Entry]:
+    """Every parameter of the model, in the order of the published state dict.
+
+    The sizes are read off the lengths of four parameters and the names of all.
+    """
+    width, label_rows, mlp_width, final = (len(_find(arrays, name)) for name in names)
+    out_channels = final // p**2
+    if width % heads:
+        raise ValueError(f"num_heads: found {heads}, expected a divisor of the width {width}")
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"final_layer.linear.bias: found {out_channels} output channels, expected {channels} "
+            f"or, with learn_sigma, {2 * channels}"
+        )
+    matches = [re.match(r"blocks?[._](\d+)", name) for name in arrays]
+    depth = len({match[1] for match in matches if match})
+    qk_norm = any(name.endswith(("q_norm.weight", "q_norm/scale")) for name in arrays)
     yield _Entry(
-        *("x_embedder.proj.weight", "patch_embed/kernel", (width, sizes.channels, p, p)),
-        lambda w: w.transpose(2, 3, 1, 0).reshape(p * p * sizes.channels, width),
-        lambda k: k.reshape(p, p, sizes.channels, width).transpose(3, 2, 0, 1),
+        *("x_embedder.proj.weight", "patch_embed/kernel", (width, channels, p, p)),
+        lambda w: w.transpose(2, 3, 1, 0).reshape(p * p * channels, width),
+        lambda k: k.reshape(p, p, channels, width).transpose(3, 2, 0, 1),
     )
     yield _Entry("x_embedder.proj.bias", "patch_embed/bias", (width,))
     yield from _linear("t_embedder.mlp.0", "time_in", dit.NUM_FREQUENCIES, width)
     yield from _linear("t_embedder.mlp.2", "time_out", width, width)
     table = "y_embedder.embedding_table.weight"
-    yield _Entry(table, "label_embed/embedding", (sizes.label_rows, width))
-    for i in range(sizes.depth):
-        yield from _block_entries(sizes, f"blocks.{i}", f"block_{i}")
-    yield from _linear("final_layer.linear", "final", width, p * p * sizes.out_channels)
+    yield _Entry(table, "label_embed/embedding", (label_rows, width))
+    for i in range(depth):
+        yield from _block_entries(f"blocks.{i}", f"block_{i}", width, heads, mlp_width, qk_norm)
+    yield from _linear("final_layer.linear", "final", width, p * p * out_channels)
     yield from _linear("final_layer.adaLN_modulation.1", "final_modulation", width, 2 * width)
 
 
-def _block_entries(sizes: _Sizes, name: str, block: str) -> Iterator[_Entry]:
-    width, heads = sizes.width, sizes.num_heads
+def _block_entries(
+    name: str, block: str, width: int, heads: int, mlp_width: int, qk_norm: bool
+) -> Iterator[_Entry]:
     size = width // heads
     yield _Entry(
         *(f"{name}.attn.qkv.weight", f"{block}/qkv/kernel", (3 * width, width)),
@@ -163,40 +162,19 @@ def _block_entries(sizes: _Sizes, name: str, block: str) -> Iterator[_Entry]:
         lambda b: b.reshape(3, heads, size).swapaxes(0, 1).reshape(-1),
         lambda b: b.reshape(heads, 3, size).swapaxes(0, 1).reshape(-1),
     )
-    if sizes.qk_norm:
-        for norm in ("q_norm", "k_norm"):
-            yield _Entry(f"{name}.attn.{norm}.weight", f"{block}/{norm}/scale", (size,))
-            yield _Entry(f"{name}.attn.{norm}.bias", f"{block}/{norm}/bias", (size,))
+    for norm in ("q_norm", "k_norm") if qk_norm else ():
+        yield _Entry(f"{name}.attn.{norm}.weight", f"{block}/{norm}/scale", (size,))
+        yield _Entry(f"{name}.attn.{norm}.bias", f"{block}/{norm}/bias", (size,))
     yield from _linear(f"{name}.attn.proj", f"{block}/proj", width, width)
-    yield from _linear(f"{name}.mlp.fc1", f"{block}/mlp_in", width, sizes.mlp_width)
-    yield from _linear(f"{name}.mlp.fc2", f"{block}/mlp_out", sizes.mlp_width, width)
+    yield from _linear(f"{name}.mlp.fc1", f"{block}/mlp_in", width, mlp_width)
+    yield from _linear(f"{name}.mlp.fc2", f"{block}/mlp_out", mlp_width, width)
     yield from _linear(f"{name}.adaLN_modulation.1", f"{block}/modulation", width, 6 * width)
 
 
 def _linear(torch_name: str, jax_name: str, inputs: int, outputs: int) -> Iterator[_Entry]:
-    weight, kernel = f"{torch_name}.weight", f"{jax_name}/kernel"
-    yield _Entry(weight, kernel, (outputs, inputs), np.transpose, np.transpose)
+    names, shape = (f"{torch_name}.weight", f"{jax_name}/kernel"), (outputs, inputs)
+    yield _Entry(*names, shape, np.transpose, np.transpose)
     yield _Entry(f"{torch_name}.bias", f"{jax_name}/bias", (outputs,))
-
-
-def _sizes(
-    arrays: State, names: tuple[str, ...], num_heads: int, patch_size: int, channels: int
-) -> _Sizes:
-    """The sizes, read off the lengths of four parameters and the names of all."""
-    width, label_rows, mlp_width, final = (len(_find(arrays, name)) for name in names)
-    out_channels = final // patch_size**2
-    if width % num_heads:
-        raise ValueError(f"num_heads: found {num_heads}, expected a divisor of the width {width}")
-    if out_channels not in (channels, 2 * channels):
-        raise ValueError(
-            f"final_layer.linear.bias: found {out_channels} output channels, expected "
-            f"{channels} or, with learn_sigma, {2 * channels}"
-        )
-    matches = [re.match(r"blocks?[._](\d+)", name) for name in arrays]
-    depth = len({match[1] for match in matches if match})
-    qk_norm = any(name.endswith(("q_norm.weight", "q_norm/scale")) for name in arrays)
-    given = (patch_size, num_heads, channels, out_channels)
-    return _Sizes(*given, width, label_rows, mlp_width, depth, qk_norm)
 
 
 def _check_positions(found: np.ndarray, width: int) -> None:

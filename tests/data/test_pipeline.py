@@ -129,16 +129,6 @@ def test_another_batch_size_goes_on_at_the_same_sample(dataset, before, after):
     np.testing.assert_array_equal(np.ravel(labels(resumed, 2)), sequence[start : start + 2 * after])
 
 
-def test_wrong_arguments(dataset):
-    for options, message in (
-        ({"global_batch_size": 0}, "batch size of 0"),
-        ({"global_batch_size": 8, "rows": np.arange(4, 9)}, "rows of a batch of 8"),
-        ({"global_batch_size": 8, "seed": -1}, "seed: found -1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            training_iterator(dataset, **{"seed": 0, **options})
-
-
 def test_each_epoch_shows_each_image_once_or_its_mirror_image(tmp_path):
     """Image i has the label i and the value i, its mirror image the value i + 100."""
     values = np.arange(COUNT)[:, None] + np.array([0, 100])
