@@ -74,9 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     # latents that others made, "npy", "fast-dit", "repa" or "lightning-dit" (docs/data.md).
     c.data.source = ""  # needed by --mode=encode alone
     c.data.source_path = ""  # the folder or archive; for tfds its data_dir
-    c.data.train_split = (
-        "train"  # folder of the source, or split, that becomes train/; "." is the whole
-    )
+    c.data.train_split = "train"  # folder of the source, or split; becomes train/; "." is all
     c.data.test_split = "test"  # becomes test/, for evaluation; "" makes no test/
     c.data.image_size = 0  # centre-crop and resize to this side, as ADM; 0 takes images as they are
     c.data.flips = False  # store mirror images too; training then picks one of the two
@@ -146,9 +144,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.cfg_channels = 0  # guide only the first channels (SiT: 3); 0 is all
     # Autoguidance (arXiv 2406.02507): samples are guided away from a weaker run, in place of the
     # model without a class.
-    c.sampling.guiding_run = (
-        ""  # working directory or checkpoints of that run; "" guides by the null class
-    )
+    c.sampling.guiding_run = ""  # that run's working directory or checkpoints; "": no such run
     c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
     c.sampling.labels = "balanced"  # "balanced" (index mod the data's classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
