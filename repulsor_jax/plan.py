@@ -36,21 +36,15 @@ _TITLES = {"train": "train step", "sample": "sampler", "encode": "encoder"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The devices to plan for, and what to print beside the plan.
+    """The devices to plan for, and what to print beside the plan."""
 
-    Attributes:
-      topology: as "v5e:16x16", or "local".
-      compare: variants, separated by ";", each `key=value` pairs separated by ","; keys are those
-        of the configuration, `topology` and `num_slices`.
-      price_per_chip_hour: in any currency; 0 prints no cost.
-      largest_batch: look for it, by a few more compilations.
-    """
-
-    topology: str
+    topology: str  # as "v5e:16x16", or "local"
     num_slices: int = 1
+    # Variants separated by ";", each `key=value` pairs separated by ",", where a key is one of the
+    # configuration, `topology` or `num_slices`.
     compare: str = ""
-    price_per_chip_hour: float = 0.0
-    largest_batch: bool = False
+    price_per_chip_hour: float = 0.0  # in any currency; 0 prints no cost
+    largest_batch: bool = False  # look for it, by a few more compilations
 
 
 @dataclasses.dataclass(frozen=True)

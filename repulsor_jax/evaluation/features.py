@@ -25,18 +25,13 @@ MAX_LATENT_FEATURES = 2048  # as many as Inception's
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpace:
-    """A function from images to features.
+    """A function from images to features."""
 
-    Attributes:
-      name: "inception", "pixels" or "autoencoder".
-      digest: of its weights, or a name of them; "" where it has none.
-      apply: (params, uint8 `[B, H, W, C]`) -> float32 arrays `[B, D]`: "pool", whose Gaussians the
-        Fréchet distance compares; in Inception's space "spatial" and "logits" (unbiased) too.
-    """
-
-    name: str
-    digest: str
+    name: str  # "inception", "pixels" or "autoencoder"
+    digest: str  # of its weights, or a name of them; "" where it has none
     params: Any
+    # (params, uint8 [B, H, W, C]) -> float32 arrays [B, D]: "pool", whose Gaussians the Fréchet
+    # distance compares; in Inception's space "spatial" and "logits" (unbiased) too.
     apply: Callable[[Any, Array], dict[str, Array]]
 
     @property

@@ -27,23 +27,17 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images by number, read on the host; latents are decoded on the devices.
+    """Images by number, read on the host; latents are decoded on the devices."""
 
-    Attributes:
-      name: for reports.
-      digest: of the content, or of the names and sizes of its files.
-      shape, dtype: of one item as read.
-      read: ascending ranges of numbers -> an array of items for each; a range may be empty.
-      decode: (params, items `[B, *shape]`) -> uint8 images `[B, H, W, C]`, under jit.
-    """
-
-    name: str
-    digest: str
+    name: str  # for reports
+    digest: str  # of the content, or of the names and sizes of its files
     count: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one item as read
     dtype: Any
+    # Ascending ranges of numbers -> an array of items for each; a range may be empty.
     read: Callable[[Sequence[range]], Iterator[np.ndarray]]
     params: Any = None
+    # (params, items [B, *shape]) -> uint8 images [B, H, W, C], under jit.
     decode: Callable[[Any, Array], Array] = lambda params, images: images
 
 

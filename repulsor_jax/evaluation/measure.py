@@ -32,19 +32,12 @@ _PER_SHARD = 1024  # images whose features are one file; a stopped job loses as 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """What samples are compared with; None stands for what is unknown."""
 
-    Attributes:
-      description: for reports: name, digest, number of images, and of `features`.
-      pool: Gaussian of the features of the Fréchet distance.
-      spatial: of Inception's spatial features, for sFID; None if unknown.
-      features: `[M, D]` of some of the images, for KID, precision and recall; None if unknown.
-    """
-
-    description: dict[str, Any]
-    pool: GaussianStatistics
-    spatial: GaussianStatistics | None = None
-    features: np.ndarray | None = None
+    description: dict[str, Any]  # for reports: name, digest, number of images, and of `features`
+    pool: GaussianStatistics  # of the features of the Fréchet distance
+    spatial: GaussianStatistics | None = None  # of Inception's spatial features, for sFID
+    features: np.ndarray | None = None  # [M, D] of some images, for KID, precision and recall
 
 
 def make_extractor(space: FeatureSpace, mesh: Mesh) -> Extract:

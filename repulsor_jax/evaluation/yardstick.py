@@ -29,17 +29,12 @@ _ARCHIVE = ".archive"
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """A feature space with its reference, shared by all evaluations of a run.
+    """A feature space with its reference, shared by all evaluations of a run."""
 
-    Attributes:
-      folder: where records, and the features of a job at work, are kept.
-      reference: the other side of the comparison; None on processes but the first.
-    """
-
-    folder: pathlib.Path
+    folder: pathlib.Path  # of records, and of the features of a job at work
     space: FeatureSpace
     extract: Extract
-    reference: Reference | None
+    reference: Reference | None  # None on processes but the first
 
 
 def make_yardstick(experiment: Experiment) -> Yardstick:

@@ -55,19 +55,13 @@ class Guide:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """Samples by number: image i depends on `(config.sampling.seed, i)` and the model alone.
+    """Samples by number: image i depends on `(config.sampling.seed, i)` and the model alone."""
 
-    Attributes:
-      batch_size: rows of one call, of one compiled program.
-      start: (EMA parameters, first number, guidance or None) -> `Samples` of `batch_size` numbers
-        from the first on. Returns as soon as the work is under way. Without guidance the model is
-        evaluated once a step.
-      guide: the weak model of autoguidance; None guides by the model without a class.
-    """
-
-    batch_size: int
+    batch_size: int  # rows of one call, of one compiled program
+    # (EMA parameters, first number, guidance or None) -> `Samples` of `batch_size` numbers from the
+    # first on. Returns at once. Without guidance the model is evaluated once a step.
     start: Callable[[Any, int, Guidance | None], Samples]
-    guide: Guide | None = None
+    guide: Guide | None = None  # None guides by the model without a class
 
 
 def configured_guidance(config: SamplingConfig) -> Guidance | None:

@@ -43,24 +43,16 @@ _PASSES = {"highest": 6, "high": 3}
 
 @dataclasses.dataclass
 class Cost:
-    """What one run of a program, or of a part of it, costs one device.
+    """What one run of a program, or of a part of it, costs one device."""
 
-    Attributes:
-      matmul_flops: FLOPs of matrix products and convolutions.
-      mxu_flops: the same, times the passes of a bfloat16 matrix unit for float32 operands.
-      other_flops: elementwise operations.
-      bytes_accessed: bytes read from and written to main memory.
-      collectives: each with the number of times that it runs.
-      unknown_loops: loops whose number of turns depends on the data; their bodies count once.
-      unknown_calls: calls of kernels that do not state their FLOPs, by name.
-    """
-
-    matmul_flops: float = 0.0
-    mxu_flops: float = 0.0
-    other_flops: float = 0.0
-    bytes_accessed: float = 0.0
+    matmul_flops: float = 0.0  # of matrix products and convolutions
+    mxu_flops: float = 0.0  # the same, times a bfloat16 unit's passes for float32 operands
+    other_flops: float = 0.0  # of elementwise operations
+    bytes_accessed: float = 0.0  # read from and written to main memory
+    # Each with the number of times that it runs.
     collectives: list[tuple[Collective, int]] = dataclasses.field(default_factory=list)
-    unknown_loops: int = 0
+    unknown_loops: int = 0  # their number of turns depends on the data; their bodies count once
+    # Calls of kernels that do not state their FLOPs, by name.
     unknown_calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:

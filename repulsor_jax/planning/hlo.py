@@ -53,22 +53,15 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction.
-
-    Attributes:
-      arrays: the results; the arrays of a tuple in their order.
-      operands: names of the instructions whose results it reads.
-      argument, attributes: the text between its parentheses, and after them.
-      is_root: whether it is the result of its computation.
-    """
+    """One instruction; its name is unique in its program."""
 
     name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    argument: str
-    attributes: str
-    is_root: bool
+    opcode: str  # as "fusion" or "all-reduce-start"
+    arrays: tuple[Array, ...]  # the results; the arrays of a tuple in their order
+    operands: tuple[str, ...]  # names of the instructions whose results it reads
+    argument: str  # the text between its parentheses
+    attributes: str  # the text after them
+    is_root: bool  # the result of its computation
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
@@ -93,18 +86,15 @@ Computation = Mapping[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program.
+    """A program: its computations by name, and the one that runs first.
 
-    Attributes:
-      computations: by name, each its instructions by name, in order.
-      entry: the computation that runs first.
-      num_partitions: number of devices that run it. On a mesh of several TPU slices it is the
-        program of one slice, which sends to the others and receives from them.
+    On a mesh of several TPU slices it is the program of one slice, which sends to the others and
+    receives from them.
     """
 
     computations: Mapping[str, Computation]
     entry: str
-    num_partitions: int
+    num_partitions: int  # devices that run it
 
     def root(self, computation: str) -> Instruction:
         """The result of a computation."""
@@ -216,16 +206,11 @@ def _arrays(text: str) -> Iterator[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction.
+    """One collective instruction."""
 
-    Attributes:
-      kind: as "all-reduce".
-      arrays: the results on one device.
-      groups: which devices exchange with each other, by their places in the flattened mesh.
-    """
-
-    kind: str
-    arrays: tuple[Array, ...]
+    kind: str  # as "all-reduce"
+    arrays: tuple[Array, ...]  # the results on one device
+    # Which devices exchange with each other, by their places in the flattened mesh.
     groups: tuple[tuple[int, ...], ...] = ()
     channel: str = ""
 

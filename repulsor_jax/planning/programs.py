@@ -34,40 +34,25 @@ PROGRAMS = ("train", "sample", "encode")
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A program that is ready to be compiled.
+    """A program that is ready to be compiled."""
 
-    Attributes:
-      name: of `PROGRAMS`.
-      images: images that one run makes or uses, over all devices.
-      kinds: the sharded shapes of its arguments, by kind.
-      bank_shapes: shapes of an array that holds the memory bank's rows of two devices or more, and
-        that nothing else in the program has.
-    """
-
-    name: str
-    images: int
+    name: str  # of `PROGRAMS`
+    images: int  # that one run makes or uses, over all devices
     mesh: Mesh
-    kinds: dict[str, Any]
+    kinds: dict[str, Any]  # the sharded shapes of its arguments, by kind
     compile: Callable[[], jax.stages.Compiled]
+    # Shapes of an array that holds the bank's rows of two devices or more, and of nothing else.
     bank_shapes: frozenset[tuple[int, ...]] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program(Built):
-    """A compiled program, or the reason why the compiler refused it.
+    """A compiled program, or the reason why the compiler refused it."""
 
-    Attributes:
-      memory: bytes on one device by kind. For a program that does not fit, the temporaries are the
-        compiler's number.
-      cost: of one run on one device; None for a program that does not fit.
-      seconds: of tracing and compiling.
-      refusal: the compiler's message for a program that does not fit; "" for one that fits.
-    """
-
-    memory: dict[str, float]
-    cost: Cost | None
-    seconds: float
-    refusal: str = ""
+    memory: dict[str, float]  # bytes on one device by kind
+    cost: Cost | None  # of one run on one device; None for a program that does not fit
+    seconds: float  # of tracing and compiling
+    refusal: str = ""  # the compiler's message for a program that does not fit
 
     @property
     def total_bytes(self) -> float:
@@ -96,15 +81,14 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
     channels = np.ones(config.model.in_channels, np.float32)
+    is_stochastic = autoencoder is not None and autoencoder.stochastic
     return Experiment(
         config=config,
         workdir=workdir,
         mesh=mesh,
         model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
-        latent_format=LatentFormat(
-            bool(autoencoder and autoencoder.stochastic), channels, channels
-        ),
+        latent_format=LatentFormat(is_stochastic, channels, channels),
         latents_sha256="",
         class_names=tuple(str(k) for k in range(config.model.num_classes)),
     )
@@ -137,20 +121,12 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
 
 
 def largest_batch(
-    config: Config,
-    first: Program,
-    available: float,
-    compile_train: Callable[[Config], Program],
+    config: Config, first: Program, available: float, compile_train: Callable[[Config], Program]
 ) -> Program | None:
     """Doubles the batch as long as the train step fits, or halves it until the train step fits.
 
-    Args:
-      config: of `first`, the train step to begin with.
-      available: bytes of memory of one device.
-      compile_train: compiles the train step of another configuration.
-
-    Returns:
-      The train step with the largest of these batches that fits; None where none fits.
+    Begins with `first`, the train step of `config`, in the available bytes of one device. Returns
+    the train step with the largest of these batches that fits, or None.
     """
 
     def fits(program: Program) -> bool:

@@ -35,18 +35,12 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for.
+    """Devices to compile for."""
 
-    Attributes:
-      name: as "v5e:16x16", "2 x v5e:16x16" or "local".
-      shape: chips of a slice along each dimension of its torus; () without a torus.
-      known_bytes: memory of one device, as the compiler or the device states it; None if unknown.
-    """
-
-    name: str
+    name: str  # as "v5e:16x16", "2 x v5e:16x16" or "local"
     devices: tuple[jax.Device, ...]
-    shape: tuple[int, ...] = ()
-    known_bytes: float | None = None
+    shape: tuple[int, ...] = ()  # chips of a slice along each dimension of its torus
+    known_bytes: float | None = None  # of one device, as the compiler or the device states them
 
     @property
     def chip(self) -> Chip | None:

@@ -11,26 +11,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip.
+    """One kind of chip."""
 
-    Attributes:
-      name: common name, as "v5e".
-      device_kinds: its values of `jax.Device.device_kind`.
-      peak_flops: dense bfloat16 FLOP/s, 2 per multiply-add.
-      link_bytes_per_second: rate of one link to a neighbour, in one direction; a GPU's NVLinks
-        count as one link.
-      dcn_bytes_per_second: its share of its host's network, in one direction.
-      devices_per_chip: number of JAX devices that stand for one chip.
-    """
-
-    name: str
-    device_kinds: tuple[str, ...]
-    peak_flops: float
+    name: str  # as "v5e"
+    device_kinds: tuple[str, ...]  # its values of `jax.Device.device_kind`
+    peak_flops: float  # dense bfloat16 FLOP/s, 2 per multiply-add
     hbm_bytes: int
     hbm_bytes_per_second: float
+    # Of one link to a neighbour, in one direction; a GPU's NVLinks count as one link.
     link_bytes_per_second: float | None = None
-    dcn_bytes_per_second: float | None = None
-    devices_per_chip: int = 1
+    dcn_bytes_per_second: float | None = None  # its share of its host's network, one direction
+    devices_per_chip: int = 1  # JAX devices that stand for one chip
 
 
 CHIPS = (

@@ -25,16 +25,12 @@ class JoinError(RuntimeError):
 
 
 class Launcher(NamedTuple):
-    """The program that started the processes of a job.
-
-    Attributes:
-      method: its name for `jax.distributed.initialize`.
-      sees_own_devices: whether this process drives every device that it sees. By default, JAX gives
-        each process of a host one device on Slurm and Open MPI.
-    """
+    """The program that started the processes of a job."""
 
     name: str
-    method: str
+    method: str  # its name for `jax.distributed.initialize`
+    # This process drives every device that it sees. By default, JAX gives each process of a host
+    # one device on Slurm and Open MPI.
     sees_own_devices: bool = True
 
 

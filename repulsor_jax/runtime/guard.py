@@ -45,23 +45,14 @@ class Verdict(enum.Enum):
 
 @dataclasses.dataclass
 class Guard:
-    """Owns refused steps, states that are not finite, and the policy.
-
-    Attributes:
-      config: the policy and its limits.
-      events: `<workdir>/events.jsonl`; written to after something was refused.
-      records_of: number of a batch -> numbers of its records in the data set.
-      not_finite: state -> names of its arrays with numbers that are not finite, or "".
-      problem: what happened last, in words.
-      spoiled: what `not_finite` gave at the last look.
-    """
+    """Owns refused steps, states that are not finite, and the policy."""
 
     config: DivergenceConfig
-    events: Appender
-    records_of: Callable[[int], np.ndarray]
-    not_finite: Callable[[Any], str]
-    problem: str = ""
-    spoiled: str = ""
+    events: Appender  # of `<workdir>/events.jsonl`
+    records_of: Callable[[int], np.ndarray]  # number of a batch -> of its records in the data set
+    not_finite: Callable[[Any], str]  # state -> names of its arrays that are not finite, or ""
+    problem: str = ""  # what happened last, in words
+    spoiled: str = ""  # what `not_finite` gave at the last look
     _in_a_row: int = 0
     _last_step: int = -1
 
