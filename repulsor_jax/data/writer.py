@@ -82,10 +82,8 @@ class DatasetWriter(Restartable):
         """
         if not (self.folder / METADATA).exists():
             if unfinished := self.missing():
-                raise ValueError(
-                    f"{self.folder}: {len(unfinished)} of {len(self)} shards are not finished: run "
-                    "the same command again"
-                )
+                found = f"{len(unfinished)} of {len(self)} shards are not finished"
+                raise ValueError(f"{self.folder}: {found}: run the same command again")
             paths = map(self._summary_path, range(len(self)))
             dataset = self._combine([json.loads(path.read_text()) for path in paths])
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
@@ -138,10 +136,8 @@ class DatasetWriter(Restartable):
             with _full_disk_is_oserror():
                 out.close()
         if images + len(skipped) != len(self.rows(shard)):
-            raise ValueError(
-                f"shard {shard}: found {images} images and {len(skipped)} skipped, expected "
-                f"{len(self.rows(shard))} in all"
-            )
+            found = f"{images} images and {len(skipped)} skipped"
+            raise ValueError(f"shard {shard}: found {found}, expected {len(self.rows(shard))}")
         return {
             "images": images,
             "shape": list(shape),
@@ -153,16 +149,13 @@ class DatasetWriter(Restartable):
     def _combine(self, summaries: Sequence[Mapping[str, Any]]) -> LatentDataset:
         full = [s for s in summaries if s["images"]]
         if not full:
-            first = summaries[0]["skipped"][0]
-            raise ValueError(
-                f"{self.directory}: none of the {self.count} images could be read; the first: "
-                f"{first['name']}: {first['reason']}"
-            )
+            reason = "{name}: {reason}".format(**summaries[0]["skipped"][0])
+            raise ValueError(f"{self.directory}: no image could be read; the first: {reason}")
         shapes = {tuple(s["shape"]) for s in full}
         if len(shapes) > 1:
             raise ValueError(
                 f"{self.directory}: found latents of shapes {sorted(shapes)}, expected one: set "
-                "config.data.image_size, and delete the unfinished folder"
+                f"config.data.image_size, and delete {self.folder}"
             )
         shape = shapes.pop()
         images, views = sum(s["images"] for s in full), self.description.views
@@ -246,9 +239,8 @@ def _full_disk_is_oserror() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(
-            f"latents cannot be written: {error}. Once there is room, the same command goes on"
-        ) from error
+        problem = f"latents cannot be written: {error}"
+        raise OSError(f"{problem}. Once there is room, the same command goes on") from error
 
 
 def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:
@@ -261,10 +253,7 @@ def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: in
             f"batch from image {first}: found latents {latents.shape}, expected {expected}"
         )
     if about.stochastic and shape[-1] % 2:
-        raise ValueError(
-            f"found latents of {shape[-1]} channels, expected an even number: means, then "
-            "log-variances"
-        )
+        raise ValueError(f"found {shape[-1]} channels of means and spreads, not an even number")
     classes = len(about.class_names)
     for i in np.flatnonzero((labels < 0) | (labels >= classes)):
         raise ValueError(f"image {first + i}: found label {labels[i]}, expected 0 to {classes - 1}")

@@ -137,7 +137,6 @@ def fill(
     *,
     title: str,
     share: slice | None = None,
-    progress: bool = True,
 ) -> int:
     """Makes the missing shards, under a progress bar of the first process.
 
@@ -149,7 +148,6 @@ def fill(
       share: None where all processes make every item together: the first process keeps the files
         and says what is missing, and the others need not see them. `slice(k, None, n)` where
         process k of n makes every n-th shard by itself.
-      progress: whether to show the bar.
 
     Returns:
       The number of items made.
@@ -173,7 +171,7 @@ def fill(
         initial=total - left,
         desc=title,
         unit="img",
-        disable=not (progress and is_main),
+        disable=not is_main,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file takes fewer lines
     )

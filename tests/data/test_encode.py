@@ -62,12 +62,12 @@ def run(source, autoencoder, directory, images_per_shard=100, **options):
     return writer.finish()
 
 
-def encode_share(writer, source, autoencoder, share, progress=False, **options):
+def encode_share(writer, source, autoencoder, share, **options):
     def produce(todo):
         given = {"batch_per_device": 1, **options}
         return encode_images(todo, source, autoencoder, writer.description, **given)
 
-    fill(writer, produce, title="encode", share=share, progress=progress)
+    fill(writer, produce, title="encode", share=share)
 
 
 def read(dataset):
@@ -77,7 +77,7 @@ def read(dataset):
 
 def test_digits_with_the_identity(tmp_path, capfd):
     source = open_source("digits", "test")
-    dataset = run(source, get_autoencoder("identity"), tmp_path / "d", 100, progress=True)
+    dataset = run(source, get_autoencoder("identity"), tmp_path / "d", 100)
     assert open_latent_dataset(tmp_path / "d") == dataset
     assert (dataset.num_images, dataset.shape, len(dataset.shards)) == (497, (8, 8, 1), 5)
     batch = read(dataset)

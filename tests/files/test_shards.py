@@ -22,7 +22,7 @@ def make(made, batch=3, stop_at=None):
 
 
 def run(shards, *arguments, **options):
-    return fill(shards, make(*arguments, **options), title="test", progress=False)
+    return fill(shards, make(*arguments, **options), title="test")
 
 
 def files(shards):

@@ -56,7 +56,7 @@ def write(
 ) -> LatentDataset:
     """Writes a whole data set."""
     writer = begin(directory, len(labels), images_per_shard, **description)
-    fill(writer, batches(latents, labels), title="test", share=slice(None), progress=False)
+    fill(writer, batches(latents, labels), title="test", share=slice(None))
     return writer.finish()
 
 
