@@ -296,10 +296,8 @@ class _Headers(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_TAR_HEADER:
-            raise ValueError(
-                f"{self.name}: found a header of {size:,} bytes, expected at most "
-                f"{_MAX_TAR_HEADER:,}: is this archive from a source you trust?"
-            )
+            expected = f"{_MAX_TAR_HEADER:,} at most: is this archive from a source you trust?"
+            raise ValueError(f"{self.name}: found a header of {size:,} bytes, expected {expected}")
         return super().read(size)
 
 

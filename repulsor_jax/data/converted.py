@@ -44,9 +44,7 @@ class LatentSource:
 def open_latent_source(name: str, split: str, *, path: str) -> LatentSource:
     """Opens latents of one of `KINDS` that another program wrote, in a folder, or in its `split`.
 
-    Raises:
-      ValueError: unknown name, no such folder, no latents, or labels that are missing or wrong;
-        names the file.
+    Raises ValueError, naming the file, where latents or labels are missing or wrong.
     """
     if name not in KINDS:
         raise ValueError(f"latent source: found {name!r}, expected one of {list(KINDS)}")
@@ -69,17 +67,15 @@ def _array_files(
     first = os.path.join(root, items.names[0])
     shape = _load_latents(first).shape
     if stochastic and shape[0] % 2:
-        raise ValueError(
-            f"{first}: found {shape[0]} channels, expected an even number: means, then spreads"
-        )
+        raise ValueError(f"{first}: found {shape[0]} channels, expected an even number")
 
     def read(index: int) -> np.ndarray:
         path = os.path.join(root, items.names[index])
         stored = _load_latents(path)
         if stored.shape != shape:
+            found, expected = list(stored.shape), list(shape)
             raise ValueError(
-                f"{path}: found latents of shape {list(stored.shape)}, expected {list(shape)} as "
-                f"in {first}"
+                f"{path}: found latents of shape {found}, expected {expected} as in {first}"
             )
         if has_std:
             mean, std = np.split(stored, 2)
@@ -89,7 +85,7 @@ def _array_files(
                     'the channels, expected 0 or more: are these log-variances ("npy:moments")?'
                 )
             # The SD-VAE clips log-variances to [-30, 20].
-            stored = np.concatenate([mean, 2 * np.log(np.maximum(std, np.exp(np.float32(-15))))])
+            stored = np.concatenate([mean, 2 * np.log(np.maximum(std, float(np.exp(-15))))])
         return np.ascontiguousarray(stored.transpose(1, 2, 0)[None])
 
     def signature() -> str:
@@ -126,11 +122,9 @@ def _fast_dit(split: str, path: str) -> LatentSource:
     for name in tqdm(names, desc="read labels", delay=2):
         file = os.path.join(labels, name)
         label = _load_array(file)
-        if label.size != 1 or label.dtype.kind not in "iu" or label.item() < 0:
-            raise ValueError(
-                f"{file}: found {label.dtype} {list(label.shape)}, expected one whole number, "
-                "0 or more: the label of the feature of this name"
-            )
+        if label.size != 1 or label.dtype.kind not in "iu":
+            kind = f"{label.dtype} {list(label.shape)}"
+            raise ValueError(f"{file}: found {kind}, expected one whole number, the label")
         values.append(label.item())
     return _array_files("fast-dit", features, _numbered(labels, names, values), scaled=True)
 
@@ -195,10 +189,8 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
     for path in paths:
         file = open_safetensors(path)
         if missing := {*views, "labels"} - set(file.keys()):
-            raise ValueError(
-                f"{path}: found the keys {sorted(file.keys())}, but not {sorted(missing)}, which "
-                "LightningDiT's extract_features.py writes"
-            )
+            keys = sorted(file.keys())
+            raise ValueError(f"{path}: found the keys {keys}, but not {sorted(missing)}")
         values = file.get_tensor("labels")
         sizes = [file.get_slice(key).get_shape() for key in views]
         types = [file.get_slice(key).get_dtype() for key in views]
@@ -252,8 +244,8 @@ def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set
     if alone := sorted(found ^ set(labelled)):
         what = "has no label in" if alone[0] in found else "is not there, though it has one in"
         raise ValueError(
-            f"{os.path.join(root, alone[0])} {what} {where}, and so for {len(alone)} files in all; "
-            "expected a label for each file: was the copy or the run cut short?"
+            f"{os.path.join(root, alone[0])} {what} {where}, and so for {len(alone)} files in all: "
+            "was the copy or the run cut short?"
         )
     return found
 

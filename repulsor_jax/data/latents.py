@@ -224,8 +224,7 @@ def decode_records(
 ) -> dict[str, np.ndarray]:
     """Decodes B raw records into {"latents": `[B, *shape]` of `dtype`, "labels": int32 `[B]`}.
 
-    Raises:
-      ValueError: the records are not of the size that `shape` and `dtype` ask for.
+    Raises ValueError unless all are of the size that `shape` and `dtype` ask for.
     """
     size = record_dtype(shape, dtype).itemsize
     sizes = {len(record) for record in records}
@@ -313,7 +312,6 @@ def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
         raise ValueError(f"{path}: found {len(dataset.std)} in std, {len(dataset.mean)} in mean")
     total = sum(shard.records for shard in dataset.shards)
     if total != dataset.num_records:
-        raise ValueError(
-            f"{path}: found shards of {total} records, expected {dataset.num_records} in all"
-        )
+        expected = dataset.num_records
+        raise ValueError(f"{path}: found shards of {total} records, expected {expected} in all")
     return dataset

@@ -80,11 +80,7 @@ def suffix(name: str) -> str:
 
 
 def find_folder(path: str, split: str, kind: str) -> str:
-    """Returns the folder of a split: `path/split`, or `path` itself for ".".
-
-    Raises:
-      ValueError: there is no such folder, or the split leads out of `path`.
-    """
+    """Returns the folder of a split, `path/split`, or `path` for "."; ValueError without one."""
     if os.path.isabs(split) or ".." in split.replace("\\", "/").split("/"):
         raise ValueError(f"{kind}: found the split {split!r}, which leads out of {path}")
     if not os.path.isdir(path):
@@ -108,10 +104,8 @@ def scan(root: str, suffixes: Collection[str]) -> Files:
     """Lists the files below a folder whose `suffix` is one of `suffixes`, in no set order.
 
     Links to files and folders are followed, hidden ones left out. Nothing is opened, and on usual
-    file systems no file is asked for more than its name.
-
-    Raises:
-      ValueError: a folder cannot be read, or a link leads back to a folder that holds it.
+    file systems no file is asked for more than its name. A folder that cannot be read, or a link
+    back to a folder that holds it, is a ValueError.
     """
     files = Files([], [], [])
 

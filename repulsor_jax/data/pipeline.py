@@ -99,9 +99,8 @@ def rescale_position(
 ) -> tuple[dict[str, Any], int]:
     """Moves an iterator's state to another global batch size: the same place in the sequence.
 
-    Returns:
-      The state, and the number of samples that are read again: a position is a whole number of
-      batches, so it is rounded down, and no sample is left out.
+    Returns the state, and the number of samples that are read again: a position is a whole number
+    of batches, so it is rounded down, and no sample is left out.
     """
     batches, repeated = divmod(state["next_index"] * old_batch_size, new_batch_size)
     return {**state, "next_index": batches}, repeated

@@ -27,10 +27,7 @@ def read_in_order(
     The processes are loky's: unlike the standard library's they do not import the main module, and
     JAX with it, so that they start in a fraction of a second. They end with their parent, however
     that ends. Each gets a copy of the `ImageSource`; with 0 workers the caller reads. `ahead`
-    chunks are read before they are asked for.
-
-    Raises:
-      OSError: a process died.
+    chunks are read before they are asked for. Raises OSError where a process died.
     """
     if not num_workers:
         for chunk in chunks:

@@ -153,10 +153,8 @@ class DatasetWriter(Restartable):
             raise ValueError(f"{self.directory}: no image could be read; the first: {reason}")
         shapes = {tuple(s["shape"]) for s in full}
         if len(shapes) > 1:
-            raise ValueError(
-                f"{self.directory}: found latents of shapes {sorted(shapes)}, expected one: set "
-                f"config.data.image_size, and delete {self.folder}"
-            )
+            remedy = f"set config.data.image_size, and delete {self.folder}"
+            raise ValueError(f"found latents of shapes {sorted(shapes)}, expected one: {remedy}")
         shape = shapes.pop()
         images, views = sum(s["images"] for s in full), self.description.views
         # Summed in the order of the shards: other orders change the last bit.
@@ -249,9 +247,8 @@ def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: in
     shape = shape or latents.shape[2:]
     expected = (len(labels), about.views, *shape)
     if latents.shape != expected:
-        raise ValueError(
-            f"batch from image {first}: found latents {latents.shape}, expected {expected}"
-        )
+        where = f"batch from image {first}"
+        raise ValueError(f"{where}: found latents {latents.shape}, expected {expected}")
     if about.stochastic and shape[-1] % 2:
         raise ValueError(f"found {shape[-1]} channels of means and spreads, not an even number")
     classes = len(about.class_names)

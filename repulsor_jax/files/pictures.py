@@ -93,8 +93,7 @@ def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarra
 
     The images come in pieces uint8 `[n, H, W, C]`, of which one is in memory at a time.
 
-    Raises:
-      ValueError: the images are not uint8 `[n, H, W, C]` of one size, or there are not N labels.
+    Raises ValueError unless all images are uint8 and of one size, and there are N.
     """
     pieces = iter(images)
     first = next(pieces)

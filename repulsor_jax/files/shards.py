@@ -102,9 +102,8 @@ class Shards(Restartable):
                 with np.load(path, allow_pickle=False) as archive:
                     array = archive[name]
             except (*_DAMAGED, ValueError, KeyError, MemoryError) as error:
-                raise ValueError(
-                    f"{path}: damaged ({error}): delete it, and the same command makes it anew"
-                ) from error
+                remedy = "delete it, and the same command makes it anew"
+                raise ValueError(f"{path}: damaged ({error}): {remedy}") from error
             yield array
 
     def names(self) -> list[str]:

@@ -41,9 +41,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Shapes and dtypes are the file's, with bfloat16 as `ml_dtypes.bfloat16`.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: another suffix, a damaged file, or content other than a dictionary of tensors;
-        names the file.
+      FileNotFoundError, ValueError: no such file, another suffix, damage, or content other than a
+        dictionary of tensors; names the file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -68,17 +67,15 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> Any:
-    """Returns safetensors' `safe_open` for NumPy; a tensor is read when it is asked for.
+    """Returns safetensors' `safe_open` for NumPy, or raises ValueError naming the file.
 
-    Raises:
-      ValueError: the file cannot be read, or its header does not fit it; names the file.
+    A tensor is read when it is asked for.
     """
     try:
         return safetensors.safe_open(path, "np").__enter__()
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(
-            f"{path}: damaged, cut short or no safetensors file ({error}): fetch it again"
-        ) from error
+        problem = f"damaged, cut short or no safetensors file ({error})"
+        raise ValueError(f"{path}: {problem}: fetch it again") from error
 
 
 def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:

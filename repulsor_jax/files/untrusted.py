@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
-
 # A password in a URL, and the tokens of Hugging Face, GitHub, OpenAI and AWS by their shape.
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
 _IN_QUERY = re.compile(
