@@ -10,6 +10,7 @@ more steps would be lost than allowed.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -55,41 +56,32 @@ def open_for_training(workdir: pathlib.Path, config: CheckpointConfig) -> "Check
     )
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpointer:
-    """Saves and restores the checkpoints of one run; a context manager that waits on leaving."""
+    """Saves and restores the checkpoints of one run; a context manager that waits on leaving.
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str] | Folder,
-        *,
-        keep_last: int = 3,
-        keep_every: int = 0,
-        retry_steps: int = 1,
-        max_lost_steps: int = 0,
-        patience: float = 0.0,
-        read_only: bool = False,
-    ) -> None:
-        """Opens a directory of checkpoints, and creates it where absent unless `read_only`.
+    Opening one creates its directory where absent unless `read_only`.
 
-        Args:
-          directory: a path, gs://bucket/path, or what `places.open_folder` returns.
-          keep_last, keep_every: as `checkpoint.*` of the configuration.
-          retry_steps: steps from a save that failed to the next attempt.
-          max_lost_steps: where the next attempt would come more steps than this after the newest
-            checkpoint, a save is waited for, and it is an error if it fails; 0: every one.
-          patience: seconds for which it is tried again before it is an error.
-          read_only: neither create nor delete anything, as beside a run that is training.
+    Raises:
+      CheckpointError: the directory cannot be made, written or read.
+    """
 
-        Raises:
-          CheckpointError: the directory cannot be made, written or read.
-        """
-        if isinstance(directory, str | os.PathLike):
-            directory = open_folder(directory)
-        self._storage = Storage(directory, keep_last, keep_every, read_only)
+    where: str | os.PathLike[str] | Folder  # a path, gs://bucket/path, or of `places.open_folder`
+    _: dataclasses.KW_ONLY
+    keep_last: int = 3  # as `checkpoint.*` of the configuration
+    keep_every: int = 0
+    retry_steps: int = 1  # from a save that failed to the next attempt
+    # Where the next attempt would come more steps than this after the newest checkpoint, a save is
+    # waited for, and it is an error if it fails; 0: every one.
+    max_lost_steps: int = 0
+    patience: float = 0.0  # seconds for which it is tried again before it is an error
+    read_only: bool = False  # neither create nor delete anything, as beside a run that is training
+
+    def __post_init__(self) -> None:
+        where = self.where
+        folder = open_folder(where) if isinstance(where, str | os.PathLike) else where
+        self._storage = Storage(folder, self.keep_last, self.keep_every, self.read_only)
         self.directory = self._storage.directory
-        self._retry_steps = retry_steps
-        self._max_lost_steps = max_lost_steps
-        self._patience = patience
         self._pending: int | None = None  # step that is being saved
         self._check_at: int | None = None  # step at which to look how that went
         self._failed = False  # the newest attempt to save failed
@@ -133,7 +125,7 @@ class Checkpointer:
         """
         if self._check_at is None or step < self._check_at:
             return False
-        self._check_at = step + self._retry_steps
+        self._check_at = step + self.retry_steps
         if not self.is_saving():
             self.wait()
         return self._failed and self._pending is None
@@ -154,10 +146,8 @@ class Checkpointer:
 
         Args:
           step: of the state; nothing is done where a checkpoint of it exists.
-          state: the training state.
           data_state: the data iterator's `get_state()`, the same on every process.
-          config: the configuration, for the record.
-          latents: what sampling needs to know of the data, `experiment.latents_record`.
+          config, latents: for the record; `experiment.latents_record`.
           patience: None saves in the background; a number waits until the checkpoint is there, and
             tries again for so many seconds, as at the end of a run.
 
@@ -173,14 +163,14 @@ class Checkpointer:
             _warn(f"step {self._saved} is gone from {self.directory}; the newest is {newest}")
             self._saved = newest
         records = {"data": dict(data_state), "config": dict(config), "latents": dict(latents)}
-        last_chance = step + self._retry_steps - self._saved > self._max_lost_steps
+        last_chance = step + self.retry_steps - self._saved > self.max_lost_steps
         waits = last_chance or patience is not None
-        deadline = time.monotonic() + (self._patience if patience is None else patience)
+        deadline = time.monotonic() + (self.patience if patience is None else patience)
         pause = 1.0
         while True:
             problem = self._storage.begin(step, state, records)
             if not problem and not waits:
-                self._pending, self._check_at = step, step + self._retry_steps
+                self._pending, self._check_at = step, step + self.retry_steps
                 return
             problem = problem or self._storage.outcome()
             self._note(step, problem)
@@ -212,8 +202,7 @@ class Checkpointer:
         `pipeline.rescale_position` say what is kept.
 
         Args:
-          abstract_state: shapes with shardings, from `abstract_train_state`.
-          batch_size: of the global batch from now on.
+          abstract_state, batch_size: what the run goes on with; from `abstract_train_state`.
           check: is called with the saved configuration and latents before any array is read; it
             raises where the run must not go on from them, and returns lines to report.
 
@@ -294,12 +283,12 @@ class Checkpointer:
         if not problem:
             self._saved, self._check_at = step, None
             return
-        self._check_at = step + self._retry_steps
+        self._check_at = step + self.retry_steps
         if jax.process_index() == 0 or problem != "another process failed":
             _warn(
                 f"step {step} is not saved ({problem}). The newest checkpoint in {self.directory} "
                 f"is step {self._saved}: free space there or make it writable. Saving is tried "
-                f"again; training stops rather than lose more than {self._max_lost_steps:,} steps"
+                f"again; training stops rather than lose more than {self.max_lost_steps:,} steps"
             )
 
     def _restore(

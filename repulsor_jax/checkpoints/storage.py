@@ -81,10 +81,7 @@ class Storage:
     def begin(self, step: int, state: Any, records: Mapping[str, Any]) -> str:
         """Starts saving, with a manifest; the state may be donated right after.
 
-        Call `outcome` first, where something was begun before.
-
-        Returns:
-          What went wrong already, or "".
+        Call `outcome` first, where something was begun before. Returns what went wrong, or "".
         """
         # A full or read-only disk fails here, on all processes at once. Within orbax one process
         # would fail, and the others would wait for it until the barrier's time is over.

@@ -20,12 +20,7 @@ def verify(directory: str | os.PathLike[str], *, group_bytes: int = 256 << 20) -
 
     No model is built: names, shapes and checksums are those of the manifests. Nothing is changed.
 
-    Args:
-      directory: a path, or gs://bucket/path.
-      group_bytes: of arrays to read at a time, about.
-
-    Returns:
-      Whether all are whole.
+    About `group_bytes` of arrays are read at a time. Returns whether all are whole.
 
     Raises:
       CheckpointError: there are none.

@@ -87,8 +87,7 @@ def join(
       timeout_seconds: how long to wait for the others. After it the process ends.
 
     Returns:
-      A line that says what was joined; None for a single process, and for a process that has joined
-      already.
+      A line that says what was joined; None for a process that is alone or has joined already.
 
     Raises:
       JoinError: an argument is missing or contradicts another, or JAX cannot join.

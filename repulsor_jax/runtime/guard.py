@@ -115,12 +115,8 @@ class Guard:
 def bad_batches(path: pathlib.Path, batch_size: int) -> frozenset[int]:
     """Numbers of the batches that a run refused in a good state: going on, it leaves them out.
 
-    Args:
-      path: `<workdir>/events.jsonl`; absent where nothing was refused.
-      batch_size: events of another batch size number other batches, and do not count.
-
-    Returns:
-      The numbers, the same on every process.
+    They are read from `<workdir>/events.jsonl`, the same on every process. Events of another batch
+    size number other batches, and do not count.
     """
     found = [
         event["batch"]

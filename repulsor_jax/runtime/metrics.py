@@ -191,9 +191,7 @@ class StepRecorder:
     def push(self, batch: int, step_metrics: Mapping[str, jax.Array]) -> list[Refusal]:
         """Takes the metrics of a step on this batch, and reads those of the step before.
 
-        Returns:
-          The step before, if it was refused: it did not count, and the one just dispatched has its
-          number.
+        Returns that step if it was refused: then the one just dispatched has its number.
         """
         refused = self.settle()
         self._pending = (batch, step_metrics)
