@@ -47,9 +47,8 @@ def evaluate_params(
     job that was stopped finds them again. An evaluation that has a record is not done again.
 
     Args:
-      evaluator: of the run.
-      params: EMA parameters.
-      guidance: of the samples; None draws them without guidance.
+      evaluator, params: of the run; EMA parameters.
+      guidance: None draws samples without guidance.
       step, weights_sha256: of the parameters; `inference.run.params_sha256`.
       num_samples: how many to draw.
       grid: draw a grid of the first samples too.

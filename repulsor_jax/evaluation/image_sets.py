@@ -95,9 +95,8 @@ def device_batches(
 ) -> Iterator[tuple[range, Array]]:
     """Reads the items of each part in batches, every process its rows, and puts them on the mesh.
 
-    Yields:
-      The numbers of a batch, and the items `[batch_size, *shape]` sharded on their rows, of which
-      the first `len(numbers)` count.
+    Yields the numbers of a batch, and the items `[batch_size, *shape]` sharded on their rows, of
+    which the first `len(numbers)` count.
     """
     numbers = list(in_batches(parts, batch_size))
     runs = sharding.local_rows(mesh, batch_size)

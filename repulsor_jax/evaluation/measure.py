@@ -111,16 +111,8 @@ def image_reference(
 ) -> Reference | None:
     """Statistics and features of a set of images, computed once and kept in `cache`.
 
-    Args:
-      images: the reference.
-      keep: how many images' features to keep, evenly spaced; the statistics are of all.
-      batch_size: images at a time.
-      space, extract: of the comparison.
-      mesh: the devices.
-      cache: a folder.
-
-    Returns:
-      The reference; None on processes but the first.
+    The features of `keep` images, evenly spaced, are kept; the statistics are of all. Returns None
+    on processes but the first.
     """
     is_main = jax.process_index() == 0
     content = [images.digest, str(images.count), str(images.shape), space.name, space.digest]
@@ -165,10 +157,9 @@ def _reference_arrays(shards: Shards, keep: int) -> Arrays:
 def metrics(
     shards: Shards, reference: Reference, space: FeatureSpace
 ) -> tuple[dict[str, float], list[str]]:
-    """Every metric that the features and the reference allow.
+    """Every metric that the features and the reference allow, by name.
 
-    Returns:
-      Metrics by name, and warnings of metrics that are left out or not to be trusted.
+    Also returns warnings of metrics that are left out or not to be trusted.
 
     Raises:
       ValueError: features that are not finite, or of another dimension than the reference's.

@@ -52,34 +52,42 @@ class Monitor:
         """Draws a grid and evaluates, each where it is due; every process of the job takes part.
 
         Args:
-          step: of the EMA parameters.
-          params: EMA parameters.
+          step, params: EMA parameters, and their step.
           writer: of the run.
           beat: told of each phase, "grid" and "evaluate", and the step, as it begins.
           missing: skip a grid or an evaluation that exists, as after a restart.
         """
-        has_grid = lambda: sharding.agree(int(self._grid_path(step).is_file()))
-        if self._grid_is_due(step) and not (missing and has_grid()):
-            beat("grid", step)
-            self._report_faults(step, "no grid", lambda: self._write_grid(step, params, writer))
-        if self._evaluation_is_due(step) and not (missing and self._has_evaluation(step)):
-            beat("evaluate", step)
-            self._report_faults(step, "not evaluated", lambda: self._evaluate(step, params, writer))
+        grid = self._grid_is_due, self._has_grid, self._write_grid
+        evaluation = self._evaluation_is_due, self._has_evaluation, self._evaluate
+        for phase, fault, (due, exists, draw) in (
+            ("grid", "no grid", grid),
+            ("evaluate", "not evaluated", evaluation),
+        ):
+            if not due(step) or (missing and sharding.agree(int(exists(step)))):
+                continue
+            beat(phase, step)
+            try:
+                draw(step, params, writer)
+            except (SamplingError, ValueError, OSError) as error:  # raised, it would end the run
+                if jax.process_index() == 0:
+                    tqdm.write(f"step {step}: {fault}: {error}")
 
     def _grid_is_due(self, step: int) -> bool:
-        config = self.experiment.config
-        return is_due(config.sampling.grid_every_steps, step, config.total_steps)
+        c = self.experiment.config
+        return is_due(c.sampling.grid_every_steps, step, c.total_steps)
 
     def _evaluation_is_due(self, step: int) -> bool:
-        config = self.experiment.config
-        return is_due(config.evaluation.every_steps, step, config.total_steps)
+        c = self.experiment.config
+        return is_due(c.evaluation.every_steps, step, c.total_steps)
 
     def _has_evaluation(self, step: int) -> bool:
-        found = any(
+        return any(
             line["step"] == step and any(name.endswith(self._suffix()) for name in line)
             for line in read_jsonl(self.experiment.workdir / JSONL_NAME)
         )
-        return bool(sharding.agree(int(found)))
+
+    def _has_grid(self, step: int) -> bool:
+        return self._grid_path(step).is_file()
 
     def _grid_path(self, step: int) -> pathlib.Path:
         return self.experiment.workdir / "samples" / f"train_{step:08d}.png"
@@ -87,13 +95,6 @@ class Monitor:
     def _suffix(self) -> str:
         """Ends the name of every metric: a number of few samples compares with its like alone."""
         return f"_{self.experiment.config.evaluation.training_samples}"
-
-    def _report_faults(self, step: int, what: str, draw: Callable[[], None]) -> None:
-        try:
-            draw()
-        except (SamplingError, ValueError, OSError) as error:  # raised, it would end the run
-            if jax.process_index() == 0:
-                tqdm.write(f"step {step}: {what}: {error}")
 
     def _write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:
         config = self.experiment.config.sampling

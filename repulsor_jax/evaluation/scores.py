@@ -48,9 +48,7 @@ def inception_score(logits: np.ndarray, *, splits: int = SPLITS, seed: int | Non
 def adm_inception_score(logits: np.ndarray, *, split_size: int = 5000) -> Score:
     """Inception Score as the ADM suite's evaluator computes it; ADM reports the mean alone.
 
-    Args:
-      logits: as for `inception_score`, in the samples' order.
-      split_size: samples in each part but the last.
+    Takes logits in the samples' order; the last part may hold fewer than `split_size`.
 
     Raises:
       ValueError: no samples, or logits that are not finite.

@@ -74,13 +74,10 @@ def configured_guidance(config: SamplingConfig) -> Guidance | None:
 def make_generator(
     experiment: Experiment, guide: Guide | None = None, *, gathers: bool = True
 ) -> Generator:
-    """Builds the generator; nothing is compiled before its first call.
+    """Builds the generator of an experiment with an autoencoder; its first call compiles.
 
-    Args:
-      experiment: with an autoencoder.
-      guide: see `Generator`.
-      gathers: False leaves parameters in shards whatever `config.sampling.gather_params` says, as
-        beside a training state, which takes the memory.
+    Where `gathers` is False, parameters stay in shards whatever `config.sampling.gather_params`
+    says, as beside a training state, which takes the memory.
     """
     mesh, everywhere = experiment.mesh, sharding.replicated(experiment.mesh)
     generate = make_batch_fn(experiment, guide.model if guide else None, gathers=gathers)

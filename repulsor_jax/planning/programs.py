@@ -179,7 +179,6 @@ def _train(experiment: Experiment) -> Built:
         "batch": batch,
         "other": [state.step, state.rng],
     }
-
     arguments = trainer, experiment.latent_format, record, config.data.dtype, mesh
     shapes = _bank_shapes(state.bank.features, state.params) if state.bank else frozenset()
     compile_it = lambda: compile_training(*arguments).step
@@ -225,8 +224,12 @@ def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology
     mesh = Mesh(np.array(devices), ("batch",))
     params = _shapes(autoencoder.params, NamedSharding(mesh, PartitionSpec()))
     count = config.data.encode_batch_per_device * len(devices)
+    size, channels = config.model.latent_size, config.model.in_channels
+    latents = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    decoded = jax.eval_shape(autoencoder.decode, autoencoder.params, latents)
+    side = config.data.image_size or decoded.shape[1]
     rows = NamedSharding(mesh, PartitionSpec("batch"))
-    shape = (count, *_image_shape(config, autoencoder))
+    shape = (count, side, side, decoded.shape[-1])
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     about = Description(
         dtype=config.data.dtype,
@@ -241,21 +244,6 @@ def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology
     encode: Any = compiled_encoder(autoencoder, about)
     kinds = {"autoencoder": params, "batch": images}
     return Built("encode", count, mesh, kinds, lambda: encode.lower(params, images).compile())
-
-
-def _image_shape(config: Config, autoencoder: Autoencoder) -> tuple[int, int, int]:
-    """Height, width and channels of the images whose latents the model is trained on."""
-    size, channels = config.model.latent_size, config.model.in_channels
-    latents = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    try:
-        decoded = jax.eval_shape(autoencoder.decode, autoencoder.params, latents)
-    except Exception as error:  # Linen's own type, raised for shapes that do not fit
-        raise ConfigError(
-            f"config.model.in_channels={channels} are not the channels of "
-            f"config.data.autoencoder={autoencoder.name!r}"
-        ) from error
-    side = config.data.image_size or decoded.shape[1]
-    return side, side, decoded.shape[-1]
 
 
 def _shapes(tree: Any, where: NamedSharding) -> Any:
