@@ -150,15 +150,13 @@ def misfit(manifest: Manifest, wanted: Any, within: str = "") -> str:
     """
     expected = named_leaves(wanted)
     for name, leaf in expected.items():
-        saved = manifest.arrays.get(name)
+        saved, shape, dtype = manifest.arrays.get(name), tuple(leaf.shape), str(leaf.dtype)
         if saved is None:
             return f"{name} is missing"
-        for what, found, needed in (
-            ("shape", saved.shape, tuple(leaf.shape)),
-            ("dtype", saved.dtype, str(leaf.dtype)),
-        ):
-            if found != needed:
-                return f"{name} has {what} {found}, expected {needed}"
+        if saved.shape != shape:
+            return f"{name} has shape {saved.shape}, expected {shape}"
+        if saved.dtype != dtype:
+            return f"{name} has dtype {saved.dtype}, expected {dtype}"
     others = [n for n in manifest.arrays if n.startswith(within) and n not in expected]
     return f"it also holds {min(others)}" if others else ""
 

@@ -40,11 +40,8 @@ class Storage:
     ) -> None:
         """Opens the folder, and creates it where absent unless `read_only`.
 
-        Args:
-          folder: where the checkpoints are.
-          keep_last: how many of the newest to keep; 0 keeps all.
-          keep_every: keep those whose step is a multiple of this as well; 0 keeps no more.
-          read_only: neither create nor delete anything.
+        The newest `keep_last` checkpoints are kept, all of them for 0, and those whose step is a
+        multiple of `keep_every`. Where it is read only, nothing is created or deleted.
 
         Raises:
           CheckpointError: the folder cannot be made, read or written.

@@ -56,19 +56,15 @@ class ImageArray:
                 data = stream.read(len(part) * image_bytes)
                 if len(data) != len(part) * image_bytes:
                     image = part.start + len(data) // image_bytes
-                    raise ValueError(
-                        f"{_IMAGES} ends in image {image} of {count}: the file is truncated, fetch "
-                        "it anew"
-                    )
+                    where = f"{_IMAGES} ends in image {image} of {count}"
+                    raise ValueError(f"{where}: the file is truncated, fetch it anew")
                 yield np.frombuffer(data, np.uint8).reshape(len(part), *image_shape)
 
 
 def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> ImageArray:
-    """Opens the images `arr_0` of an ADM reference or sample file, ours included.
+    """Opens the images `arr_0` of an ADM reference or sample .npz, ours included.
 
-    Args:
-      path: the .npz.
-      size: height and width to expect; None takes any.
+    A `size` is the height and width to expect.
 
     Raises:
       FileNotFoundError: there is none.
@@ -87,10 +83,8 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
             shape, fortran, dtype = _header(_IMAGES, stream)
         is_images = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3) and shape[0] > 0
         if not is_images or fortran:
-            order = ", Fortran order" if fortran else ""
-            raise ValueError(
-                f"found {_IMAGES} {dtype} {shape}{order}, expected uint8 [N, H, W, 3 or 1]"
-            )
+            found = f"{dtype} {shape}{', Fortran order' if fortran else ''}"
+            raise ValueError(f"found {_IMAGES} {found}, expected uint8 [N, H, W, 3 or 1]")
         found = f"found images of {shape[1]} x {shape[2]}"
         if min(shape) < 1 or shape[1] * shape[2] > _MAX_PIXELS:
             raise ValueError(f"{found}, expected 1 to {_MAX_PIXELS:,} pixels")

@@ -113,10 +113,7 @@ def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None
 
     Over the guidance, each interval is a line over the scale; where there is one scale, each end
     of an interval is a line over its start. Over the steps, the records are all in the folder that
-    differ from this one in the step alone.
-
-    Returns:
-      The picture; None where there is one point only.
+    differ from this one in the step alone. Returns None where there is one point only.
     """
     if len(records) == 1:
         records = [r for r in read_all(folder) if _but_step(r) == _but_step(records[0])]
@@ -151,11 +148,8 @@ def _by_scale(records: Sequence[Record]) -> list[tuple[str, float, Record]]:
             low, high = record["protocol"]["cfg_interval"]
             lines.setdefault(f"t in [{low:g}, {high:g}]", []).append(record)
     off = [record for record in records if "cfg_interval" not in record["protocol"]]
-    return [
-        (line, record["protocol"]["cfg_scale"], record)
-        for line, guided in lines.items()
-        for record in (*off, *guided)
-    ]
+    pairs = [(line, record) for line, guided in lines.items() for record in (*off, *guided)]
+    return [(line, record["protocol"]["cfg_scale"], record) for line, record in pairs]
 
 
 def _but_step(record: Record) -> Record:

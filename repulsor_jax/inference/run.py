@@ -4,11 +4,13 @@ Everything comes from the run's directory; its data set need not be there.
 """
 
 import dataclasses
+import operator
 import pathlib
 from typing import Annotated, Any, get_type_hints
 
 import jax
 import numpy as np
+from flax import traverse_util
 from pydantic import Field
 
 from repulsor_jax import __version__, sharding
@@ -89,7 +91,7 @@ def read_records(checkpointer: Checkpointer, step: int) -> RunRecords:
       CheckpointError: no such checkpoint, or its records are not those of a run.
     """
     config, latents, step = checkpointer.records(step)
-    values = _known(RunRecords, {**config, "latents": latents} if isinstance(config, dict) else {})
+    values = _known(RunRecords, config | {"latents": latents})
     try:
         return parse(RunRecords, values, f"{checkpointer.directory}/{step}")
     except ValueError as error:
@@ -114,12 +116,10 @@ def open_experiment(
       CheckpointError: no such checkpoint, or its model is another.
     """
     saved = read_records(checkpointer, step)
-    expected = {f"model.{key}": value for key, value in dataclasses.asdict(saved.model).items()}
-    expected |= {f"flow.{key}": value for key, value in dataclasses.asdict(saved.flow).items()}
-    expected["data.autoencoder"] = saved.latents.autoencoder
-    for key, value in expected.items():
-        section, name = key.split(".")
-        found = getattr(getattr(config, section), name)
+    parts = {"model": dataclasses.asdict(saved.model), "flow": dataclasses.asdict(saved.flow)}
+    parts["data"] = {"autoencoder": saved.latents.autoencoder}
+    for key, value in traverse_util.flatten_dict(parts, sep=".").items():
+        found = operator.attrgetter(key)(config)
         if found != value:
             raise CheckpointError(
                 f"{checkpointer.directory}/{step} does not fit this configuration: config.{key} is "

@@ -115,17 +115,14 @@ class _Counter:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return
-        if opcode == "while":
-            turns = self._module.trip_count(instruction)
+        if opcode in ("while", "call", "async-start"):
+            turns = self._module.trip_count(instruction) if opcode == "while" else 1
             total.unknown_loops += turns is None
             for called in instruction.called:
                 total.add(self.computation(called), 1 if turns is None else turns)
         elif opcode == "conditional":
             branches = [self.computation(called) for called in instruction.called]
             total.add(max(branches, key=lambda c: (c.bytes_accessed, c.matmul_flops)))
-        elif opcode in ("call", "async-start"):
-            for called in instruction.called:
-                total.add(self.computation(called))
         elif opcode == "fusion":
             inside = self.computation(instruction.called[0], fused=True)
             scatter = hlo.reduce_scatter(self._module, instruction)

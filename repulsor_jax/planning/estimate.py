@@ -91,7 +91,8 @@ def lanes_of(collective: Collective, devices: list[jax.Device], topology: Topolo
     for axis, side in enumerate(topology.shape):
         extent = len({device.coords[axis] for device in in_slice})
         is_ring = extent == side and (is_cube or (not is_3d and side == 16))
-        lanes += (extent > 1) * (2 if is_ring else 1)
+        if extent > 1:
+            lanes += 2 if is_ring else 1
     return lanes
 
 

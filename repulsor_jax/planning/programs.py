@@ -247,9 +247,7 @@ def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology
 
 
 def _shapes(tree: Any, where: NamedSharding) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
 def shard_bytes(tree: Any) -> int:
@@ -260,7 +258,7 @@ def shard_bytes(tree: Any) -> int:
 
 def _refused_bytes(message: str, arguments: float) -> float:
     """Bytes that a refused program needs beside its arguments, from the compiler's message."""
-    found = re.search(r"(Used |temporaries \()([\d.]+)([KMGT])", message)
+    found = re.search(r"(Used |temporaries \()([\d.]+)([KMGT])( of|\))", message)
     if not found:
         return 0
     size = float(found[2]) * 1024 ** " KMGT".index(found[3])

@@ -30,14 +30,13 @@ _STYLE = (
 def plan_text(variant: Values) -> str:
     """A plan of one variant as text."""
     topology = variant["topology"]
+    slices = f", {topology['num_slices']} slices" if topology["num_slices"] > 1 else ""
     lines = [
         f"{topology['name']}: {topology['num_chips']} chips ({topology['chip']}), "
-        f"{topology['num_hosts']} hosts"
-        + (f", {topology['num_slices']} slices" if topology["num_slices"] > 1 else "")
-        + f", mesh {_mesh(variant['mesh'])}, batch {variant['batch_size']:,}"
+        f"{topology['num_hosts']} hosts{slices}, mesh {_mesh(variant['mesh'])}, batch "
+        f"{variant['batch_size']:,}"
     ]
-    if topology["note"]:
-        lines.append(f"note: {topology['note']}")
+    lines += [f"note: {topology['note']}"] if topology["note"] else []
     for name, program in variant["programs"].items():
         lines += ["", *_program_lines(name, program)]
     return "\n".join([*lines, "", *_run_lines(variant)])
@@ -233,10 +232,9 @@ def _mesh(mesh: Values) -> str:
 
 
 def _bytes(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= 0.1 * size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 2**10:,.2f} KiB"
+    sizes = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, size in sizes.items() if count >= 0.1 * size), "KiB")
+    return f"{count / sizes[unit]:,.2f} {unit}"
 
 
 def _seconds(seconds: float) -> str:

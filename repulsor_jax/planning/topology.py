@@ -111,10 +111,8 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         return Topology("local", devices, known_bytes=known_bytes)
     match = re.fullmatch(r"([a-z]+\w*):(\d+(?:x\d+){1,2})", name)
     if not match:
-        raise ConfigError(
-            f"--topology={name!r}: expected 'local', or a kind of TPU and the shape of a slice: "
-            f"{_KNOWN}"
-        )
+        expected = f"'local', or a kind of TPU and the shape of a slice: {_KNOWN}"
+        raise ConfigError(f"--topology={name!r}: expected {expected}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology={name} needs libtpu, the compiler of TPUs, which is not installed here: "
