@@ -46,10 +46,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     """
     data = config.data
     if not data.source:
-        raise ConfigError(
-            "config.data.source is empty: name what to encode, as 'folder', 'archive' or "
-            "'tfds:imagenet2012' (docs/data.md)"
-        )
+        raise ConfigError("config.data.source is empty: name what to encode (docs/data.md)")
     # Processes connect at their first barrier, with a timeout of seconds. At later barriers they
     # may wait for hours: one process may have more to encode than another.
     multihost_utils.sync_global_devices("connected")

@@ -27,7 +27,6 @@ REPOSITORIES = {
 }
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-
 # A model of other sizes is not built: the tensors are compared with it afterwards.
 _Width = Annotated[int, Field(ge=1, le=8192)]
 _Widths = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=8)]

@@ -76,10 +76,7 @@ class DatasetWriter(Restartable):
         atomic.write_text(self._summary_path(shard), json.dumps(summary))
 
     def finish(self) -> LatentDataset:
-        """Completes the data set, or raises ValueError where a shard is missing or all are empty.
-
-        One process does this, after all have written their shards.
-        """
+        """Completes the data set, on one process; ValueError without all shards, or any image."""
         if not (self.folder / METADATA).exists():
             if unfinished := self.missing():
                 found = f"{len(unfinished)} of {len(self)} shards are not finished"

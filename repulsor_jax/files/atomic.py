@@ -79,7 +79,6 @@ class Appender:
     """Appends whole pieces to a file; keeps what cannot be written now, and writes it later."""
 
     def __init__(self, path: PathLike) -> None:
-        """Writes nothing yet; folders are made where absent."""
         self._path = pathlib.Path(path)
         self._size: int | None = None  # of the whole pieces in the file
         self._kept: list[bytes] = []

@@ -108,8 +108,8 @@ class Shards(Restartable):
 
     def names(self) -> list[str]:
         """Names of the arrays, as the first shard has them."""
-        with zipfile.ZipFile(self._path(0)) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+        with np.load(self._path(0), allow_pickle=False) as archive:
+            return list(archive.files)
 
     def remove(self) -> None:
         """Deletes the folder with all shards."""

@@ -36,10 +36,8 @@ def from_torch_state_dict(
 ) -> dit.Params:
     """Converts a SiT or DiT state dict to the parameters of `dit.DiT`.
 
-    Width, depth, classes, `mlp_ratio`, `learn_sigma` and `qk_norm` are read off the tensors; the
-    arguments are what the shapes are checked against.
-
-    The state holds NumPy arrays or CPU torch tensors of any float type.
+    Width, depth, classes, `mlp_ratio`, `learn_sigma` and `qk_norm` are read off the tensors, NumPy
+    arrays or CPU torch tensors of any float type; shapes are checked against the arguments.
 
     Returns:
       Nested dict of float32 NumPy arrays in the layout of `scan_blocks=False`; see
@@ -65,9 +63,7 @@ def from_torch_state_dict(
 def to_torch_state_dict(
     params: Mapping[str, Any], *, num_heads: int, patch_size: int, latent_size: int
 ) -> State:
-    """Converts parameters of `dit.DiT` to a SiT state dict; inverts `from_torch_state_dict`.
-
-    The parameters are unboxed, in either layout of the blocks.
+    """Converts unboxed parameters of `dit.DiT`, of either block layout, to a SiT state dict.
 
     Returns:
       Tensor names to float32 NumPy arrays, `pos_embed` [1, N, D] first.
