@@ -14,11 +14,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints.checkpointer import (
-    Checkpointer,
-    CheckpointError,
-    DamagedCheckpointError,
-)
+from repulsor_jax.checkpoints.checkpointer import Checkpointer
+from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_npz, evaluate_params

@@ -20,14 +20,8 @@ from repulsor_jax import __version__
 from repulsor_jax import config as config_lib
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.files import atomic
+from repulsor_jax.planning import programs as programs_lib
 from repulsor_jax.planning import report
-from repulsor_jax.planning.programs import (
-    PROGRAMS,
-    Program,
-    abstract_experiment,
-    compile_program,
-    largest_batch,
-)
 from repulsor_jax.planning.summary import describe_program, describe_run, describe_topology
 from repulsor_jax.planning.topology import Topology, open_topology
 
@@ -75,11 +69,12 @@ def plan(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
     variants = _variants(config_dict.to_dict(), options)
-    names = {"none": PROGRAMS[:1], "identity": PROGRAMS[:2]}.get(
-        variants[0].config.data.autoencoder if len(variants) == 1 else "none", PROGRAMS
+    autoencoder = variants[0].config.data.autoencoder if len(variants) == 1 else "none"
+    names = {"none": programs_lib.PROGRAMS[:1], "identity": programs_lib.PROGRAMS[:2]}.get(
+        autoencoder, programs_lib.PROGRAMS
     )
     for variant in variants:  # errors come before the first compilation
-        abstract_experiment(variant.config, workdir, variant.topology)
+        programs_lib.abstract_experiment(variant.config, workdir, variant.topology)
     found = [_plan_one(variant, workdir, names, options) for variant in variants]
     if len(found) == 1:
         print(f"\n{report.plan_text(found[0])}")
@@ -105,12 +100,14 @@ def _plan_one(
     """Compiles the programs of a variant and describes them, as `plan.json` holds them."""
     config, topology = variant.config, variant.topology
 
-    def compiled(name: str, config: Config) -> Program:
+    def compiled(name: str, config: Config) -> programs_lib.Program:
         batch = f", batch {config.batch_size:,}" if name == "train" else ""
         label = f" ({variant.label})" if variant.label else ""
         title = f"{_TITLES[name]}{batch}{label}"
         print(f"compiling for {topology.name}: {title}", end=" ... ", flush=True)
-        program = compile_program(name, abstract_experiment(config, workdir, topology), topology)
+        program = programs_lib.compile_program(
+            name, programs_lib.abstract_experiment(config, workdir, topology), topology
+        )
         outcome = "it does not fit" if program.refusal else "done"
         print(f"{outcome} in {program.seconds:.1f} s", flush=True)
         return program
@@ -127,7 +124,7 @@ def _plan_one(
     }
     if options.largest_batch and (available := topology.device_bytes) is not None:
         compile_train = functools.partial(compiled, "train")
-        if best := largest_batch(config, programs["train"], available, compile_train):
+        if best := programs_lib.largest_batch(config, programs["train"], available, compile_train):
             values["largest_batch"] = {
                 "batch_size": best.images,
                 "total_bytes_per_chip": topology.devices_per_chip * best.total_bytes,

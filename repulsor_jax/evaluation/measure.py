@@ -10,14 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import sharding
-from repulsor_jax.evaluation import scores
+from repulsor_jax.evaluation import frechet, scores
 from repulsor_jax.evaluation.features import FeatureSpace
-from repulsor_jax.evaluation.frechet import (
-    GaussianStatistics,
-    fit_gaussian,
-    frechet_distance,
-    too_few_samples,
-)
 from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from repulsor_jax.files import atomic
@@ -35,8 +29,8 @@ class Reference:
     """What samples are compared with; None stands for what is unknown."""
 
     description: dict[str, Any]  # for reports: name, digest, number of images, and of `features`
-    pool: GaussianStatistics  # of the features of the Fréchet distance
-    spatial: GaussianStatistics | None = None  # of Inception's spatial features, for sFID
+    pool: frechet.GaussianStatistics  # of the features of the Fréchet distance
+    spatial: frechet.GaussianStatistics | None = None  # of Inception's spatial features, for sFID
     features: np.ndarray | None = None  # [M, D] of some images, for KID, precision and recall
 
 
@@ -132,7 +126,7 @@ def image_reference(
     features = found["features"]
     about = {"name": images.name, "digest": images.digest, "images": images.count}
     gaussians = [
-        GaussianStatistics(found[f"{key}_mean"], found[f"{key}_cov"], images.count)
+        frechet.GaussianStatistics(found[f"{key}_mean"], found[f"{key}_cov"], images.count)
         for key in ("pool", "spatial")
         if f"{key}_mean" in found
     ]
@@ -145,7 +139,7 @@ def _reference_arrays(shards: Shards, keep: int) -> Arrays:
     chosen = np.linspace(0, shards.count - 1, min(keep, shards.count)).round().astype(int)
     found: Arrays = {}
     for name in sorted({"pool", "spatial"} & set(shards.names())):
-        statistics = fit_gaussian(shards.read(name))
+        statistics = frechet.fit_gaussian(shards.read(name))
         found |= {f"{name}_mean": statistics.mean[None], f"{name}_cov": statistics.covariance[None]}
     kept = []
     for shard, part in enumerate(shards.read("pool")):
@@ -175,11 +169,11 @@ def metrics(
         if gaussian is None:
             warnings.append("the reference has no spatial statistics: no sFID")
             continue
-        statistics = fit_gaussian(shards.read(name))
+        statistics = frechet.fit_gaussian(shards.read(name))
         for who, each in (("samples", statistics), ("reference", gaussian)):
-            if warning := too_few_samples(each):
+            if warning := frechet.too_few_samples(each):
                 warnings.append(f"{label}, {who}: {warning}")
-        values[label] = frechet_distance(statistics, gaussian)
+        values[label] = frechet.frechet_distance(statistics, gaussian)
     if space.name != "inception":
         return values, warnings
 

@@ -12,13 +12,8 @@ from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import open_latent_dataset
 from repulsor_jax.data.sources import open_source
+from repulsor_jax.evaluation import features
 from repulsor_jax.evaluation import reference as reference_lib
-from repulsor_jax.evaluation.features import (
-    FeatureSpace,
-    autoencoder_space,
-    inception_space,
-    pixel_space,
-)
 from repulsor_jax.evaluation.image_sets import ImageSet, latent_images, npz_images, source_images
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment, check_weights, data_directory, load_autoencoder
@@ -32,7 +27,7 @@ class Yardstick:
     """A feature space with its reference, shared by all evaluations of a run."""
 
     folder: pathlib.Path  # of records, and of the features of a job at work
-    space: FeatureSpace
+    space: features.FeatureSpace
     extract: Extract
     reference: Reference | None  # None on processes but the first
 
@@ -122,16 +117,16 @@ def _check_shape(config: Config, images: ImageSet, image_shape: tuple[int, ...])
 
 def _open_space(
     config: Config, autoencoder: Autoencoder | None, image_shape: tuple[int, ...]
-) -> FeatureSpace:
+) -> features.FeatureSpace:
     name = config.evaluation.features
     try:
         if name == "inception":
-            return inception_space(config.evaluation.inception_weights)
+            return features.inception_space(config.evaluation.inception_weights)
         if name == "pixels":
-            return pixel_space(math.prod(image_shape))
+            return features.pixel_space(math.prod(image_shape))
     except ValueError as error:
         raise ConfigError(f"config.evaluation.features={name!r}: {error}") from error
-    return autoencoder_space(autoencoder or load_autoencoder(config))
+    return features.autoencoder_space(autoencoder or load_autoencoder(config))
 
 
 def _open_images(

@@ -15,12 +15,8 @@ from pydantic import Field
 
 from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
-from repulsor_jax.checkpoints.checkpointer import (
-    Checkpointer,
-    CheckpointError,
-    checkpoint_directory,
-)
-from repulsor_jax.checkpoints.manifest import named_leaves
+from repulsor_jax.checkpoints.checkpointer import Checkpointer, checkpoint_directory
+from repulsor_jax.checkpoints.manifest import CheckpointError, named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import ClassName, LatentFormat

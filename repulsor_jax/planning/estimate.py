@@ -2,8 +2,8 @@
 
 Four parts are computed apart, each as if it ran at its peak rate:
 
-- compute: FLOPs of matrix products / peak FLOP/s of the chip. Float32 products at "highest"
-  precision count 6 times on a TPU, the passes of its bfloat16 unit;
+- compute: FLOPs of matrix products / peak FLOP/s of the chip, float32 products as often as a TPU's
+  bfloat16 unit passes over them;
 - memory: bytes to and from main memory / its rate;
 - links: for each collective, the bytes that a ring of n devices sends / the rate of the links in
   use. A ring sends 2 (n - 1) / n of the array for an all-reduce, (n - 1) / n for an all-gather or
