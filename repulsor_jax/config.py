@@ -13,7 +13,9 @@ from pydantic import AfterValidator, Field
 from repulsor_jax.files.untrusted import checked, has_secret
 from repulsor_jax.files.untrusted import parse as parse_values
 from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.method.dispersive import VARIANTS
 from repulsor_jax.method.registry import REGULARIZERS
+from repulsor_jax.method.repulsion import DISTANCES
 from repulsor_jax.models.build import build_model
 
 
@@ -45,8 +47,9 @@ Text = Annotated[str, AfterValidator(_without_secret)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrFill = Annotated[int, Field(ge=-1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -71,11 +74,11 @@ class ModelConfig:
 
 @checked
 class FlowConfig:
-    path: Literal["linear", "gvp", "vp"]
-    prediction: Literal["velocity", "score", "noise"]
-    weighting: Literal["none", "velocity", "likelihood"]
-    time_distribution: Literal["uniform", "logit_normal"]
-    logit_normal_location: float
+    path: Annotated[str, _one_of(paths.PATHS)]
+    prediction: Annotated[str, _one_of(paths.PREDICTIONS)]
+    weighting: Annotated[str, _one_of(paths.WEIGHTINGS)]
+    time_distribution: Annotated[str, _one_of(paths.TIME_DISTRIBUTIONS)]
+    logit_normal_location: Finite
     logit_normal_scale: Positive
 
 
@@ -86,13 +89,13 @@ class RegularizerConfig:
     warmup_steps: Natural
     block: CountOrFill
     temperature: Positive
-    distance: Literal["squared_l2", "cosine"]
+    distance: Annotated[str, _one_of(DISTANCES)]
     pooling: Literal["mean", "flatten"]
     projection_dim: Count
     bank_rows: Natural
     bank_dtype: Literal["float32", "bfloat16"]
-    variant: Literal["l2", "cosine", "hinge", "covariance"]
-    margin: float
+    variant: Annotated[str, _one_of(VARIANTS)]
+    margin: Finite
 
 
 @checked
@@ -184,7 +187,7 @@ class SamplingConfig:
     cfg_channels: Natural
     guiding_run: Text
     guiding_step: CountOrFill
-    labels: Literal["balanced", "random"]
+    labels: Annotated[str, _one_of(sampler.LABEL_MODES)]
     num_samples: Count
     batch_size: Count
     images_per_shard: Count

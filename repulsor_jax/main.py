@@ -6,6 +6,7 @@ python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
 import contextlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -126,6 +127,8 @@ def main(argv: list[str]) -> None:
     if _CACHE_DIR.value:
         jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not _WORKDIR.value:
+        sys.exit("error: --workdir is empty: name the folder of the run")
     workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
     with _one_line_errors(ValueError, OSError, SamplingError):
         config = config_lib.parse(_CONFIG.value)
@@ -147,7 +150,10 @@ def main(argv: list[str]) -> None:
     with _one_line_errors(DivergedError, DamagedDataError, CheckpointError, ConfigError, OSError):
         train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)
         if jax.process_index() == 0:
-            draw_curves(workdir)
+            try:
+                draw_curves(workdir)
+            except OSError as error:  # no reason to call the run a failure
+                print(f"warning: the curves are not drawn ({error})", file=sys.stderr)
         preemption.settle()
 
 
@@ -228,12 +234,19 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a key that the configuration lacks is one line that names it."""
     try:
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        # Where a configuration file raises, the message holds a traceback before its own words.
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}; --help lists the flags")
     except (AttributeError, KeyError) as error:  # how ml_collections says it
         hint = str(error).strip("\"'").replace("\\n", ". ").replace("\\'", "'")
         keys = [a.lstrip("-").split("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
-        wrong = [key for key in keys if any(f"'{part}'" in hint for part in key.split("."))]
+        wrong = [
+            key for key in keys if {*key.split(".")} & {*re.findall(r"\w+", hint)} - {"config"}
+        ]
         sys.exit(f"error: {', '.join(wrong) or '--config'}: unknown key {hint}")
+    except Exception as error:  # of the configuration file, which is a program
+        sys.exit(f"error: --config: {error}")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         # ml_collections keeps the error of a file that it could not load for the first access.
         try:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from repulsor_jax import sharding
 from repulsor_jax.checkpoints import resuming
-from repulsor_jax.checkpoints.checkpointer import open_for_training
+from repulsor_jax.checkpoints.checkpointer import CheckpointError, open_for_training
 from repulsor_jax.checkpoints.manifest import not_finite
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.evaluation.monitor import Monitor, is_due
 from repulsor_jax.experiment import Experiment, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
+from repulsor_jax.inference.run import open_checkpoints
 from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
 from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
 from repulsor_jax.runtime.preemption import Preempted, Preemption
@@ -64,11 +65,13 @@ def train(
     is_main = jax.process_index() == 0
     say = tqdm.write if is_main else lambda message: None
 
-    # Compile before the loop, so that what cannot run fails here.
-    program = program or compile_step(experiment, dataset)
-    feed = feed or open_feed(experiment, dataset)
     latents = latents_record(experiment)
     check = functools.partial(resuming.check, config_record, latents, force=force)
+    # Another run is refused before the minutes that compiling takes, and a step that cannot run
+    # fails before the loop.
+    _check_run(experiment, check)
+    program = program or compile_step(experiment, dataset)
+    feed = feed or open_feed(experiment, dataset)
     with (
         Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
         Preemption() as preemption,
@@ -78,7 +81,6 @@ def train(
     ):
         records_of = functools.partial(batch_records, dataset, config.batch_size, config.seed)
         guard = Guard(config.divergence, events, records_of, not_finite)
-        left_out = bad_batches(workdir / EVENTS, config.batch_size)
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """The state of the newest checkpoint and its position in the data, or a fresh state."""
@@ -120,8 +122,13 @@ def train(
 
         watchdog.beat("restore", 0)
         state, position = newest_state()
+        left_out: frozenset[int] = frozenset()
         if position is not None:
             feed.set_state(position)
+            left_out = bad_batches(workdir / EVENTS, records_of)
+            left_out = frozenset(b for b in left_out if b >= position["next_index"])
+        if left_out:
+            say(f"leaves out {len(left_out)} batches that were refused, see {workdir / EVENTS}")
         first_step = int(jax.device_get(state.step))
         done = ": nothing to do" if first_step >= total_steps else ""
         say(f"step {first_step} of {total_steps}, in {workdir}{done}")
@@ -191,6 +198,18 @@ def train(
                         monitor.look(step, state.ema_params, writer, watchdog.beat)
         watchdog.beat("save", step)
     return state
+
+
+def _check_run(experiment: Experiment, check: Callable[..., list[str]]) -> None:
+    """Raises ConfigError where the run in the working directory must not go on; see `resuming`."""
+    with open_checkpoints(experiment.config, experiment.workdir) as checkpointer:
+        try:
+            saved_config, saved_latents, _ = checkpointer.records()
+        except (
+            CheckpointError
+        ):  # there is none, or a damaged one, for which restoring finds another
+            return
+    check(saved_config, saved_latents)
 
 
 def compile_step(experiment: Experiment, dataset: LatentDataset) -> TrainingProgram:

@@ -76,7 +76,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 class Appender:
-    """Appends whole pieces to a file; keeps what cannot be written now, and writes it later."""
+    """Appends whole lines to a file; keeps what cannot be written now, and writes it later."""
 
     def __init__(self, path: PathLike) -> None:
         self._path = pathlib.Path(path)
@@ -109,6 +109,8 @@ class Appender:
         with self._path.open("ab", buffering=0) as file:
             # An attempt that failed may have left a part of a piece.
             end = file.seek(0, os.SEEK_END)
+            if self._size is None and end and not self._path.read_bytes().endswith(b"\n"):
+                self._kept.insert(0, b"\n")  # a kill cut the last line: it stays a line of its own
             self._size = end if self._size is None else min(self._size, end)
             file.truncate(self._size)
             left = memoryview(b"".join(self._kept))

@@ -11,15 +11,17 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 from repulsor_jax import sharding
 from repulsor_jax.config import DivergenceConfig
 from repulsor_jax.files.atomic import Appender
+from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.runtime.metrics import Refusal, read_jsonl
 
 EVENTS = "events.jsonl"
@@ -112,15 +114,36 @@ class Guard:
         tqdm.write(f"warning: {message}; policy {self.config.policy!r}")
 
 
-def bad_batches(path: pathlib.Path, batch_size: int) -> frozenset[int]:
-    """Numbers of the batches that a run refused in a good state: going on, it leaves them out.
+@checked
+class _Refused:
+    """What a line of events.jsonl says of a refused step."""
 
-    They are read from `<workdir>/events.jsonl`, the same on every process. Events of another batch
-    size number other batches, and do not count.
+    batch: Annotated[int, Field(ge=0)]
+    records: tuple[int, ...]
+    state_is_good: bool
+
+
+def bad_batches(path: pathlib.Path, records_of: Callable[[int], np.ndarray]) -> frozenset[int]:
+    """Numbers of the batches to skip when a run goes on: those refused while the state was finite.
+
+    Args:
+      path: `<workdir>/events.jsonl`. A batch counts only if it still has the records of its line:
+        another seed, batch size or data set numbers other batches.
+      records_of: number of a batch -> numbers of its records in the data set.
+
+    Returns:
+      The numbers, the same on every process.
     """
-    found = [
-        event["batch"]
-        for event in (read_jsonl(path) if jax.process_index() == 0 else ())
-        if event.get("state_is_good") and len(event["records"]) == batch_size
-    ]
-    return frozenset(sharding.agree_numbers(found))
+    found = set()
+    for event in read_jsonl(path) if jax.process_index() == 0 else ():
+        if event.get("event") != "refused":
+            continue
+        known = {key: event.get(key) for key in ("batch", "records", "state_is_good")}
+        try:
+            line = parse(_Refused, known, f"{path}: a line")
+        except ValueError as error:
+            tqdm.write(f"warning: {error}; its batch is not left out")
+            continue
+        if line.state_is_good and records_of(line.batch).tolist() == list(line.records):
+            found.add(line.batch)
+    return frozenset(sharding.agree_numbers(sorted(found)))

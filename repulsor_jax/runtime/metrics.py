@@ -131,25 +131,30 @@ def _ends(path: pathlib.Path) -> list[tuple[int, int]]:
     """Step of each line of a metrics file, in their order, and the size of the file up to there."""
     ends: list[tuple[int, int]] = []
     size = 0
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for raw, line in zip(lines, read_jsonl(path), strict=False):  # which stops at a torn one
-        if not raw.endswith(b"\n"):
-            break
+    for raw in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
         size += len(raw)
-        ends.append((int(line["step"]), size))
+        line = _parse_line(raw)
+        if line is not None and isinstance(line.get("step"), int) and raw.endswith(b"\n"):
+            ends.append((line["step"], size))
     return ends
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics file; an absent file is empty, a torn last line is dropped."""
+    """Yields the objects of a file of JSON lines; an absent file is empty.
+
+    A line that holds no object, as one that a kill cut short, is left out.
+    """
     path = pathlib.Path(path)
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    yield from (line for line in map(_parse_line, lines) if line is not None)
+
+
+def _parse_line(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -21,7 +21,7 @@ def test_off_is_none(off):
 
 
 def test_an_unknown_name_is_refused_with_the_names():
-    message = "config.regularizer.name: expected one of dispersive, none, repulsor, found 'attr"
+    message = "config.regularizer.name: expected one of .*none.*, found 'attr"
     with pytest.raises(config_lib.ConfigError, match=message):
         tiny.config(regularizer__name="attraction")
 

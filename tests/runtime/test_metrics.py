@@ -157,3 +157,13 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(tmp_path, capsys):
     lines = metrics.read_jsonl(tmp_path / "metrics.jsonl")
     assert [line["loss"] for line in lines] == [1.0, 2.0, 3.0, 4.0]
     assert events(tmp_path)["loss"] == [(k, float(k)) for k in (1, 2, 3, 4)]
+
+
+def test_a_damaged_line_costs_no_other_line_on_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)]
+    path.write_bytes("\n".join([good[0], "garbage", "[1]", *good[1:]]).encode() + b"\n\xff\n")
+    with metrics.MetricWriter(tmp_path, 4) as writer:
+        writer.scalars(6, {"loss": 2.0})
+    found = [(line["step"], line["loss"]) for line in metrics.read_jsonl(path)]
+    assert found == [(2, 1.0), (4, 1.0), (6, 2.0)]
