@@ -4,8 +4,8 @@
         --config.data.source=archive --config.data.source_path=cifar10.tar.xz
     python -m repulsor_jax.main --config=configs/cifar10.py --workdir=runs/cifar
 
-Encoding takes 20 seconds on 2 CPU cores (3,836 images/s). It has not been trained to the end here:
-no accelerator was at hand, and no number is claimed.
+Encoding takes 20 seconds on 2 CPU cores (3,836 images/s). It was not trained to the end: no
+accelerator was available, and no number is claimed.
 
 `--config.data.source_path=` is the folder, or with `--config.data.source=archive` the .tar or .zip,
 of `train/<class>/*` and `test/<class>/*` images. With an autoencoder (`configs/cifar10.py:taef2`)

@@ -109,13 +109,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.checkpoint.keep_every = 50_000  # and all at multiples of this step; 0: none
     # Where saving fails, training goes on and tries again every every_steps / 10 steps.
     c.checkpoint.max_lost_steps = 0  # it stops rather than lose more steps; 0: 3 x every_steps
-    c.checkpoint.patience_seconds = 300.0  # before that, and at the end, it waits and tries on
+    c.checkpoint.patience_seconds = 300.0  # wait and retry this long before stopping or at the end
 
     # A step whose loss, or the norm of its gradient, is not finite or is above these limits is
     # refused: it leaves the state as it was (docs/failures.md).
     c.divergence = ml_collections.ConfigDict()
     c.divergence.policy = "stop"  # then "stop", "skip" (that batch) or "rollback" (a checkpoint)
-    c.divergence.max_events = 10  # refused at one place before "skip" and "rollback" stop too
+    c.divergence.max_events = 10  # refusals in a row before "skip" and "rollback" stop
     c.divergence.max_loss = 0.0  # 0: no limit
     c.divergence.max_grad_norm = 0.0  # before clipping; 0: no limit
 
@@ -165,7 +165,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.num_samples = 50_000  # of --mode=evaluate
     c.evaluation.every_steps = 0  # evaluate in training too, and at its end; 0 is never
-    c.evaluation.training_samples = 2_000  # then: quick, and comparable with as many others only
+    c.evaluation.training_samples = 2_000  # used then; compare only at the same count
     # The space of the distances. "inception": FID, sFID, IS, KID, precision, recall. "pixels" (for
     # small images), "autoencoder": a Fréchet distance without Inception's weights: not FID.
     c.evaluation.features = "inception"  # "inception", "pixels" or "autoencoder"

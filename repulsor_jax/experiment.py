@@ -157,8 +157,8 @@ def checked_mesh(
 
     Args:
       config: the configuration.
-      devices: others than those here.
-      trains: whether it is to train with, and not to sample or evaluate alone.
+      devices: use these, not the local ones.
+      trains: also check the training batch.
     """
     try:
         mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)

@@ -59,10 +59,9 @@ def create_mesh(
     """Returns a mesh with axes `(data, fsdp, tensor)`, laid out for the network of the devices.
 
     Several TPU slices are joined by the data-centre network, which carries `data` alone: gradients
-    cross it once a step, while fsdp and tensor talk in every layer. On GPUs JAX numbers slices by
-    what NVLink joins (a host, however many processes it runs), the network between is fast enough
-    for fsdp, and a mesh that needs it there gets it: neighbours stay in one host as far as they
-    fit.
+    cross it once a step, while fsdp and tensor talk in every layer. On GPUs a slice is one host
+    (JAX numbers slices by NVLink); the network between hosts is fast enough for fsdp, so fsdp may
+    cross hosts.
 
     Raises:
       ValueError: the sizes do not fit the devices (see `mesh_shape`), or their slices.
@@ -159,8 +158,8 @@ def _axes_size(axes: str | tuple[str, ...], mesh: Mesh) -> int:
 def local_rows(mesh: Mesh, batch_size: int, process_index: int | None = None) -> tuple[range, ...]:
     """The rows of a global batch that a process holds on its devices, and so has to read.
 
-    On a torus the devices of a host need not be neighbours in the mesh, nor rows that they hold.
-    Processes that share rows, as where `tensor` is larger than a host, each get them.
+    On a torus, a host's devices, and so its rows, need not be adjacent. Processes that share rows
+    (for example where `tensor` is larger than a host) each get them.
 
     Args:
       mesh: the mesh.

@@ -27,7 +27,7 @@ import fsspec
 import jax
 import pytest
 
-from tests.oracles import disks, fake_bucket
+from tests.oracles import disks, fake_bucket, fixtures
 
 pytest_plugins = ["tests.oracles.runs"]  # fixtures
 
@@ -56,18 +56,14 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
-
-
 @pytest.fixture(scope="session")
 def reference_fixtures() -> pathlib.Path:
     """Folder of the large PyTorch reference values; the test skips where it is absent."""
-    folder = SHARED / "fixtures"
-    if not folder.is_dir():
+    if not fixtures.FOLDER.is_dir():
         pytest.skip(
-            f"the large reference fixtures are not in {folder}; those in tests/data still run"
+            f"no large reference fixtures in {fixtures.FOLDER}; those in tests/data still run"
         )
-    return folder
+    return fixtures.FOLDER
 
 
 @pytest.fixture(scope="session")

@@ -236,8 +236,8 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
             found = read_config(described)
             if found != config:
                 raise ValueError(
-                    f"{described}: found {found}, expected {config}, which {name!r} is; set "
-                    "config.data.autoencoder to 'kl' for another model"
+                    f"{described}: found {found}, expected {config} for {name!r}; "
+                    "for another model set config.data.autoencoder='kl'"
                 )
         if path.is_dir():
             files = [[_WEIGHTS], ["diffusion_pytorch_model.bin"]]

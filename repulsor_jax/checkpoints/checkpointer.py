@@ -71,8 +71,7 @@ class Checkpointer:
     keep_last: int = 3  # as `checkpoint.*` of the configuration
     keep_every: int = 0
     retry_steps: int = 1  # from a save that failed to the next attempt
-    # Where the next attempt would come more steps than this after the newest checkpoint, a save is
-    # waited for, and it is an error if it fails; 0: every one.
+    # If the next attempt could lose more steps than this, saving blocks, and its failure raises.
     max_lost_steps: int = 0
     patience: float = 0.0  # seconds for which it is tried again before it is an error
     read_only: bool = False  # neither create nor delete anything, as beside a run that is training

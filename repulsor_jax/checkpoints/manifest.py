@@ -58,7 +58,7 @@ class SavedArray:
     fingerprint: str
 
     def abstract(self, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
-        """Shape and dtype; of any random key, those of this library's keys."""
+        """Shape and dtype; every random key gets this library's key dtype."""
         is_key = self.dtype.startswith("key<")
         dtype = jax.eval_shape(jax.random.key, 0).dtype if is_key else jnp.dtype(self.dtype)
         return jax.ShapeDtypeStruct(self.shape, dtype, sharding=sharding)

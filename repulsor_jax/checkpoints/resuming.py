@@ -86,13 +86,13 @@ def check(
     ]
     if fixed:
         raise ConfigError(
-            f"the run was trained otherwise: {'; '.join(fixed)}. A checkpoint does not fit another "
-            "model: use the run's own values, or another --workdir"
+            f"the run was trained with other settings: {'; '.join(fixed)}. A checkpoint does not "
+            "fit another model: use the run's own values, or another --workdir"
         )
     if forced and not force:
         raise ConfigError(
-            f"the run was trained otherwise: {'; '.join(forced)}. Use the run's own, or another "
-            "--workdir; --force goes on all the same"
+            f"the run was trained with other settings: {'; '.join(forced)}. Use the run's own, or "
+            "another --workdir; --force goes on all the same"
         )
     return changes[NOTED] + [f"forced: {line}" for line in forced]
 

@@ -276,7 +276,7 @@ class Storage:
 def one_line(error: BaseException) -> str:
     """The message of an exception, in one line of readable length.
 
-    Where a failure kept this process from a barrier, the message of that failure.
+    If this process missed a barrier because of an earlier failure, that failure's message.
     """
     while error.__context__ is not None and "Barrier timed out" in str(error):
         error = error.__context__
@@ -298,5 +298,5 @@ def may_pass(error: Exception, of_bucket: bool) -> bool:
 
 
 def agreed(problem: str) -> str:
-    """Makes one process's problem a problem of all: its text, or that another failed, or ""."""
+    """Shares a failure: returns this process's message, or that another process failed, or ""."""
     return (problem or "another process failed") if sharding.any_process(bool(problem)) else ""

@@ -62,7 +62,8 @@ def _array_files(
 ) -> LatentSource:
     """One .npy file per item, each `[c, h, w]` or `[1, c, h, w]`.
 
-    Stochastic are means, then log-variances, or standard deviations, which become log-variances.
+    A stochastic file holds means, then log-variances or standard deviations (converted to
+    log-variances).
     """
     first = os.path.join(root, items.names[0])
     shape = _load_latents(first).shape
@@ -244,7 +245,7 @@ def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set
     if alone := sorted(found ^ set(labelled)):
         what = "has no label in" if alone[0] in found else "is not there, though it has one in"
         raise ValueError(
-            f"{os.path.join(root, alone[0])} {what} {where}, and so for {len(alone)} files in all: "
+            f"{os.path.join(root, alone[0])} {what} {where} ({len(alone)} such files): "
             "was the copy or the run cut short?"
         )
     return found

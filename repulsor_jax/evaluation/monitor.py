@@ -93,7 +93,7 @@ class Monitor:
         return self.experiment.workdir / "samples" / f"train_{step:08d}.png"
 
     def _suffix(self) -> str:
-        """Ends the name of every metric: a number of few samples compares with its like alone."""
+        """Suffix of metric names: values of few samples compare only at the same count."""
         return f"_{self.experiment.config.evaluation.training_samples}"
 
     def _write_grid(self, step: int, params: Any, writer: MetricWriter) -> None:

@@ -112,8 +112,8 @@ def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None
     """Draws the metrics of one step's evaluations: over the guidance, or one alone over the steps.
 
     Over the guidance, each interval is a line over the scale; where there is one scale, each end
-    of an interval is a line over its start. Over the steps, the records are all in the folder that
-    differ from this one in the step alone. Returns None where there is one point only.
+    of an interval is a line over its start. Over the steps: all records of the folder that differ
+    from this one only in the step. Returns None for a single point.
     """
     if len(records) == 1:
         records = [r for r in read_all(folder) if _but_step(r) == _but_step(records[0])]

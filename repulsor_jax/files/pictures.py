@@ -115,7 +115,7 @@ def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarra
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, labels, allow_pickle=False)
         if labels.shape != (count,):
-            raise ValueError(f"found {count} images and labels {labels.shape}, expected as many")
+            raise ValueError(f"found {count} images, labels {labels.shape}, expected equal numbers")
 
 
 def save_pngs(folder: PathLike, first: int, images: np.ndarray) -> None:

@@ -221,7 +221,7 @@ def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
             entry = archive.getinfo(folders[0] + name)
             left -= max(entry.file_size, entry.compress_size)
             if left < 0:
-                raise ValueError(f"found {entry.filename}, which makes more than the file's bytes")
+                raise ValueError(f"{entry.filename} expands beyond the file's size")
             return archive.read(entry)
 
         if folders[0] + "byteorder" in names and (order := read("byteorder")) != b"little":
@@ -238,7 +238,7 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the format before PyTorch 1.6: five pickles in a row, then the storages' bytes.
 
     The pickles are a magic number, a version, the machine's sizes, the state dict, and the
-    storages' keys in the order of their bytes, each of which follow their number of elements.
+    storages' keys; then, for each storage in key order, its element count and its bytes.
     """
     content = path.read_bytes()
     stream = io.BytesIO(content)

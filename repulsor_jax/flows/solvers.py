@@ -143,7 +143,7 @@ def as_float(x: Array) -> Array:
 
 
 def _starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
-    """Of every step of a grid; differences are rounded after float64, so that no error adds up."""
+    """Start and length of each step; subtracted in float64, so rounding does not accumulate."""
     return jnp.asarray(times[:-1], x.dtype), jnp.asarray(np.diff(times), x.dtype)
 
 

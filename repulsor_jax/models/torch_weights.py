@@ -191,7 +191,7 @@ def _check_positions(found: np.ndarray, width: int) -> None:
 def _convert(
     arrays: State, entries: Sequence[tuple[str, str, tuple[int, ...], Transform]]
 ) -> State:
-    """Renames and transforms all arrays: entries are a name, the new one, the shape, and how."""
+    """Renames and converts all arrays. Each entry: old name, new name, shape, conversion."""
     converted = {}
     left = dict(arrays)
     for name, new_name, shape, transform in entries:

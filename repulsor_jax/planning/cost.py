@@ -93,7 +93,7 @@ def program_cost(hlo_text: str, num_devices: int = 1) -> Cost:
 
 
 class _Counter:
-    """Counts each computation once, and multiplies."""
+    """Costs of computations, each counted once and multiplied by its number of runs."""
 
     def __init__(self, module: Module) -> None:
         self._module = module
@@ -265,7 +265,7 @@ def _convolution_flops(convolution: Instruction, left: Array, right: Array) -> f
     fields = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
 
     def field(key: str, k: int, default: int) -> int:
-        """The k-th number of a field `3x3`; of the `1_1x0_1` of `pad`, the padding before."""
+        """The k-th number of a field such as `3x3`; for `pad` (`1_1x0_1`), the padding before."""
         return int(fields[key].split("x")[k].split("_")[0]) if key in fields else default
 
     pairs = 1.0

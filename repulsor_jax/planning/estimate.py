@@ -7,8 +7,8 @@ Four parts are computed apart, each as if it ran at its peak rate:
 - memory: bytes to and from main memory / its rate;
 - links: for each collective, the bytes that a ring of n devices sends / the rate of the links in
   use. A ring sends 2 (n - 1) / n of the array for an all-reduce, (n - 1) / n for an all-gather or
-  all-to-all, (n - 1) of the result for a reduce-scatter. In use are two links in each dimension of
-  the torus that the group goes all the way around, one in a dimension where it does not;
+  all-to-all, (n - 1) of the result for a reduce-scatter. A group uses two links in each torus
+  dimension that it wraps, one in any other;
 - network between slices: the same with n the number of slices, for the share that each device of a
   group holds, / the chip's part of its host's network.
 

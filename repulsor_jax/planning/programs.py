@@ -41,7 +41,7 @@ class Built:
     mesh: Mesh
     kinds: dict[str, Any]  # the sharded shapes of its arguments, by kind
     compile: Callable[[], jax.stages.Compiled]
-    # Shapes of an array that holds the bank's rows of two devices or more, and of nothing else.
+    # Shapes that only an array with bank rows of at least two devices can have.
     bank_shapes: frozenset[tuple[int, ...]] = frozenset()
 
 
@@ -186,7 +186,10 @@ def _train(experiment: Experiment) -> Built:
 
 
 def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
-    """Of the bank `[S, B, d]`: `[S, n, d]` and `[S * n, d]` for n rows of two devices or more."""
+    """Shapes that only an array with bank rows of at least two devices can have.
+
+    For the bank `[S, B, d]` and n rows of at least two devices: `[S, n, d]` and `[S * n, d]`.
+    """
     slots, batch_size, dim = features.shape
     rows = features.sharding.shard_shape(features.shape)[1]
     counts = range(2 * rows, batch_size + 1, rows)

@@ -50,8 +50,8 @@ def detect(
     if "OMPI_MCA_orte_hnp_uri" in e and _number(e, "OMPI_COMM_WORLD_SIZE") > 1:
         alone = _number(e, "OMPI_COMM_WORLD_LOCAL_SIZE", 0) == 1
         return Launcher("Open MPI", "ompi", alone or len(visible) == 1)
-    # JAX needs all of these. A shell of salloc and a login to a node have some of them, or one task
-    # in their step although the job was granted several.
+    # JAX needs all of these variables. A salloc shell or a login sets only some,
+    # or reports one task.
     needed = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
     if all(f"SLURM_{name}" in e for name in needed):
         tasks = _number(e, "SLURM_NTASKS")

@@ -76,7 +76,7 @@ class Preemption:
             os.write(2, b"\ntold to stop: saving after this step; a second signal ends at once\n")
         elif self._clock() - self._told_at > 1.0:
             # Within a second, `timeout` and some launchers signal a process and then its group.
-            # A checkpoint is listed when it is complete: ending now harms none.
+            # Safe to end here: only complete checkpoints are listed.
             self._end(128 + number)
 
 

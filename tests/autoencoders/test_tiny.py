@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from repulsor_jax.autoencoders import get_autoencoder, tiny
 from repulsor_jax.autoencoders.base import build
 from repulsor_jax.files.tensors import read_tensors
-from tests.conftest import SHARED
 from tests.oracles import autoencoders as oracles
+from tests.oracles import fixtures
 from tests.oracles.torch_files import write_state
 
 SMALL = pathlib.Path(__file__).parents[1] / "data" / "autoencoders_small.npz"
@@ -130,23 +130,23 @@ def test_images_of_an_odd_size():
 
 @pytest.fixture(scope="module")
 def taef2():
-    if not (SHARED / "data" / "taef2_encoder.pth").is_file():
-        pytest.skip(f"the published weights of taef2 are not in {SHARED / 'data'}")
-    return get_autoencoder("taef2", weights=str(SHARED / "data"))
+    if not (fixtures.DATA / "taef2_encoder.pth").is_file():
+        pytest.skip(f"the published weights of taef2 are not in {fixtures.DATA}")
+    return get_autoencoder("taef2", weights=str(fixtures.DATA))
 
 
 def published_state(torch):
     return {
         f"{part}.{name}": torch.from_numpy(tensor.astype(np.float32))
         for part in ("encoder", "decoder")
-        for name, tensor in read_tensors(SHARED / "data" / f"taef2_{part}.pth").items()
+        for name, tensor in read_tensors(fixtures.DATA / f"taef2_{part}.pth").items()
     }
 
 
 def picture():
     from PIL import Image
 
-    path = sorted((SHARED / "data" / "imagenet_sample").iterdir())[0]
+    path = sorted((fixtures.DATA / "imagenet_sample").iterdir())[0]
     image = Image.open(path).convert("RGB").resize((96, 64), Image.Resampling.BICUBIC)
     return np.asarray(image, np.float32)[None] / 127.5 - 1
 

@@ -205,7 +205,7 @@ FEATURES, NUMBERS = "imagenet256_features", "imagenet256_labels"
 FAST_DIT_ERRORS = {
     "label missing": (
         lambda r: (r / NUMBERS / "7.npy").unlink(),
-        "features/7.npy has no label in .*, and so for 1 files",
+        "features/7.npy has no label in .* \\(1 such files\\)",
     ),
     "feature missing": (
         lambda r: (r / FEATURES / "7.npy").unlink(),

@@ -14,7 +14,7 @@ from PIL import Image
 from repulsor_jax.data import preprocess
 from repulsor_jax.data.listing import Item
 from repulsor_jax.data.preprocess import BadImageError, prepare_image, read_images
-from tests.conftest import SHARED
+from tests.oracles import fixtures
 
 
 def encode(image, image_format, **options):
@@ -86,7 +86,7 @@ def test_crop_of_arrays_with_other_channels(channels):
 
 
 def test_crop_of_real_photos():
-    folder = SHARED / "data/imagenet_sample"
+    folder = fixtures.DATA / "imagenet_sample"
     if not folder.is_dir():
         pytest.skip(f"the sample of ImageNet is not in {folder}; the other crops still run")
     for path in sorted(folder.iterdir())[::5]:

@@ -467,13 +467,13 @@ rows(
     ("view of a view", pth(VIEW_OF_A_VIEW, FILE), "a tensor on a _Tensor", read_beyond),
     *((f"tensor of {c}", pth({"x": tensor("0", SIX, **c)}, FILE), m) for c, m in TENSORS),
     (
-        *("compressed storage", compressed_storage, "data/0, which makes more than"),
+        *("compressed storage", compressed_storage, "data/0 expands beyond the file's size"),
         exhausts(lambda path: zipfile.ZipFile(path).read("archive/data/0")),
     ),
     (
         "storage read often",
         pth(MANY, {"0": np.ones(1000, np.float32)}),
-        "data/0, which makes more than",
+        "data/0 expands beyond the file's size",
     ),
     ("storage larger than an old file", old_pth(TOO_LARGE, FILE), "no storage 0 of 1000000000000"),
     ("far index of the memo", pth(FAR), "more than 65,536 opcodes or objects", TAKES_ALL),
