@@ -246,7 +246,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         ]
         sys.exit(f"error: {', '.join(wrong) or '--config'}: unknown key {hint}")
     except Exception as error:  # of the configuration file, which is a program
-        sys.exit(f"error: --config: {error}")
+        sys.exit(f"error: --config: {' '.join(str(error).split())}")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         # ml_collections keeps the error of a file that it could not load for the first access.
         try:
