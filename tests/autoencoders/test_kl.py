@@ -134,7 +134,7 @@ def test_configs_that_leave_keys_out(tmp_path):
 
 def test_a_named_model_with_another_config(tmp_path, config, state):
     folder = write_folder(tmp_path, config, state)
-    with pytest.raises(ValueError, match=r"config\.json: .*set config\.data\.autoencoder to 'kl'"):
+    with pytest.raises(ValueError, match=r"config\.json: .*set config\.data\.autoencoder='kl'"):
         get_autoencoder("sd-vae-ft-ema", weights=folder)
 
 
