@@ -35,6 +35,7 @@ from repulsor_jax.data.latents import (
 from repulsor_jax.files import atomic
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.shards import Restartable
+from repulsor_jax.files.untrusted import read_json
 
 
 class Batch(NamedTuple):
@@ -82,12 +83,12 @@ class DatasetWriter(Restartable):
                 found = f"{len(unfinished)} of {len(self)} shards are not finished"
                 raise ValueError(f"{self.folder}: {found}: run the same command again")
             paths = map(self._summary_path, range(len(self)))
-            dataset = self._combine([json.loads(path.read_text()) for path in paths])
+            dataset = self._combine([read_json(path) for path in paths])
             content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
             del content["directory"]
             atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
         # A job that is killed from here on, and run again, begins here.
-        listed = {s["name"] for s in json.loads((self.folder / METADATA).read_text())["shards"]}
+        listed = {s["name"] for s in read_json(self.folder / METADATA)["shards"]}
         for path in self.folder.iterdir():
             if path.name not in listed | {METADATA}:
                 path.unlink()
@@ -214,7 +215,7 @@ def open_writer(
         if not (folder / METADATA).exists():
             atomic.write_text(path, text)
         return writer
-    begun, job = json.loads(path.read_text()), json.loads(text)
+    begun, job = read_json(path), json.loads(text)
     differences = [
         f"{key} was {begun.get(key)!r:.60} and is {job.get(key)!r:.60}"
         for key in sorted(begun.keys() | job.keys())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repulsor_jax.files import atomic, pictures
+from repulsor_jax.files.untrusted import read_json
 
 Record = dict[str, Any]
 
@@ -23,19 +24,25 @@ def write(folder: pathlib.Path, name: str, record: Record) -> None:
 def read(folder: pathlib.Path, name: str) -> Record | None:
     """Reads `<folder>/<name>.json`; None if there is no such file."""
     path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return _load(path) if path.is_file() else None
 
 
 def read_all(folder: pathlib.Path) -> list[Record]:
     """All records of a folder, by step, then by guidance; with the name of its file in each."""
-    paths = sorted(folder.glob("*.json"))
-    records = [json.loads(path.read_text()) | {"file": path.name} for path in paths]
+    records = [_load(path) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
 
     def order(record: Record) -> tuple:
         p = record["protocol"]
         return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
 
     return sorted(records, key=order)
+
+
+def _load(path: pathlib.Path) -> Record:
+    record = read_json(path)
+    if not isinstance(record, dict) or not {"metrics", "protocol"} <= record.keys():
+        raise ValueError(f"{path}: found no metrics with their protocol: remove the file")
+    return record
 
 
 def table(records: Sequence[Record]) -> str:

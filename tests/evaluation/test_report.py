@@ -55,3 +55,10 @@ def test_a_sweep_of_intervals_is_drawn_over_the_start_a_line_for_each_end(tmp_pa
     report.plot(tmp_path, [record(k, scale=2.0, interval=i) for k, i in enumerate(intervals)])
     lines = {"to t = 1": ([0.0, 0.3], [1, 0]), "to t = 0.8": ([0.3], [2])}
     assert drawn == [("sweep_step_10.png", lines, "guidance from t =")]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_file_that_is_no_record_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json: found no "):
+        report.read_all(tmp_path)
