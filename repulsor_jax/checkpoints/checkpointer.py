@@ -230,9 +230,8 @@ class Checkpointer:
             )
         moved = self._storage.set_aside(list(problems)) if problems else {}
         said = [
-            f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[damaged]}; going on from "
-            f"step {step}"
-            for damaged, problem in problems.items()
+            f"warning: DAMAGED: {problem}. Moved to {DAMAGED}/{moved[k]}; going on from step {step}"
+            for k, problem in problems.items()
         ]
         self._saved, self._failed = step, False
         return state, data_state, said + notes
@@ -316,10 +315,9 @@ class Checkpointer:
         if saved_size != batch_size:
             data_state, repeated = rescale_position(data_state, saved_size, batch_size)
             position = data_state["next_index"] * batch_size
-            notes.append(
-                f"data: batches of {saved_size:,} are now of {batch_size:,}, from sample "
-                f"{position:,} on" + (f"; {repeated:,} are read again" if repeated else "")
-            )
+            sizes = f"batches of {saved_size:,} are now of {batch_size:,}"
+            again = f"; {repeated:,} are read again" if repeated else ""
+            notes.append(f"data: {sizes}, from sample {position:,} on{again}")
         return state, data_state, notes
 
     def _check_fits(self, step: int, about: Manifest, wanted: Any, within: str = "") -> None:

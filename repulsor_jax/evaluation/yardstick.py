@@ -89,24 +89,17 @@ def open_yardstick(
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set, of which the images are a part.
-        found = Reference(
-            {
-                "name": path.name,
-                "digest": images.digest if images else file_sha256(path)[:16],
-                "images": statistics[0].count,
-                "features": found.description["features"] if found else 0,
-            },
-            *statistics,
-            found.features if found else None,
-        )
+        digest = images.digest if images else file_sha256(path)[:16]
+        about = {"name": path.name, "digest": digest, "images": statistics[0].count}
+        about["features"] = found.description["features"] if found else 0
+        found = Reference(about, *statistics, found.features if found else None)
     return Yardstick(folder, space, extract, found)
 
 
 def _check_shape(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:
     items = jax.ShapeDtypeStruct((1, *images.shape), images.dtype)
     found = jax.eval_shape(images.decode, images.params, items).shape[1:]
-    # Inception takes grey images as RGB.
-    axes = 2 if config.evaluation.features == "inception" else 3
+    axes = 2 if config.evaluation.features == "inception" else 3  # grey images are taken as RGB
     if tuple(found)[:axes] != tuple(image_shape)[:axes]:
         raise ConfigError(
             f"config.evaluation.reference={config.evaluation.reference!r}: found images of "
