@@ -120,10 +120,7 @@ def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
 
     Args:
       abstract_tree: output of `jax.eval_shape`; parameters boxed by `nn.with_logical_partitioning`.
-      mesh: the mesh.
-
-    Returns:
-      A tree of `NamedSharding` with the structure of `flax.linen.unbox(abstract_tree)`.
+      mesh: the result has a `NamedSharding` for each leaf of `flax.linen.unbox(abstract_tree)`.
     """
     specs = nn.get_partition_spec(abstract_tree)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)

@@ -55,7 +55,7 @@ def train(
       The final state.
 
     Raises:
-      ConfigError: the run that is there was trained otherwise.
+      ConfigError: the run in the working directory was trained with other settings.
       CheckpointError: the run's checkpoints do not fit or are damaged, or saving keeps failing.
       DivergedError: after saving the last good state.
       Preempted: after saving, when the process was told to stop.

@@ -205,7 +205,7 @@ def compile_training(
 
     Args:
       trainer: model, objective and optimizer.
-      latent_format: how stored latents become the model's.
+      latent_format: how stored latents, of `record_shape` and `record_dtype`, become the model's.
       record_shape: shape of one stored latent.
       record_dtype: its dtype.
       mesh: of devices that need not be here.
