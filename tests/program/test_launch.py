@@ -43,12 +43,12 @@ SETTINGS = {
     | {"WORKDIR": "/bucket/run"},
 }
 
-# In the file of calls, each word ends with NUL and each call with a record separator. An answer is
+# In the file of calls, each word ends with NUL and each call with a record separator and NUL. An answer is
 # text for standard output; (code, text) fails with the text on standard error; "sh: ..." is run by
 # the shell, with the call's words as $@.
 STAND_IN = r"""#!/usr/bin/env bash
 call=("${0##*/}" "$@")
-{ printf '%s\0' "${call[@]}"; printf '\x1e'; } >>"$STAND_IN/calls"
+printf '%s\0' "${call[@]}" $'\x1e' >>"$STAND_IN/calls"  # in one write: some run at once
 in_turn() {
   local file=$STAND_IN/turn_$1 turn=0 answer code
   shift
@@ -137,7 +137,7 @@ class Launch:
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls"
         text = path.read_text() if path.exists() else ""
-        return [call.split("\0")[:-1] for call in text.split("\x1e") if call]
+        return [call.split("\0")[:-1] for call in text.split("\x1e\0") if call]
 
     def steps(self) -> list[str]:
         """The calls in short, without status calls and logs, whose number depends on time."""
