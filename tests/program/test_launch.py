@@ -43,8 +43,8 @@ SETTINGS = {
     | {"WORKDIR": "/bucket/run"},
 }
 
-# In the file of calls, each word ends with NUL and each call with a record separator and NUL. A call
-# is one write, for stand-ins run at the same time. An answer is text for standard output; (code,
+# In the file of calls, each word ends with NUL and each call with a record separator and NUL. All
+# of it is one write, for stand-ins run at the same time. An answer is text for standard output; (code,
 # text) fails with the text on standard error; "sh: ..." is run by the shell, with the call's words
 # as $@.
 STAND_IN = r"""#!/usr/bin/env bash
