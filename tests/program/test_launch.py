@@ -43,13 +43,13 @@ SETTINGS = {
     | {"WORKDIR": "/bucket/run"},
 }
 
-# In the file of calls, each word ends with NUL and each call with a record separator and NUL. All
-# of it is one write, for stand-ins run at the same time. An answer is text for standard output; (code,
-# text) fails with the text on standard error; "sh: ..." is run by the shell, with the call's words
-# as $@.
+# In the file of calls, each word ends with NUL and each call with a record separator and NUL; a
+# call is written at once, for stand-ins run at the same time. An answer is text for standard
+# output; (code, text) fails with the text on standard error; "sh: ..." is run by the shell, with
+# the call's words as $@.
 STAND_IN = r"""#!/usr/bin/env bash
 call=("${0##*/}" "$@")
-printf '%s\0' "${call[@]}" $'\x1e' >>"$STAND_IN/calls"  # in one write: some run at once
+printf '%s\0' "${call[@]}" $'\x1e' >>"$STAND_IN/calls"
 in_turn() {
   local file=$STAND_IN/turn_$1 turn=0 answer code
   shift
