@@ -25,29 +25,17 @@ from repulsor_jax.train_state import Objective, Trainer
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What training, sampling and evaluation have in common.
-
-    Attributes:
-      config: the checked configuration.
-      workdir: of the run.
-      mesh: of all devices.
-      model: the transformer.
-      autoencoder: None where the configuration asks for no pictures.
-      latent_format: how stored latents become the model's, and back.
-      latents_sha256: digest of the weights that made the latents; "" where they are not known.
-      class_names: label k is `class_names[k]`.
-      dataset: what identifies the data set that is, or was, trained on, `latents.identity`.
-    """
+    """What training, sampling and evaluation have in common."""
 
     config: Config
     workdir: pathlib.Path
-    mesh: Mesh
+    mesh: Mesh  # of all devices
     model: DiT
-    autoencoder: Autoencoder | None
-    latent_format: LatentFormat
-    latents_sha256: str
-    class_names: tuple[str, ...]
-    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    autoencoder: Autoencoder | None  # None where the configuration asks for no pictures
+    latent_format: LatentFormat  # how stored latents become the model's, and back
+    latents_sha256: str  # of the weights that made the latents; "" where they are not known
+    class_names: tuple[str, ...]  # label k is `class_names[k]`
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `latents.identity`
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDataset]:

@@ -23,45 +23,26 @@ Array = jax.Array
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a step reads and writes; one pytree of sharded arrays.
+    """Everything that a step reads and writes; one pytree of sharded arrays."""
 
-    Attributes:
-      step: int32 scalar, optimizer steps taken.
-      params: `{"model": ..., "regularizer": ...}`, float32; the second is empty without a head.
-      ema_params: float32 moving average of `params["model"]`; what samples are drawn from.
-      opt_state: optax state for `params`.
-      bank: the memory bank, or None.
-      rng: typed key; the step folds its number into it.
-    """
-
-    step: Array
-    params: dict[str, Any]
-    ema_params: Any
-    opt_state: optax.OptState
+    step: Array  # int32 scalar, optimizer steps taken
+    params: dict[str, Any]  # {"model": ..., "regularizer": ... or {} without a head}, float32
+    ema_params: Any  # float32 moving average of params["model"]; samples are drawn from it
+    opt_state: optax.OptState  # for params
     bank: MemoryBank | None
-    rng: Array
+    rng: Array  # typed key; the step folds its number into it
 
 
 class Objective(NamedTuple):
-    """What a step minimises: the choices of the configuration, resolved to functions.
+    """What a step minimises: the choices of the configuration, resolved to functions."""
 
-    Attributes:
-      path: from noise to data.
-      flow_loss: `(output, data, noise, t) -> [B]`, the loss of the model's prediction.
-      sample_times: `(key, batch size) -> [B]`, the times to train at.
-      drop_labels: `(key, labels [B]) -> [B]`, some of them the null class.
-      tap: index of the block whose tokens the regulariser sees; None without a regulariser.
-      regularizer: the loss on those tokens, or None.
-      weight: optimizer step -> lambda, the weight of the regulariser.
-    """
-
-    path: Path
-    flow_loss: Callable[[Array, Array, Array, Array], Array]
-    sample_times: Callable[[Array, int], Array]
-    drop_labels: Callable[[Array, Array], Array]
-    tap: int | None
-    regularizer: Regularizer | None
-    weight: Callable[[Array], Array]
+    path: Path  # from noise to data
+    flow_loss: Callable[[Array, Array, Array, Array], Array]  # (output, data, noise, t) -> [B]
+    sample_times: Callable[[Array, int], Array]  # (key, batch size) -> t [B]
+    drop_labels: Callable[[Array, Array], Array]  # (key, labels [B]) -> some of them the null class
+    tap: int | None  # the block whose tokens the regulariser sees; None without a regulariser
+    regularizer: Regularizer | None  # the loss on those tokens
+    weight: Callable[[Array], Array]  # optimizer step -> lambda, the weight of that loss
 
 
 class Trainer(NamedTuple):

@@ -32,19 +32,12 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class Inputs(NamedTuple):
-    """What the model is trained on, one row per sample; all drawn before the loss.
+    """What the model is trained on, one row per sample; all drawn before the loss."""
 
-    Attributes:
-      data: `[B, H, W, C]` latents of the data (t = 1).
-      noise: `[B, H, W, C]` (t = 0).
-      t: `[B]` times.
-      labels: `[B]`, some replaced by the null class.
-    """
-
-    data: Array
-    noise: Array
-    t: Array
-    labels: Array
+    data: Array  # [B, H, W, C] latents of the data (t = 1)
+    noise: Array  # [B, H, W, C] (t = 0)
+    t: Array  # [B] times
+    labels: Array  # [B], some replaced by the null class
 
 
 def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
@@ -183,14 +176,11 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
 class TrainingProgram(NamedTuple):
     """What a run executes, ready on its mesh.
 
-    Attributes:
-      abstract_state: shapes of the state, with shardings: what a restore asks for.
-      create_state: makes the first state.
-      step: the compiled step. It donates the state: the one passed in is gone after the call.
+    The compiled step donates its state: the state passed in is gone after the call.
     """
 
-    abstract_state: TrainState
-    create_state: Callable[[], TrainState]
+    abstract_state: TrainState  # shapes with shardings: what a restore asks for
+    create_state: Callable[[], TrainState]  # makes the first state
     step: Any  # jax.stages.Compiled, or a function of the same call
 
 

@@ -50,17 +50,11 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """A way from noise to data: x_t = alpha(t) data + sigma(t) noise.
+    """A way from noise to data: x_t = alpha(t) data + sigma(t) noise."""
 
-    Attributes:
-      name: its key in `PATHS`.
-      coefficients: times of any shape -> `Coefficients` of that shape, float32.
-      singular_at_data: whether the velocity diverges as t -> 1.
-    """
-
-    name: str
-    coefficients: Callable[[Array], Coefficients]
-    singular_at_data: bool = False
+    name: str  # its key in `PATHS`
+    coefficients: Callable[[Array], Coefficients]  # times -> float32 of the same shape
+    singular_at_data: bool = False  # whether the velocity diverges as t -> 1
 
 
 def _linear(t: Array) -> Coefficients:
@@ -134,9 +128,9 @@ def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: st
 
     Args:
       path: from `get_path`.
-      value: [B, ...], the prediction.
-      x: [B, ...], the point x_t that the prediction was made at.
-      t: [B].
+      value: [B, ...], the prediction, made at the point x of the same shape and time t [B].
+      x: the point x_t.
+      t: its time.
       source: what `value` is: "velocity", "score", "noise" or "data"; else ValueError.
       to: what to return, [B, ...] float32, of the same choices.
     """
@@ -227,10 +221,7 @@ def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tup
     SiT's defaults: all of [0, 1] for velocity on "linear" and "gvp"; [0, 1 - eps] on "vp";
     [eps, 1 - eps] for score and noise on the others. eps is 1e-3, and 1e-5 in training on "vp".
 
-    Args:
-      path: from `get_path`.
-      prediction: what the model outputs: "velocity", "score" or "noise"; else ValueError.
-      sampling: for sampling rather than training.
+    `prediction` is what the model outputs: "velocity", "score" or "noise"; else ValueError.
     """
     check_choice("prediction", prediction, PREDICTIONS)
     if path.singular_at_data:
@@ -248,11 +239,7 @@ def diffusion(path: Path, form: str, t: Array, norm: float | Array = 1.0) -> Arr
     "sigma" norm sigma(t); "linear" norm (1 - t); "decreasing" (1 + norm cos(pi t))^2 / 4, with
     norm inside as published; "increasing_decreasing" norm sin^2(pi t).
 
-    Args:
-      path: from `get_path`.
-      form: one of `DIFFUSION_FORMS`; else ValueError.
-      t: times of any shape; D(t) has the same.
-      norm: the factor.
+    `form` is one of `DIFFUSION_FORMS`, else ValueError; t has any shape, and D(t) the same.
     """
     check_choice("diffusion form", form, DIFFUSION_FORMS)
     if form == "constant":

@@ -154,28 +154,17 @@ def guided_prediction(
 class SamplerSpec:
     """The choices that make a sampler, apart from the model.
 
-    Attributes:
-      path: from `paths.get_path`.
-      null_label: the label that stands for no class.
-      prediction: what the model outputs: "velocity", "score" or "noise".
-      solver: one of `SOLVERS`.
-      num_steps: how many steps, with that of `diffusion.last_step`; "dopri5" chooses its own.
-      channels: how many leading channels to guide, see `guided_prediction`.
-      time_shift: of the fixed steps, see `solvers.time_grid`.
-      tolerance: of "dopri5".
-      diffusion: of the SDE solvers.
-
     Raises:
       ValueError: unknown prediction or solver, too few steps, or a time shift with "dopri5".
     """
 
     path: paths.Path
-    null_label: int
-    prediction: str = "velocity"
-    solver: str = "euler"
-    num_steps: int = 250
-    channels: int | None = None
-    time_shift: float = 1.0
+    null_label: int  # the label that stands for no class
+    prediction: str = "velocity"  # what the model outputs: "velocity", "score" or "noise"
+    solver: str = "euler"  # one of `SOLVERS`
+    num_steps: int = 250  # with that of `diffusion.last_step`; "dopri5" chooses its own
+    channels: int | None = None  # how many leading channels to guide, see `guided_prediction`
+    time_shift: float = 1.0  # of the fixed steps, see `solvers.time_grid`
     tolerance: solvers.Tolerance = dataclasses.field(default_factory=solvers.Tolerance)
     diffusion: solvers.Diffusion = dataclasses.field(default_factory=solvers.Diffusion)
 

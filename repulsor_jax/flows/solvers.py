@@ -38,22 +38,18 @@ class Tolerance:
 class Diffusion:
     """How much noise an SDE sampler adds and how it ends; the defaults are those of SiT's scripts.
 
-    Attributes:
-      form: one of `paths.DIFFUSION_FORMS`.
-      norm: the factor of the form.
-      last_step: how to go from t = 1 - last_step_size to the sample, without noise: "mean" takes
-        an Euler step of the SDE's drift, "euler" one of the ODE's velocity, "tweedie" predicts
-        the data, E[data | x_t]; "none" stays at t = 1 - 0.001.
-      last_step_size: SiT has 0.04, ten steps of 250; no meaning for "none".
+    `last_step` goes from t = 1 - last_step_size to the sample, without noise: "mean" takes an Euler
+    step of the SDE's drift, "euler" one of the ODE's velocity, "tweedie" predicts the data,
+    E[data | x_t]; "none" stays at t = 1 - 0.001.
 
     Raises:
       ValueError: unknown form or last step.
     """
 
-    form: str = "sigma"
-    norm: float = 1.0
+    form: str = "sigma"  # one of `paths.DIFFUSION_FORMS`
+    norm: float = 1.0  # the factor of the form
     last_step: str = "mean"
-    last_step_size: float = 0.04
+    last_step_size: float = 0.04  # SiT's, ten steps of 250; no meaning for "none"
 
     def __post_init__(self) -> None:
         check_choice("diffusion form", self.form, paths.DIFFUSION_FORMS)
@@ -153,14 +149,10 @@ def solve_ode(
     """Solves dx/dt = velocity_fn(x, t) from x(times[0]) = noise, one step from time to time.
 
     Args:
-      velocity_fn: (x [B, ...], t []) -> [B, ...]; "heun" and "rk4" also evaluate it at the last
-        time.
-      noise: [B, ...].
+      velocity_fn: (x, t []) -> [B, ...]; "heun" and "rk4" also evaluate it at the last time.
+      noise: [B, ...]; x(times[-1]), the result, has the same shape, in float32.
       times: [steps + 1], of `time_grid`.
       solver: a key of `ODE_STEPS`; else ValueError.
-
-    Returns:
-      x(times[-1]) [B, ...], float32.
     """
     check_choice("solver", solver, tuple(ODE_STEPS))
     x = as_float(noise)
@@ -182,15 +174,12 @@ def solve_sde(
     """Solves dx = drift_fn(x, t) dt + sqrt(2 diffusion_fn(t)) dW from x(times[0]) = noise.
 
     Args:
-      drift_fn: (x [B, ...], t []) -> [B, ...].
+      drift_fn: (x, t []) -> [B, ...].
       diffusion_fn: t [] -> [], not negative.
-      noise: [B, ...].
+      noise: [B, ...]; x(times[-1]), the result, has the same shape, in float32.
       keys: [B] PRNG keys; in row b, step k draws from `fold_in(keys[b], k)`.
       times: [steps + 1], of `time_grid`.
       solver: a key of `SDE_STEPS`; else ValueError.
-
-    Returns:
-      x(times[-1]) [B, ...], float32.
     """
     check_choice("solver", solver, tuple(SDE_STEPS))
     x = as_float(noise)
@@ -245,11 +234,10 @@ def dopri5(
     to rounding as with fixed steps.
 
     Args:
-      velocity_fn: (x [B, ...], t [B]) -> [B, ...]; the rows are at different times. A step
-        evaluates it six times.
+      velocity_fn: (x, t [B]) -> [B, ...], the rows at different times; six evaluations a step.
       noise: [B, ...].
-      t_start: where to start.
-      t_end: where to stop.
+      t_start: the first time.
+      t_end: the last time.
       tolerance: the tolerances and the most steps.
 
     Returns:

@@ -20,18 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemoryBank:
-    """Queue of past projections.
+    """Queue of past projections: slot s holds those of one past global batch, row b by row b."""
 
-    Attributes:
-      features: `[S, B, d]`, slot s holds the projections of one past global batch, row b those of
-        its sample b. Slots that were never written hold zeros.
-      cursor: int32 scalar, the slot that the next batch overwrites (the oldest one).
-      filled: int32 scalar, the number of slots written so far, at most S.
-    """
-
-    features: jax.Array
-    cursor: jax.Array
-    filled: jax.Array
+    features: jax.Array  # [S, B, d]; slots that were never written hold zeros
+    cursor: jax.Array  # int32 scalar, the slot that the next batch overwrites (the oldest one)
+    filled: jax.Array  # int32 scalar, the number of slots written so far, at most S
 
 
 def create(num_slots: int, batch_size: int, dim: int, dtype: jnp.dtype = jnp.float32) -> MemoryBank:
@@ -109,14 +102,8 @@ def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
 
     Args:
       bank: the queue, `[S, B, d]`.
-      num_slots: S' of the new one.
-      batch_size: B' of the new one.
-
-    Returns:
-      The queue `[S', B', d]`.
-
-    Raises:
-      ValueError: a size is not positive.
+      num_slots: S' of the queue `[S', B', d]` that is returned.
+      batch_size: B'; a size that is not positive is a ValueError.
     """
     dim = bank.features.shape[2]
     empty = create(num_slots, batch_size, dim, bank.features.dtype)

@@ -21,18 +21,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Regularizer:
-    """A loss on the hidden tokens of one block, with its parameters and its memory.
+    """A loss on the hidden tokens [B, N, D] of one block, with its parameters and its memory."""
 
-    Attributes:
-      init: `(key, abstract tokens [B, N, D]) -> params`, boxed with logical axis names; `{}` when
-        there is nothing to learn.
-      create_bank: `() -> MemoryBank`, or None when there is no memory.
-      loss: `(params, tokens [B, N, D], bank) -> (loss scalar, z [B, d] or None)`; z goes into the
-        bank.
-    """
-
+    # (key, abstract tokens) -> params, boxed with logical axis names; {} with nothing to learn.
     init: Callable[[Array, jax.ShapeDtypeStruct], Any]
-    create_bank: Callable[[], MemoryBank] | None
+    create_bank: Callable[[], MemoryBank] | None  # None without a memory
+    # (params, tokens, bank) -> (loss scalar, z [B, d] for the bank or None).
     loss: Callable[[Any, Array, MemoryBank | None], tuple[Array, Array | None]]
 
 

@@ -257,44 +257,31 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """A class-conditional diffusion transformer on square latents.
 
-    Attributes:
-      latent_size: height and width of the latents.
-      in_channels: channels C of the latents.
-      patch_size: side of a patch; N = (latent_size / patch_size)**2 tokens.
-      hidden_size: model width D.
-      depth: number of blocks.
-      num_heads: attention heads.
-      num_classes: real classes; the label `num_classes` means none (the null class).
-      mlp_ratio: width of the MLP's hidden layer over D.
-      learn_sigma: the final layer makes 2 C channels, of which the output keeps the first C.
-      qk_norm: normalise queries and keys per head.
-      scan_blocks: one compiled block looped over stacked parameters ("blocks") instead of `depth`
-        blocks with parameters of their own ("block_0", ...).
-      remat: what the backward pass finds saved: "none" rematerialises nothing, "dots" saves the
-        projections' outputs alone, "full" saves only the blocks' inputs. XLA's CPU compiler
-        merges the second computation with the first again unless `scan_blocks` is set.
-      dtype: compute dtype. Parameters, normalisation, softmax, the time embedding and the final
-        layer stay in float32.
-      attention: `implementation` of `attend`: None, "xla" or, in half precision, "cudnn".
+    `scan_blocks` loops one compiled block over stacked parameters ("blocks") instead of `depth`
+    blocks with parameters of their own ("block_0", ...). `remat` is what the backward pass finds
+    saved: "none" rematerialises nothing, "dots" saves the projections' outputs alone, "full" saves
+    only the blocks' inputs. XLA's CPU compiler merges the second computation with the first again
+    unless `scan_blocks` is set. `dtype` is that of the computation: parameters, normalisation,
+    softmax, the time embedding and the final layer stay in float32.
 
     Raises:
       ValueError: on construction, naming the field whose value does not fit.
     """
 
-    latent_size: int
-    in_channels: int
-    patch_size: int
-    hidden_size: int
+    latent_size: int  # height and width of the latents
+    in_channels: int  # channels C of the latents
+    patch_size: int  # side of a patch; N = (latent_size / patch_size)**2 tokens
+    hidden_size: int  # model width D
     depth: int
     num_heads: int
-    num_classes: int
-    mlp_ratio: float = 4.0
-    learn_sigma: bool = False
-    qk_norm: bool = False
+    num_classes: int  # real classes; the label `num_classes` means none (the null class)
+    mlp_ratio: float = 4.0  # width of the MLP's hidden layer over D
+    learn_sigma: bool = False  # makes 2 C channels, of which the output keeps the first C
+    qk_norm: bool = False  # normalises queries and keys per head
     scan_blocks: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: Literal["xla", "cudnn"] | None = None  # `implementation` of `attend`
 
     def __post_init__(self) -> None:
         """Checks the fields."""
