@@ -152,11 +152,11 @@ def test_a_bucket_that_does_not_answer_holds_nothing_up(bucket, capsys):
 
 def test_arrays_that_a_bucket_does_not_take_are_given_up(bucket, monkeypatch, capsys):
     """Tensorstore itself would go on for half an hour, in threads that outlive the program."""
-    monkeypatch.setattr(storage, "BARRIER_SECONDS", 1)
     with opened() as checkpointer:
         checkpointer.save(10, state(10), *RECORDS)
         checkpointer.wait()
         before = set(threading.enumerate())
+        monkeypatch.setattr(storage, "BARRIER_SECONDS", 1)  # of the save that hangs alone
         bucket.trouble, bucket.fails = "hang", lambda method, name: "/12/state/ocdbt" in name
         checkpointer.save(12, state(12), *RECORDS)
         checkpointer.wait()
@@ -166,6 +166,7 @@ def test_arrays_that_a_bucket_does_not_take_are_given_up(bucket, monkeypatch, ca
             thread.join(timeout=10)
         assert not any(thread.is_alive() for thread in left)
         bucket.heal()
+        monkeypatch.undo()
         checkpointer.save(12, state(12), *RECORDS, patience=0)
     assert_holds(WHERE, 12)
 
