@@ -262,11 +262,6 @@ def tap_block(config: Config) -> int:
     return config.model.depth // 4 if block == -1 else block
 
 
-def regularizer_is_on(config: Config) -> bool:
-    """Whether the step holds a regulariser at all."""
-    return config.regularizer.name != "none" and config.regularizer.weight > 0
-
-
 def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> None:
     """Raises ConfigError unless the mesh can cut the batches into `batch_shards` (data x fsdp).
 
@@ -302,7 +297,7 @@ def _check_consistency(c: Config) -> None:
 def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     """Yields each contradiction, whether it is there, and its message after "config."."""
     r, s, e, profiled = c.regularizer, c.sampling, c.evaluation, c.log.profile_steps
-    has_bank = regularizer_is_on(c) and r.name == "repulsor"
+    has_bank = r.name == "repulsor" and r.weight > 0
     yield (
         r.block >= c.model.depth,
         f"regularizer.block={r.block} is past the last block, {c.model.depth - 1} "

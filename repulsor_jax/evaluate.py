@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -114,9 +113,7 @@ def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) 
         yield from _followed_steps(checkpointer, config)
     elif checkpoints in ("", "all"):
         newest = checkpointer.resolve(None)  # raises where there is no checkpoint
-        steps = checkpointer.steps() if checkpoints else [newest]
-        count = int(sharding.agree(len(steps)))
-        yield from sharding.agree(np.resize(steps, count)).tolist()
+        yield from checkpointer.steps() if checkpoints else [newest]
     else:
         try:
             steps = [int(part) for part in checkpoints.split(",")]

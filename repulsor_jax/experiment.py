@@ -161,8 +161,8 @@ def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
-def load_autoencoder(config: Config) -> Autoencoder:
-    """Returns the configured autoencoder with its weights.
+def load_autoencoder(config: Config, *, abstract: bool = False) -> Autoencoder:
+    """Returns the configured autoencoder with its weights, or `abstract`, with their shapes alone.
 
     Raises:
       ConfigError: the name is unknown, or the weights are absent or damaged.
@@ -176,7 +176,10 @@ def load_autoencoder(config: Config) -> Autoencoder:
         )
     try:
         return get_autoencoder(
-            data.autoencoder, weights=data.autoencoder_weights, dtype=data.autoencoder_dtype
+            data.autoencoder,
+            weights=data.autoencoder_weights,
+            dtype=data.autoencoder_dtype,
+            abstract=abstract,
         )
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error

@@ -224,6 +224,8 @@ def agree(value: Any) -> Any:
 def agree_numbers(values: Sequence[int]) -> list[int]:
     """The whole numbers that the first process passes, however many, on every process."""
     count = int(agree(len(values)))
+    if not count:
+        return []
     padded = np.zeros(count, np.int64)
     padded[: len(values)] = values[:count]
     return agree(padded).tolist()

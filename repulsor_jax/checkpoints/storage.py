@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from repulsor_jax import sharding
@@ -71,9 +70,7 @@ class Storage:
         While the folder cannot be read, those that were there last.
         """
         self._on_first(self._look)
-        count = int(sharding.agree(len(self._seen)))
-        steps = np.resize(np.array(self._seen, np.int64), count)
-        return sharding.agree(steps).tolist() if count else []
+        return sharding.agree_numbers(self._seen)
 
     def begin(self, step: int, state: Any, records: Mapping[str, Any]) -> str:
         """Starts saving, with a manifest; the state may be donated right after.

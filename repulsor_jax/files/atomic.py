@@ -106,11 +106,13 @@ class Appender:
         """Writes a piece after those that were kept; keeps it, too, where that raises OSError."""
         self._kept.append(piece)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:
+        with self._path.open("ab+", buffering=0) as file:
             # An attempt that failed may have left a part of a piece.
             end = file.seek(0, os.SEEK_END)
-            if self._size is None and end and not self._path.read_bytes().endswith(b"\n"):
-                self._kept.insert(0, b"\n")  # a kill cut the last line: it stays a line of its own
+            if self._size is None and end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a kill cut the last line: it stays a line of its own
+                    self._kept.insert(0, b"\n")
             self._size = end if self._size is None else min(self._size, end)
             file.truncate(self._size)
             left = memoryview(b"".join(self._kept))

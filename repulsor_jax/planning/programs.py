@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
-from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
-from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.config import Config
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
-from repulsor_jax.experiment import Experiment, checked_mesh, make_trainer
+from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder, make_trainer
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.models.build import build_model
 from repulsor_jax.planning.cost import Cost, program_cost
@@ -73,13 +73,8 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
       ConfigError: the configuration does not fit the devices, or an unknown autoencoder.
     """
     mesh = checked_mesh(config, topology.devices)
-    data, autoencoder = config.data, None
-    if data.autoencoder != "none":
-        try:
-            options = {"weights": data.autoencoder_weights, "dtype": data.autoencoder_dtype}
-            autoencoder = get_autoencoder(data.autoencoder, **options, abstract=True)
-        except (ValueError, FileNotFoundError) as error:
-            raise ConfigError(f"config.data.autoencoder={data.autoencoder!r}: {error}") from error
+    has_one = config.data.autoencoder != "none"
+    autoencoder = load_autoencoder(config, abstract=True) if has_one else None
     channels = np.ones(config.model.in_channels, np.float32)
     is_stochastic = autoencoder is not None and autoencoder.stochastic
     return Experiment(
