@@ -29,7 +29,7 @@ from repulsor_jax.data.latents import (
 from repulsor_jax.data.sources import ImageSource, open_source
 from repulsor_jax.data.writer import open_writer
 from repulsor_jax.experiment import data_directory, load_autoencoder
-from repulsor_jax.files import pictures
+from repulsor_jax.files import locks, pictures
 from repulsor_jax.files.shards import fill
 
 
@@ -43,6 +43,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
       ConfigError: no source is configured, autoencoder and source do not go together, or a data
         set that is complete differs from the configured one.
       ValueError, OSError: the source or an item of it cannot be used; names it.
+      BusyError: another job encodes into the same folder.
     """
     data = config.data
     if not data.source:
@@ -51,22 +52,32 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     # may wait for hours: one process may have more to encode than another.
     multihost_utils.sync_global_devices("connected")
     directory = data_directory(config, workdir)
+    if not _to_make(config, directory):
+        return
+    with locks.sole(directory, "encoding", "give this one another config.data.dir"):
+        todo = _to_make(config, directory)  # another job may have made it just now
+        cache = directory / ".archive"
+        # Sources, classes and autoencoder are checked before the first image is encoded.
+        sources = _open_sources(config, todo, cache)
+        _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
+        is_latent = data.source in converted.KINDS
+        autoencoder = None if is_latent or not todo else load_autoencoder(config)
+        for folder, source in sources.items():
+            _make(config, directory / folder, source, todo[folder], autoencoder)
+            multihost_utils.sync_global_devices("finished")
+        if jax.process_index() == 0:
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+def _to_make(config: Config, directory: pathlib.Path) -> dict[str, str]:
+    """The split of each folder, train and test, that is not complete yet."""
     todo = {}
-    for folder, split in {"train": data.train_split, "test": data.test_split}.items():
+    for folder, split in {"train": config.data.train_split, "test": config.data.test_split}.items():
         if split and (directory / folder / METADATA).exists():
             _check_is_the_configured(config, directory / folder, folder)
         elif split:
             todo[folder] = split
-    cache = directory / ".archive"
-    # Sources, classes and autoencoder are checked before the first image is encoded.
-    sources = _open_sources(config, todo, cache)
-    _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
-    autoencoder = load_autoencoder(config) if todo and data.source not in converted.KINDS else None
-    for folder, source in sources.items():
-        _make(config, directory / folder, source, todo[folder], autoencoder)
-        multihost_utils.sync_global_devices("finished")
-    if jax.process_index() == 0:
-        shutil.rmtree(cache, ignore_errors=True)
+    return todo
 
 
 def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:

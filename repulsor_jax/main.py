@@ -26,6 +26,7 @@ from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
+from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.generator import SamplingError
 from repulsor_jax.plan import Options, plan
@@ -141,6 +142,14 @@ def main(argv: list[str]) -> None:
         if _MODE.value != "train":
             _MODES[_MODE.value](config, workdir)
             return
+    with contextlib.ExitStack() as held:
+        _train(config, workdir, held)
+
+
+def _train(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+    """Trains; `held` is closed at the end of the job, and keeps other jobs away until then."""
+    with _one_line_errors(ValueError, OSError, SamplingError):
+        _hold(config, workdir, held)
         if config.data.encode_if_missing:
             experiment_lib.checked_mesh(config)  # refuses what training would refuse, hours earlier
             encode(config, workdir)
@@ -155,6 +164,18 @@ def main(argv: list[str]) -> None:
             except OSError as error:  # no reason to call the run a failure
                 print(f"warning: the curves are not drawn ({error})", file=sys.stderr)
         preemption.settle()
+
+
+def _hold(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+    """Keeps other runs out of the working directory, and of checkpoints that lie elsewhere.
+
+    Two runs in one folder delete each other's checkpoints. A bucket has no locks.
+    """
+    held.enter_context(locks.sole(workdir, "training", "give this one another --workdir"))
+    checkpoints = checkpoint_directory(config.checkpoint, workdir)
+    if isinstance(checkpoints, pathlib.Path):
+        remedy = "give this one another config.checkpoint.directory"
+        held.enter_context(locks.sole(checkpoints, "training", remedy))
 
 
 @contextlib.contextmanager
@@ -179,7 +200,8 @@ def _stop(message: str, code: int) -> NoReturn:
     this process.
     """
     print(printable(message), file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
+    # Asking for the number of processes takes the devices, which another job may hold.
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -10,7 +10,7 @@ import numpy as np
 from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
-from repulsor_jax.files import atomic, pictures
+from repulsor_jax.files import atomic, locks, pictures
 from repulsor_jax.files.shards import Shards, fill, job_name, whole_batches
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import (
@@ -63,7 +63,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         count,
         whole_batches(config.sampling.images_per_shard, batch_size),
     )
-    with atomic.locked(path, enabled=is_main):
+    with locks.locked(path, enabled=is_main):
         if sharding.agree(int(path.is_file() and record.is_file())):
             if is_main:
                 shards.remove()  # a job killed at its very end leaves its shards

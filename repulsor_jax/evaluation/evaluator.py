@@ -16,7 +16,7 @@ from repulsor_jax.evaluation.image_sets import npz_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
 from repulsor_jax.evaluation.yardstick import Yardstick, open_yardstick
 from repulsor_jax.experiment import Experiment, checked_mesh
-from repulsor_jax.files import atomic
+from repulsor_jax.files import locks
 from repulsor_jax.files.shards import Shards, job_name
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import Generator, Guidance, generate_images, write_grid
@@ -121,7 +121,7 @@ def _measured(
     if yardstick.reference is not None:
         identity["reference"] = yardstick.reference.description
     name = f"{stem}-{job_name(identity)}"
-    with atomic.locked(yardstick.folder / name, enabled=is_main):
+    with locks.locked(yardstick.folder / name, enabled=is_main):
         known = report.read(yardstick.folder, name) if is_main else None
         if sharding.agree(int(known is not None)):
             return known or {}, name

@@ -14,7 +14,7 @@ from repulsor_jax.evaluation import frechet, scores
 from repulsor_jax.evaluation.features import FeatureSpace
 from repulsor_jax.evaluation.image_sets import ImageSet, device_batches
 from repulsor_jax.evaluation.precision_recall import NEIGHBOURS, precision_recall
-from repulsor_jax.files import atomic
+from repulsor_jax.files import locks
 from repulsor_jax.files.shards import Arrays, Shards, fill, job_name, one_late, whole_batches
 from repulsor_jax.inference.generator import Generator, Guidance, draw_batches
 
@@ -113,7 +113,7 @@ def image_reference(
     name = job_name([*content, str(min(keep, images.count))])
     kept = Shards(cache / name, 1, 1)
     # A run that evaluates as it trains may be followed by another job, for the same reference.
-    with atomic.locked(cache / name, enabled=is_main):
+    with locks.locked(cache / name, enabled=is_main):
         if sharding.agree(int(is_main and not kept.is_finished(0))):
             folder = cache / f".{name}.incomplete"
             shards = image_features(images, batch_size, extract, mesh, folder)

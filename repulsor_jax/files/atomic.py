@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Iterator
 from typing import Self
 
-import filelock
 from tqdm import tqdm
 
 PathLike = str | os.PathLike[str]
@@ -40,39 +39,10 @@ def remove_stale(path: PathLike) -> None:
         stale.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
-    """Holds the lock of `path` among jobs; waits, and says so, while another job has it.
-
-    The lock is a file in `.locks` beside the path; a killed job holds none. A warning says where
-    none can be had: in a read-only folder, or on storage without locks. Processes that do not
-    write pass `enabled=False`, and hold no lock.
-    """
-    if not enabled:
-        yield
-        return
-    path = pathlib.Path(path)
-    file = path.parent / ".locks" / path.name
-    lock = filelock.FileLock(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-        if not lock.is_locked:
-            print(f"waiting for another job that makes {path}", flush=True)
-            lock.acquire()
-    except OSError as error:
-        print(f"warning: no lock on {path} ({error}): run one job on it at a time", flush=True)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def write_text(path: PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Appender:

@@ -25,6 +25,7 @@ from repulsor_jax.data.latents import decode_records, open_latent_dataset
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import open_source
 from repulsor_jax.data.writer import open_writer
+from repulsor_jax.files import locks
 from repulsor_jax.files.shards import fill
 from tests.oracles import images as image_files
 from tests.oracles import processes, tiny
@@ -190,7 +191,7 @@ def test_the_mode_encodes_a_folder_and_shows_what_it_did(tmp_path, pictures, cap
         ("cat", "dog"),
     )
     assert (dataset.image_size, dataset.source, dataset.split) == (8, "folder", "train")
-    assert sorted(p.name for p in data.iterdir()) == [
+    assert sorted(p.name for p in data.iterdir() if p.name != ".locks") == [
         "test",
         "test_preview.png",
         "train",
@@ -357,7 +358,7 @@ def test_latents_of_others_are_refused_before_any_is_converted(tmp_path):
     )
     with pytest.raises(ValueError, match="no split 'validation'"):
         encode_lib.encode(chosen, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert [p.name for p in (tmp_path / "run" / "data").iterdir()] == [".locks"]
 
 
 @pytest.mark.slow
@@ -427,3 +428,17 @@ def marked(mark):
             if mark.encode() in path.read_bytes():
                 found.append(path)
     return found
+
+
+def test_one_job_at_a_time_encodes_a_data_set(tmp_path, pictures):
+    data = tmp_path / "run" / "data"
+    with (
+        locks.sole(data, "encoding", ""),
+        pytest.raises(
+            locks.BusyError, match=r"data: another job is encoding here .*config\.data\.dir"
+        ),
+    ):
+        encode_lib.encode(config(pictures), tmp_path / "run")
+    encode_lib.encode(config(pictures), tmp_path / "run")
+    with locks.sole(data, "encoding", ""):
+        encode_lib.encode(config(pictures), tmp_path / "run")  # all is there: nothing to hold

@@ -18,8 +18,17 @@ def free_address() -> str:
 
 def start(module: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Starts `python -m module arguments...` on the CPU; its errors go to its output."""
+    return _start("-m", module, *arguments, **environment)
+
+
+def start_code(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Starts `python -c code arguments...`, likewise."""
+    return _start("-c", code, *arguments)
+
+
+def _start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
         stdout=subprocess.PIPE,

@@ -11,6 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from repulsor_jax.files import locks
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = [
     "--config.total_steps=6",
@@ -181,3 +183,16 @@ def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
     assert status == "1"
     assert stderr.startswith(BAD_PLANS[argument]), stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("held", ["run", "elsewhere"])
+def test_a_second_training_in_a_folder_ends_with_one_line(tmp_path, held):
+    elsewhere = tmp_path / "elsewhere"
+    with locks.sole(tmp_path / held, "training", ""):
+        done = program(
+            f"--workdir={tmp_path / 'run'}", f"--config.checkpoint.directory={elsewhere}"
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / held}: another job is training here (proc")
+    assert done.stderr.count("\n") == 1
+    assert not list(elsewhere.glob("*")) if held == "run" else True
