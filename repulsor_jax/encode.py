@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from repulsor_jax.autoencoders import Autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import converted, preprocess
+from repulsor_jax.data import converted, listing, preprocess
 from repulsor_jax.data.encoder import convert_latents, encode_images
 from repulsor_jax.data.latents import (
     METADATA,
     Description,
     LatentDataset,
+    absent_classes,
     decode_records,
     open_latent_dataset,
 )
@@ -31,6 +32,7 @@ from repulsor_jax.data.writer import open_writer
 from repulsor_jax.experiment import data_directory, load_autoencoder
 from repulsor_jax.files import locks, pictures
 from repulsor_jax.files.shards import fill
+from repulsor_jax.files.untrusted import printable
 
 
 def encode(config: Config, workdir: pathlib.Path) -> None:
@@ -59,6 +61,7 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
         cache = directory / ".archive"
         # Sources, classes and autoencoder are checked before the first image is encoded.
         sources = _open_sources(config, todo, cache)
+        _show_classes(directory, sources)
         _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
         is_latent = data.source in converted.KINDS
         autoencoder = None if is_latent or not todo else load_autoencoder(config)
@@ -80,13 +83,27 @@ def _to_make(config: Config, directory: pathlib.Path) -> dict[str, str]:
     return todo
 
 
+def _show_classes(directory: pathlib.Path, sources: Mapping[str, Any]) -> None:
+    """Prints what the sources hold, and what looks wrong in it, before hours are spent on it."""
+    if jax.process_index() > 0:
+        return
+    for folder, source in sources.items():
+        classes = listing.describe_classes(source.class_names)
+        tqdm.write(f"{directory / folder}: {len(source):,} images of {classes}")
+        if doubt := getattr(source, "doubt", ""):
+            tqdm.write(printable(f"warning: {doubt}"))
+
+
 def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:
     """Opens an image or latent source for each folder to be made."""
     name, path = config.data.source, os.path.expanduser(config.data.source_path)
     if name in converted.KINDS:
-        return {
+        opened = {
             k: converted.open_latent_source(name, split, path=path) for k, split in splits.items()
         }
+        for source in opened.values():
+            converted.check_layout(source, config.model.latent_size, config.model.in_channels)
+        return opened
     # Only the first process may decompress an archive: the others wait for its copy.
     if name == "archive" and jax.process_index() > 0:
         multihost_utils.sync_global_devices("decompressed")
@@ -168,6 +185,7 @@ def _make(
         num_images=len(source),
         images_per_shard=data.images_per_shard,
         settings=settings,
+        name_of=lambda i: source.name(i) if autoencoder is None else source[i].name,
     )
     started = time.perf_counter()
     images_done = sum(len(writer.rows(k)) for k in writer.missing())
@@ -185,6 +203,8 @@ def _make(
         + f", latents {list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; "
         f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
     )
+    if dataset.absent_classes:
+        tqdm.write(f"warning: {absent_classes(dataset)}")
     if dataset.skipped:
         where = directory / METADATA
         tqdm.write(f"{len(dataset.skipped):,} images could not be read, and are listed in {where}")
@@ -198,12 +218,10 @@ def _check_classes(directory: pathlib.Path, found: Mapping[str, Sequence[str]]) 
     for folder in {"train", "test"} - found.keys():
         if found and (directory / folder / METADATA).exists():
             classes[folder] = open_latent_dataset(directory / folder).class_names
-    if len(set(classes.values())) == 2 and min(map(len, classes.values())) > 1:
-        a, b = classes["train"], classes["test"]
-        only = sorted(set(a) ^ set(b))[:5]
+    if len(classes) == 2 and (how := listing.class_difference(classes["train"], classes["test"])):
         raise ConfigError(
-            f"the train and test splits have different classes, {len(a)} and {len(b)}; only one "
-            f"of them has {', '.join(only)}: their labels would not mean the same"
+            f"the train and test splits have different classes, {how}: their labels would not mean "
+            "the same"
         )
 
 

@@ -13,7 +13,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import latents
+from repulsor_jax.data import latents, listing
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
@@ -35,6 +35,7 @@ class Experiment:
     latent_format: LatentFormat  # how stored latents become the model's, and back
     latents_sha256: str  # of the weights that made the latents; "" where they are not known
     class_names: tuple[str, ...]  # label k is `class_names[k]`
+    absent_classes: tuple[int, ...] = ()  # labels without an image, which are never sampled
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `latents.identity`
 
 
@@ -84,6 +85,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
         latents_sha256=dataset.weights_sha256,
         dataset=latents.identity(dataset),
         class_names=dataset.class_names,
+        absent_classes=dataset.absent_classes,
     )
     return experiment, dataset
 
@@ -128,6 +130,7 @@ def _make_objective(config: Config) -> Objective:
 
 def latents_record(experiment: Experiment) -> dict[str, Any]:
     """What sampling needs to know of the latents, as plain values: kept in checkpoints."""
+    absent = list(experiment.absent_classes)
     return {
         "autoencoder": experiment.config.data.autoencoder,
         "weights_sha256": experiment.latents_sha256,
@@ -135,7 +138,7 @@ def latents_record(experiment: Experiment) -> dict[str, Any]:
         "factor": experiment.latent_format.factor.tolist(),
         "class_names": list(experiment.class_names),
         "dataset": dict(experiment.dataset),
-    }
+    } | ({"absent_classes": absent} if absent else {})
 
 
 def checked_mesh(
@@ -211,6 +214,21 @@ def check_dataset(config: Config, dataset: LatentDataset) -> None:
         )
 
 
+def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
+    """Lines for the start of training: what it is trained on, and warnings."""
+    classes = listing.describe_classes(dataset.class_names)
+    lines = [f"{dataset.directory}: {dataset.num_images:,} images of {classes}"]
+    room = config.model.num_classes
+    if len(dataset.class_names) < room:
+        lines.append(
+            f"warning: the data have {len(dataset.class_names):,} of config.model.num_classes="
+            f"{room:,} classes: is {dataset.directory} the data set that is meant?"
+        )
+    if absent := latents.absent_classes(dataset):
+        lines.append(f"warning: {absent}")
+    return lines
+
+
 def _check_same_origin(dataset: LatentDataset, held_out: LatentDataset) -> None:
     """Raises ConfigError unless both were made by one autoencoder, with one meaning of labels."""
     for field in ("autoencoder", "weights_sha256", "image_size", "stochastic"):
@@ -220,11 +238,10 @@ def _check_same_origin(dataset: LatentDataset, held_out: LatentDataset) -> None:
                 f"{dataset.directory} and {held_out.directory} are of different origin: {field} "
                 f"{one!r} and {other!r}; encode one of them again"
             )
-    classes = dataset.class_names, held_out.class_names
-    if classes[0] != classes[1] and min(map(len, classes)) > 1:
+    if how := listing.class_difference(dataset.class_names, held_out.class_names):
         raise ConfigError(
-            f"{dataset.directory} and {held_out.directory} have different classes, "
-            f"{len(classes[0])} and {len(classes[1])} of them: their labels do not mean the same"
+            f"{dataset.directory} and {held_out.directory} have different classes, {how}: their "
+            "labels do not mean the same"
         )
 
 

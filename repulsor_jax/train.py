@@ -17,7 +17,7 @@ from repulsor_jax.checkpoints.manifest import not_finite
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.evaluation.monitor import Monitor, is_due
-from repulsor_jax.experiment import Experiment, latents_record, make_trainer
+from repulsor_jax.experiment import Experiment, describe_data, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
 from repulsor_jax.inference.run import open_checkpoints
 from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
@@ -70,6 +70,8 @@ def train(
     # Another run is refused before the minutes that compiling takes, and a step that cannot run
     # fails before the loop.
     _check_run(experiment, check)
+    for line in describe_data(config, dataset):
+        say(line)
     program = program or compile_step(experiment, dataset)
     feed = feed or open_feed(experiment, dataset)
     with (

@@ -54,7 +54,7 @@ def test_data_sets_of_different_origin_are_refused(workdir, tmp_path):
     for before, after, message in [
         ('"weights_sha256": ""', '"weights_sha256": "ab"', "different origin: weights_sha256"),
         ('"image_size": 0', '"image_size": 16', "different origin: image_size 0 and 16"),
-        ('"9"\n', '"nine"\n', "different classes, 10 and 10"),
+        ('"9"\n', '"nine"\n', r"different classes, .*only one of them has \['9', 'nine'\]"),
     ]:
         assert before in text
         path.write_text(text.replace(before, after))
@@ -91,3 +91,11 @@ def test_one_flipped_byte_is_refused_before_training(workdir, tmp_path, verify):
     shard.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=rf"{shard.name}: found 0 records"):
         prepare(tmp_path, **{"data.verify": False})
+
+
+def test_training_shows_the_classes_and_room_that_is_left(workdir):
+    c = config_lib.parse(tiny.digits_dict(**{"model.num_classes": 1000}))
+    _, dataset = experiment_lib.prepare(c, workdir)
+    first, warning = experiment_lib.describe_data(c, dataset)
+    assert first.endswith("data/train: 1,300 images of 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
+    assert "10 of config.model.num_classes=1,000 classes" in warning

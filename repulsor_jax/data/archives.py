@@ -23,6 +23,7 @@ from tqdm import tqdm
 from repulsor_jax.data import listing
 from repulsor_jax.data.preprocess import MAX_FILE_BYTES
 from repulsor_jax.files import atomic
+from repulsor_jax.files.untrusted import parse_json, read_json
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 
@@ -62,14 +63,18 @@ def open_image_folder(path: str, split: str) -> ImageFolder:
     Images are the files with one of `IMAGE_SUFFIXES`, in any letter case. They stand in
     `class/**/image`, with labels in sorted order of the class names, or all directly inside as the
     one class "unlabelled". Items are sorted by class, then by path. Links are followed, hidden
-    files and folders left out; other files are left out too, with a warning.
+    files and folders left out; other files are left out too, with a warning. A dataset.json of
+    labels takes the place of the class folders, see `listing.labelled`.
 
     Raises:
       ValueError: no such folder or unreadable, no image, images both in class folders and
-        outside, or a class folder without any.
+        outside, a class folder without any, or labels that are not those of the images.
     """
     root = listing.find_folder(path, split, "folder")
-    items = listing.arrange(root, listing.scan(root, IMAGE_SUFFIXES), "image")
+    files, items = listing.scan(root, IMAGE_SUFFIXES), None
+    if files.names and listing.LABELS in files.others:
+        items = listing.labelled(root, files.names, read_json(os.path.join(root, listing.LABELS)))
+    items = items or listing.arrange(root, files, "image")
     return ImageFolder(**vars(items), root=root)
 
 
@@ -91,23 +96,28 @@ class ImageArchive(listing.Listing):
         _check_size(size, name)
         if os.stat(self.path).st_mtime_ns != self.changed:
             raise OSError(errno.EIO, f"{self.path} changed since it was opened", name)
-        try:
-            if self.is_zip:
-                archive = _open_zip(self.path, self.changed)
-                with archive.open(archive.infolist()[place]) as member:
-                    data = member.read(size)  # no more, so that a zip bomb is not inflated
-            else:
-                with open(self.path, "rb", buffering=0) as file:
-                    data = os.pread(file.fileno(), size, place)
-            if len(data) != size:
-                raise EOFError(f"{len(data):,} bytes instead of {size:,}")
-        except _BAD_ZIP as error:
-            raise OSError(errno.EIO, f"damaged: {error}", name) from error
+        data = _read_member(self.path, self.changed, self.is_zip, place, size, name)
         return listing.Item(data, int(self.labels[index]), name)
 
     def signature(self) -> str:
         """See `ImageSource`; known since the archive was opened."""
         return listing.source_signature("archive", self, self.sizes)
+
+
+def _read_member(path: str, changed: int, is_zip: bool, place: int, size: int, name: str) -> bytes:
+    try:
+        if is_zip:
+            archive = _open_zip(path, changed)
+            with archive.open(archive.infolist()[place]) as member:
+                data = member.read(size)  # no more, so that a zip bomb is not inflated
+        else:
+            with open(path, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, place)
+        if len(data) != size:
+            raise EOFError(f"{len(data):,} bytes instead of {size:,}")
+    except _BAD_ZIP as error:
+        raise OSError(errno.EIO, f"damaged: {error}", name) from error
+    return data
 
 
 def _check_size(size: int, name: str) -> None:
@@ -168,7 +178,13 @@ def open_image_archive(
     others = [n for n in below.keys() - set(images) if below[n].kind != "folder"]
     tops = {n.removeprefix(prefix).partition("/")[0] for n in folders if n.startswith(prefix)}
     title = f"{path}:{prefix}".removesuffix(":")
-    items = listing.arrange(title, listing.Files(images, list(tops), others), "image")
+    about, items = below.get(listing.LABELS), None
+    if images and about and about.kind == "file":
+        member = f"{title}:{listing.LABELS}"
+        _check_size(about.size, member)
+        content = _read_member(data_path, changed, is_zip, about.place, about.size, member)
+        items = listing.labelled(f"{title}:", images, parse_json(content, member))
+    items = items or listing.arrange(title, listing.Files(images, list(tops), others), "image")
     chosen = [below[items.names[i]] for i in range(len(items))]
     return ImageArchive(
         **vars(items),

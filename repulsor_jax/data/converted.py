@@ -8,16 +8,14 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Callable, Collection, Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from pydantic import Field
 from tqdm import tqdm
 
 from repulsor_jax.data import listing
 from repulsor_jax.files.tensors import open_safetensors
-from repulsor_jax.files.untrusted import checked, parse, read_json
+from repulsor_jax.files.untrusted import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,8 @@ class LatentSource:
     stochastic: bool = False  # items hold the posterior's means and log-variances
     views: int = 1
     scaled: bool = False  # latents were multiplied by the autoencoder's scale
+    name: Callable[[int], str] = str  # of an item, for messages
+    doubt: str = ""  # see `listing.Listing`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,8 +92,35 @@ def _array_files(
     def signature() -> str:
         return listing.source_signature(kind, items, listing.file_sizes(root, items.names))
 
-    classes, labels = items.class_names, items.labels
-    return LatentSource(classes, labels, read, signature, stochastic, scaled=scaled)
+    return LatentSource(
+        items.class_names,
+        items.labels,
+        read,
+        signature,
+        stochastic,
+        scaled=scaled,
+        name=lambda index: os.path.join(root, items.names[index]),
+        doubt=items.doubt,
+    )
+
+
+def check_layout(source: LatentSource, size: int, channels: int) -> None:
+    """Raises ValueError where the first item, of a model of size x size x channels, is otherwise.
+
+    Two layouts are told from the shape alone: channels last, and moments where latents are to be
+    (or latents for moments).
+    """
+    height, width, depth = source.read(0).shape[1:]
+    expected = 2 * channels if source.stochastic else channels
+    if (height, width, depth) == (size, size, expected):
+        return
+    where = f"{source.name(0)}: found [{depth}, {height}, {width}], expected "
+    where += f"[{expected}, {size}, {size}], channels first"
+    if (height, width) == (size, size) and {depth, expected} == {channels, 2 * channels}:
+        kind = "latents: npy" if source.stochastic else "means, then log-variances: npy:moments"
+        raise ValueError(f"{where}; if these are {kind} is the config.data.source to name")
+    if (depth, height) == (size, size) and width in (channels, 2 * channels):
+        raise ValueError(f"{where}: write the arrays anew, x.transpose(2, 0, 1)")
 
 
 def _fast_dit(split: str, path: str) -> LatentSource:
@@ -117,7 +144,8 @@ def _fast_dit(split: str, path: str) -> LatentSource:
     labels = features.removesuffix("features") + "labels"
     if not os.path.isdir(labels):
         raise ValueError(f"fast-dit: {labels} not found, expected the labels of {features}")
-    arrays = _arrays_with_labels(features, listing.scan(labels, ("npy",)).names, labels)
+    arrays = _arrays(features)
+    listing.check_labelled(features, arrays, listing.scan(labels, ("npy",)).names, labels)
     names = sorted(arrays, key=lambda name: (len(name), name))  # "10.npy" after "9.npy"
     values = []
     for name in tqdm(names, desc="read labels", delay=2):
@@ -127,14 +155,7 @@ def _fast_dit(split: str, path: str) -> LatentSource:
             kind = f"{label.dtype} {list(label.shape)}"
             raise ValueError(f"{file}: found {kind}, expected one whole number, the label")
         values.append(label.item())
-    return _array_files("fast-dit", features, _numbered(labels, names, values), scaled=True)
-
-
-@checked
-class _RepaLabels:
-    """REPA's dataset.json."""
-
-    labels: Annotated[tuple[tuple[str, Annotated[int, Field(ge=0)]], ...], Field(min_length=1)]
+    return _array_files("fast-dit", features, listing.numbered(labels, names, values), scaled=True)
 
 
 def _repa(split: str, path: str) -> LatentSource:
@@ -153,10 +174,9 @@ def _repa(split: str, path: str) -> LatentSource:
         content = read_json(file)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}; expected labels") from error
-    values = {"labels": content.get("labels")} if isinstance(content, dict) else content
-    labels = dict(parse(_RepaLabels, values, file).labels)
-    names = sorted(_arrays_with_labels(root, labels, file))
-    items = _numbered(file, names, [labels[name] for name in names])
+    items = listing.labelled(root, _arrays(root), content)
+    if items is None:
+        raise ValueError(f"{file}: found no labels, expected [[file, number], ...] under 'labels'")
     return _array_files("repa", root, items, stochastic=True, has_std=True)
 
 
@@ -206,7 +226,7 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
                 f"[n, c, h, w] twice, with {shape} as in {names[0]}, and whole numbers [n]"
             )
         labels.append(values)
-    items = _numbered(root, names, np.concatenate(labels))
+    items = listing.numbered(root, names, np.concatenate(labels))
     ends = np.cumsum([len(values) for values in labels], dtype=np.int64)
     opened = functools.cache(open_safetensors)
 
@@ -218,12 +238,16 @@ def _lightning_dit(split: str, path: str) -> LatentSource:
         latents = _finite(np.concatenate(found).astype(np.float32), f"{paths[shard]}[{row}]")
         return np.ascontiguousarray(latents.transpose(0, 2, 3, 1))
 
+    def name(index: int) -> str:
+        shard = int(np.searchsorted(ends, index, side="right"))
+        return f"{paths[shard]}[{index - (int(ends[shard - 1]) if shard else 0)}]"
+
     def signature() -> str:
         sizes = np.array([os.path.getsize(path) for path in paths])
         counted = dataclasses.replace(items, labels=np.concatenate([ends, items.labels]))
         return listing.source_signature("lightning-dit", counted, sizes)
 
-    return LatentSource(items.class_names, items.labels, read, signature, views=2)
+    return LatentSource(items.class_names, items.labels, read, signature, views=2, name=name)
 
 
 _OPENERS: dict[str, Callable[[str, str], LatentSource]] = {
@@ -237,32 +261,12 @@ _OPENERS: dict[str, Callable[[str, str], LatentSource]] = {
 KINDS = tuple(_OPENERS)
 
 
-def _arrays_with_labels(root: str, labelled: Collection[str], where: str) -> set[str]:
-    """The .npy files below a folder, each of which must have a label, and each label a file."""
+def _arrays(root: str) -> set[str]:
+    """The .npy files below a folder; ValueError without any."""
     found = set(listing.scan(root, ("npy",)).names)
     if not found:
         raise ValueError(f"{root}: found no .npy file, expected the latents")
-    if alone := sorted(found ^ set(labelled)):
-        what = "has no label in" if alone[0] in found else "is not there, though it has one in"
-        raise ValueError(
-            f"{os.path.join(root, alone[0])} {what} {where} ({len(alone)} such files): "
-            "was the copy or the run cut short?"
-        )
     return found
-
-
-def _numbered(where: str, names: list[str], labels: Sequence[int] | np.ndarray) -> listing.Listing:
-    """Files with labels of the classes "0" to "K-1", each of which must occur."""
-    numbers = np.asarray(labels)
-    found = np.unique(numbers)
-    gaps = np.flatnonzero(found != np.arange(len(found)))
-    if len(gaps):
-        raise ValueError(
-            f"{where}: found {len(found)} different labels from {found[0]} to {found[-1]}, but not "
-            f"{gaps[0]}; expected each of 0 to K-1: renumber the labels, or complete the data set"
-        )
-    classes = tuple(map(str, range(len(found))))
-    return listing.Listing(classes, listing.Names.pack(names), numbers.astype(np.int32))
 
 
 def _load_array(path: str) -> np.ndarray:

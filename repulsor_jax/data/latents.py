@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from pydantic import AfterValidator, Field, FiniteFloat
 from tqdm import tqdm
 
+from repulsor_jax.data.listing import describe_classes
 from repulsor_jax.files.checksums import file_sha256, values_sha256
 from repulsor_jax.files.untrusted import checked, has_controls, is_plain_name, parse, read_json
 
@@ -105,6 +106,8 @@ class LatentDataset(Description):
     num_images: _Count
     mean: _PerChannel
     std: _PerChannel
+    # Images of each class; () where an earlier version wrote the data set, and did not count.
+    class_counts: tuple[Annotated[int, Field(ge=0)], ...] = ()
     shards: tuple[Shard, ...]  # in record order
     skipped: tuple[Skipped, ...] = ()  # images that could not be read and are not here
 
@@ -117,6 +120,11 @@ class LatentDataset(Description):
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of one latent as the model sees it, `[h, w, c]`, stochastic or not."""
         return (*self.shape[:-1], len(self.mean))
+
+    @property
+    def absent_classes(self) -> tuple[int, ...]:
+        """Labels of which there is no image, as where none of a class could be read."""
+        return tuple(k for k, count in enumerate(self.class_counts) if not count)
 
     def open(self) -> grain.sources.ArrayRecordDataSource:
         """Returns a random access source of the raw records, with `__getitems__`."""
@@ -164,6 +172,14 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
                 f"{size}: {_REMEDY}"
             )
     return dataset
+
+
+def absent_classes(dataset: LatentDataset) -> str:
+    """Says which classes have no image; "" where each has one, or none were counted."""
+    absent = [dataset.class_names[k] for k in dataset.absent_classes]
+    if not absent:
+        return ""
+    return f"{dataset.directory} has no image of {describe_classes(absent)}: they are not sampled"
 
 
 def check_files(
@@ -314,4 +330,9 @@ def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
     if total != dataset.num_records:
         expected = dataset.num_records
         raise ValueError(f"{path}: found shards of {total} records, expected {expected} in all")
+    counts = dataset.class_counts
+    if counts and (len(counts), sum(counts)) != (len(dataset.class_names), dataset.num_images):
+        counted = f"{sum(counts)} images in {len(counts)} classes"
+        stated = f"{dataset.num_images} in {len(dataset.class_names)}"
+        raise ValueError(f"{path}: found class_counts of {counted}, expected {stated}")
     return dataset

@@ -1,7 +1,8 @@
 """Lists the files of a data set and reads class labels off their paths.
 
 The rule for folders and archives, images and latents: `class/**/file`, where the class is the
-first component of the path, or all files directly inside and no class.
+first component of the path, or all files directly inside and no class. A dataset.json of labels
+beside them, as StyleGAN, EDM and REPA write it, takes the place of this rule.
 """
 
 import contextlib
@@ -10,12 +11,16 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
-from repulsor_jax.files.untrusted import has_controls, printable
+from repulsor_jax.files.untrusted import checked, has_controls, parse, printable
+
+UNLABELLED = ("unlabelled",)  # the classes where there are none
+LABELS = "dataset.json"
 
 
 class Item(NamedTuple):
@@ -51,11 +56,13 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The items of a data set in order of class, then name."""
+    """The items of a data set in order of class, then name, or as its dataset.json numbers them."""
 
-    class_names: tuple[str, ...]  # sorted, or "unlabelled" alone
+    class_names: tuple[str, ...]  # sorted, or `UNLABELLED`
     names: Names  # paths below the root, "/" between components
     labels: np.ndarray  # int32 [N], indices into class_names
+    # What may be wrong with the classes, for a warning; "" where nothing looks wrong.
+    doubt: str = dataclasses.field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,6 +138,8 @@ def scan(root: str, suffixes: Collection[str]) -> Files:
 def arrange(where: str, files: Files, what: str) -> Listing:
     """Sorts files into classes by the first component of their paths; messages call one `what`.
 
+    Classes are in the order of their names, or of their numbers where all names are whole numbers.
+
     Raises:
       ValueError: no file, files both in class folders and outside, a class without files, or a
         class whose name holds control characters.
@@ -144,7 +153,8 @@ def arrange(where: str, files: Files, what: str) -> Listing:
     classes: dict[str, list[str]] = {}
     for name in files.names:
         classes.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
-    class_names = sorted(classes)
+    are_numbers = all(name.isdecimal() for name in classes)
+    class_names = sorted(classes, key=lambda name: (int(name) if are_numbers else 0, name))
     flat = classes.get("", [])
     if flat and len(class_names) > 1:
         raise ValueError(
@@ -167,7 +177,109 @@ def arrange(where: str, files: Files, what: str) -> Listing:
     names = Names.pack(name for c in class_names for name in sorted(classes[c]))
     counts = [len(classes[c]) for c in class_names]
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
-    return Listing(("unlabelled",) if flat else tuple(class_names), names, labels)
+    doubt = _doubt(where, files.names, class_names, are_numbers, what)
+    return Listing(UNLABELLED if flat else tuple(class_names), names, labels, doubt=doubt)
+
+
+def _doubt(
+    where: str, names: Sequence[str], classes: Sequence[str], are_numbers: bool, what: str
+) -> str:
+    if classes == [""]:
+        return (
+            f"{where} has no class folders: all {len(names):,} {what}s have the one class "
+            f"{UNLABELLED[0]!r}. If this is the folder of one class, give the folder above it"
+        )
+    if all(name.count("/") > 1 for name in names):
+        deeper = sorted({name.split("/")[1] for name in names})
+        return (
+            f"{where}: every {what} lies in a folder below its class, as {min(names)}, and the "
+            f"classes are {shorten(classes)}. If they are one level deeper, {shorten(deeper)}, "
+            "give the folder right above them, as config.data.source_path or as the split"
+        )
+    wrong = [(k, name) for k, name in enumerate(classes) if are_numbers and int(name) != k]
+    if wrong:
+        label, name = wrong[0]
+        return f"{where}: the class folders are numbers, but {name!r} has the label {label}"
+    return ""
+
+
+@checked
+class _Labels:
+    labels: Annotated[
+        tuple[tuple[str, Annotated[int, Field(ge=0)]], ...] | None, Field(min_length=1)
+    ]
+
+
+def labelled(root: str, names: Collection[str], content: Any) -> Listing | None:
+    """Files with the labels of a dataset.json in `root`, {"labels": [[file, number], ...]}.
+
+    Returns None where the content is of another kind; with labels null, no file has a class.
+
+    Raises:
+      ValueError: labels that are no numbers, a file without a label or a label without a file, or
+        a number of 0 to K-1 that does not occur.
+    """
+    if not (isinstance(content, dict) and "labels" in content):
+        return None
+    file = os.path.join(root, LABELS)
+    try:
+        labels = parse(_Labels, {"labels": content["labels"]}, file).labels
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; a {LABELS} beside the files holds {{"labels": [[file, number], ...]}}: '
+            "rename it if the folders are the classes"
+        ) from error
+    if labels is None:
+        doubt = f"{file} says that there are no labels: all have the one class {UNLABELLED[0]!r}"
+        zeros = np.zeros(len(names), np.int32)
+        return Listing(UNLABELLED, Names.pack(sorted(names)), zeros, doubt=doubt)
+    numbers = dict(labels)
+    check_labelled(root, names, numbers, file)
+    ordered = sorted(names)
+    return numbered(file, ordered, [numbers[name] for name in ordered])
+
+
+def check_labelled(
+    root: str, names: Collection[str], labelled: Collection[str], where: str
+) -> None:
+    """Raises ValueError unless each of the files in `root` has a label, and each label a file."""
+    found = set(names)
+    if alone := sorted(found ^ set(labelled)):
+        what = "has no label in" if alone[0] in found else "is not there, though it has one in"
+        raise ValueError(
+            f"{os.path.join(root, alone[0])} {what} {where} ({len(alone)} such files): "
+            "was the copy or the run cut short?"
+        )
+
+
+def numbered(where: str, names: Sequence[str], labels: Sequence[int] | np.ndarray) -> Listing:
+    """Files with labels of the classes "0" to "K-1", each of which must occur; else ValueError."""
+    numbers = np.asarray(labels)
+    found = np.unique(numbers)
+    gaps = np.flatnonzero(found != np.arange(len(found)))
+    if len(gaps):
+        raise ValueError(
+            f"{where}: found {len(found)} different labels from {found[0]} to {found[-1]}, but not "
+            f"{gaps[0]}; expected each of 0 to K-1: renumber the labels, or complete the data set"
+        )
+    classes = tuple(map(str, range(len(found))))
+    return Listing(classes, Names.pack(names), numbers.astype(np.int32))
+
+
+def describe_classes(names: Sequence[str]) -> str:
+    """How many classes there are, and some of their names: "2 classes: cat, dog"."""
+    shown = [*names] if len(names) <= 10 else [*names[:8], "...", names[-1]]
+    kind = "class" if len(names) == 1 else "classes"
+    return f"{len(names):,} {kind}: {', '.join(name[:40] for name in shown)}"
+
+
+def class_difference(train: Sequence[str], test: Sequence[str]) -> str:
+    """How the classes of two splits differ; "" where they do not, or one split has none."""
+    if tuple(train) == tuple(test) or UNLABELLED in (tuple(train), tuple(test)):
+        return ""
+    only = sorted(set(train) ^ set(test))
+    how = f"only one of them has {shorten(only, 5)}" if only else "their order is not the same"
+    return f"{describe_classes(train)}, and {describe_classes(test)}; {how}"
 
 
 def source_signature(kind: str, listing: Listing, sizes: np.ndarray) -> str:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,7 @@ class DatasetWriter(Restartable):
 
     directory: pathlib.Path  # the place of the complete data set
     description: Description
+    name_of: Callable[[int], str]  # an image's name, for messages
 
     def is_finished(self, shard: int) -> bool:
         """Whether a shard and its summary are written, or all of them and dataset.json."""
@@ -107,7 +108,7 @@ class DatasetWriter(Restartable):
         """Writes the records of a shard and returns its summary."""
         about = self.description
         shape: tuple[int, ...] = ()
-        images = 0
+        images, counts = 0, np.zeros(len(about.class_names), np.int64)
         skipped: list[Skipped] = []
         total = square = np.zeros(())
         with _full_disk_is_oserror():
@@ -118,7 +119,7 @@ class DatasetWriter(Restartable):
                 skipped += batch.skipped
                 if not len(batch.labels):
                     continue
-                records = _records(batch, about, shape, first)
+                records = self._records(batch, shape, first)
                 shape = records["latents"].shape[1:]
                 latents = records["latents"].astype(np.float64)
                 if about.stochastic:
@@ -130,6 +131,7 @@ class DatasetWriter(Restartable):
                     for record in records:
                         out.write(record.tobytes())
                 images += len(batch.labels)
+                counts += np.bincount(batch.labels, minlength=len(counts))
         finally:
             with _full_disk_is_oserror():
                 out.close()
@@ -138,11 +140,43 @@ class DatasetWriter(Restartable):
             raise ValueError(f"shard {shard}: found {found}, expected {len(self.rows(shard))}")
         return {
             "images": images,
+            "class_counts": counts.tolist(),
             "shape": list(shape),
             "sum": total.tolist(),
             "square": square.tolist(),
             "skipped": [dataclasses.asdict(s) for s in skipped],
         }
+
+    def _records(self, batch: Batch, shape: tuple[int, ...], first: int) -> np.ndarray:
+        """Returns a batch as an array of records, or raises naming the first bad image."""
+        about, latents, labels = self.description, batch.latents, batch.labels
+        shape = shape or latents.shape[2:]
+        expected = (len(labels), about.views, *shape)
+        if latents.shape != expected:
+            where = f"batch from {self.name_of(first)}"
+            raise ValueError(f"{where}: found latents {latents.shape}, expected {expected}")
+        if about.stochastic and shape[-1] % 2:
+            raise ValueError(f"found {shape[-1]} channels of means and spreads, not an even number")
+        skipped = {s.index for s in batch.skipped}
+        rows = [
+            row for row in range(first, first + len(labels) + len(skipped)) if row not in skipped
+        ]
+        name = lambda i: self.name_of(rows[i])
+        classes = len(about.class_names)
+        for i in np.flatnonzero((labels < 0) | (labels >= classes)):
+            raise ValueError(f"{name(i)}: found label {labels[i]}, expected 0 to {classes - 1}")
+        records = np.empty((len(labels), about.views), record_dtype(shape, about.dtype))
+        records["labels"] = labels[:, None]
+        with np.errstate(over="ignore"):  # reported below, with the image
+            records["latents"] = latents
+        stored = records["latents"].reshape(len(labels), -1)
+        for i in np.flatnonzero(~np.isfinite(stored).all(axis=1)):
+            problem = "are not finite" if np.isnan(stored[i]).any() else f"overflow {about.dtype}"
+            raise ValueError(
+                f"{name(i)}: the latents {problem}: check the image and the autoencoder's "
+                'weights, or write with config.data.dtype="float32"'
+            )
+        return records.reshape(-1)
 
     def _combine(self, summaries: Sequence[Mapping[str, Any]]) -> LatentDataset:
         full = [s for s in summaries if s["images"]]
@@ -157,6 +191,8 @@ class DatasetWriter(Restartable):
         images, views = sum(s["images"] for s in full), self.description.views
         # Summed in the order of the shards: other orders change the last bit.
         positions = images * views * math.prod(shape[:-1])
+        # Shards that an earlier version wrote have no counts.
+        counts = [s["class_counts"] for s in full if "class_counts" in s]
         mean = np.sum([s["sum"] for s in full], axis=0) / positions
         variance = np.sum([s["square"] for s in full], axis=0) / positions - np.square(mean)
         shards = [
@@ -169,6 +205,7 @@ class DatasetWriter(Restartable):
             directory=self.directory,
             shape=shape,
             num_images=images,
+            class_counts=tuple(np.sum(counts, axis=0).tolist()) if len(counts) == len(full) else (),
             mean=tuple(mean.tolist()),
             std=tuple(np.sqrt(np.maximum(variance, 0)).tolist()),
             shards=tuple(shards),
@@ -183,6 +220,7 @@ def open_writer(
     num_images: int,
     images_per_shard: int,
     settings: Mapping[str, Any] | None = None,
+    name_of: Callable[[int], str] = "image {}".format,
 ) -> DatasetWriter:
     """Begins a data set, or goes on with one that was begun.
 
@@ -192,6 +230,7 @@ def open_writer(
       num_images: of the source.
       images_per_shard: at most as many are lost when the job is stopped.
       settings: all else that the records depend on; a job that goes on must have the same.
+      name_of: the name of an image by its number, for messages.
 
     Raises:
       FileExistsError: `directory` already holds files; nothing is changed.
@@ -206,7 +245,8 @@ def open_writer(
             "choose another directory, or delete this one first"
         )
     folder = directory.parent / f".{directory.name}.incomplete"
-    writer = DatasetWriter(folder, num_images, images_per_shard, directory, description)
+    about = directory, description, name_of
+    writer = DatasetWriter(folder, num_images, images_per_shard, *about)
     sizes = {"num_images": num_images, "images_per_shard": images_per_shard}
     job = {"format_version": FORMAT_VERSION, **sizes, **vars(description), **(settings or {})}
     text = json.dumps(job, indent=2) + "\n"
@@ -237,30 +277,3 @@ def _full_disk_is_oserror() -> Iterator[None]:
     except RuntimeError as error:
         problem = f"latents cannot be written: {error}"
         raise OSError(f"{problem}. Once there is room, the same command goes on") from error
-
-
-def _records(batch: Batch, about: Description, shape: tuple[int, ...], first: int) -> np.ndarray:
-    """Returns a batch as an array of records, or raises naming the first bad image."""
-    latents, labels = batch.latents, batch.labels
-    shape = shape or latents.shape[2:]
-    expected = (len(labels), about.views, *shape)
-    if latents.shape != expected:
-        where = f"batch from image {first}"
-        raise ValueError(f"{where}: found latents {latents.shape}, expected {expected}")
-    if about.stochastic and shape[-1] % 2:
-        raise ValueError(f"found {shape[-1]} channels of means and spreads, not an even number")
-    classes = len(about.class_names)
-    for i in np.flatnonzero((labels < 0) | (labels >= classes)):
-        raise ValueError(f"image {first + i}: found label {labels[i]}, expected 0 to {classes - 1}")
-    records = np.empty((len(labels), about.views), record_dtype(shape, about.dtype))
-    records["labels"] = labels[:, None]
-    with np.errstate(over="ignore"):  # reported below, with the image
-        records["latents"] = latents
-    stored = records["latents"].reshape(len(labels), -1)
-    for i in np.flatnonzero(~np.isfinite(stored).all(axis=1)):
-        problem = "are not finite" if np.isnan(stored[i]).any() else f"overflow {about.dtype}"
-        raise ValueError(
-            f"image {first + i}: the latents {problem}: check the image and the autoencoder's "
-            'weights, or write with config.data.dtype="float32"'
-        )
-    return records.reshape(-1)

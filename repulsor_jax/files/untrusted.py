@@ -32,12 +32,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
       OSError: it cannot be read.
       ValueError: it is not JSON, or nested too deeply; names the file.
     """
+    return parse_json(pathlib.Path(path).read_bytes(), str(path))
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """As `read_json`, of bytes that are there already; errors call them `where`."""
     try:
-        return json.loads(pathlib.Path(path).read_bytes())
+        return json.loads(content)
     except RecursionError as error:
-        raise ValueError(f"{path}: found JSON that is nested too deeply to be read") from error
+        raise ValueError(f"{where}: found JSON that is nested too deeply to be read") from error
     except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error})") from error
+        raise ValueError(f"{where}: found no JSON ({error})") from error
 
 
 def has_secret(text: str) -> bool:

@@ -113,7 +113,7 @@ def make_batch_fn(
         decode = functools.partial(decode_in_slices, decode, slice_size=c.decode_slice)
     solve = make_latent_sampler(config, experiment.model, guiding_model)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
-    num_classes = len(experiment.class_names)  # a model may have room for more
+    classes = present_classes(experiment)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
     gathers = gathers and c.gather_params and mesh.shape["tensor"] == 1
 
@@ -124,7 +124,9 @@ def make_batch_fn(
         if gathers:  # here, not in every evaluation of the model
             params, guiding_params = constrain((params, guiding_params), sharding.replicated(mesh))
         indices = constrain(jnp.arange(c.batch_size, dtype=jnp.int32) + first, rows)
-        labels = sampler.sample_labels(c.seed, indices, num_classes, c.labels)
+        labels = sampler.sample_labels(c.seed, indices, len(classes), c.labels)
+        if experiment.absent_classes:
+            labels = jnp.asarray(classes, jnp.int32)[labels]
         noise = sampler.initial_noise(c.seed, indices, shape)
         keys = sampler.brownian_keys(c.seed, indices) if c.solver in solvers.SDE_STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
@@ -135,6 +137,11 @@ def make_batch_fn(
         return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
 
     return generate
+
+
+def present_classes(experiment: Experiment) -> list[int]:
+    """The labels that are sampled: those of which the data set has images."""
+    return sorted({*range(len(experiment.class_names))} - {*experiment.absent_classes})
 
 
 def make_latent_sampler(
@@ -224,7 +231,8 @@ def write_grid(
     """Writes a PNG of images; the columns bear the classes' names where each is of one class."""
     config, names = experiment.config.sampling, experiment.class_names
     columns = config.grid_columns
-    by_class = columns == len(names) <= len(labels) and config.labels == "balanced"
+    count = len(present_classes(experiment))
+    by_class = columns == count <= len(labels) and config.labels == "balanced"
     save_grid(
         images,
         path,

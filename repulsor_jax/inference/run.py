@@ -24,7 +24,7 @@ from repulsor_jax.experiment import Experiment, check_weights, checked_mesh, loa
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
-from repulsor_jax.inference.generator import Guidance, Guide
+from repulsor_jax.inference.generator import Guidance, Guide, present_classes
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
 
@@ -60,6 +60,7 @@ class _Latents:
     shift: tuple[float, ...]
     factor: tuple[float, ...]
     class_names: Annotated[tuple[ClassName, ...], Field(min_length=1)]
+    absent_classes: tuple[int, ...] = ()
 
 
 @checked
@@ -137,6 +138,7 @@ def open_experiment(
         latent_format=LatentFormat(False, shift, factor),
         latents_sha256=latents.weights_sha256,
         class_names=latents.class_names,
+        absent_classes=latents.absent_classes,
     )
 
 
@@ -230,7 +232,7 @@ def protocol(
         "weights_sha256": weights_sha256,
         "ema_decay": config.optimizer.ema_decay,
         "num_samples": num_samples,
-        "classes": len(experiment.class_names),
+        "classes": len(present_classes(experiment)),
         "cfg_scale": guidance.scale if guidance else 1.0,
         "path": config.flow.path,
         "prediction": config.flow.prediction,
@@ -250,4 +252,6 @@ def protocol(
             "cfg_channels": c.cfg_channels,
             "guide": guide.description if guide else "no class",
         }
+    if experiment.absent_classes:
+        found["absent_classes"] = list(experiment.absent_classes)
     return found | {key: getattr(c, key) for key in keys}

@@ -4,10 +4,12 @@ import bz2
 import errno
 import gzip
 import io
+import json
 import logging
 import lzma
 import os
 import pickle
+import re
 import resource
 import tarfile
 import zipfile
@@ -180,6 +182,82 @@ def test_folder_errors(tmp_path, tree, split, message):
     write_tree(tmp_path / "root", tree)
     with pytest.raises(ValueError, match=message):
         open_source("folder", split, path=str(tmp_path / "root"))
+
+
+NUMBERED = {f"0000{k // 2}/img{k}.png": b"%d" % k for k in range(4)}
+LABELS = {"labels": [[name, int(name[-5]) % 2] for name in sorted(NUMBERED)]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "x.tar", "x.zip", "x.tar.gz"])
+def test_labels_of_a_dataset_json_beside_the_images(tmp_path, kind):
+    """As StyleGAN, EDM and REPA write them: the folders are running numbers, and no classes."""
+
+    def opened(labels, **more):
+        tree = {**NUMBERED, "dataset.json": json.dumps(labels).encode(), **more}
+        if kind != "folder":
+            return open_archive(tmp_path, KINDS[kind](tree), ".", kind)
+        write_tree(tmp_path / "root", tree)
+        return open_source("folder", ".", path=str(tmp_path / "root"))
+
+    source = opened(LABELS)
+    assert source.class_names == ("0", "1")
+    assert [(source[i].image, source[i].label) for i in range(4)] == [
+        (b"0", 0),
+        (b"1", 1),
+        (b"2", 0),
+        (b"3", 1),
+    ]
+    assert not source.doubt
+    none = opened({"labels": None})
+    assert none.class_names == ("unlabelled",)
+    assert "no labels" in none.doubt
+    assert opened({"name": "another file"}).class_names == ("00000", "00001")
+    first, *others = LABELS["labels"]
+    wrong = {
+        r"dataset\.json\.labels\.0\.1: expected a valid integer": [[first[0], [0, 1]], *others],
+        r"labels\.0: .*rename it if the folders are the classes": ["cat", "dog"],
+        r"00000/img0\.png has no label in .*dataset\.json": others,
+        r"9\.png is not there, though it has one": [["9.png", 0], *LABELS["labels"]],
+        "found 2 different labels from 0 to 7, but not 1": [
+            [name, 7 * label] for name, label in LABELS["labels"]
+        ],
+    }
+    for message, labels in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            opened({"labels": labels})
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    tree = {f"{k}/x.jpg": b"%d" % k for k in (0, 1, 2, 9, 10)}
+    source = open_source("folder", ".", path=str(write_tree(tmp_path, tree)))
+    assert source.class_names == ("0", "1", "2", "9", "10")
+    assert source[4].image == b"10"
+    assert "'9' has the label 3" in source.doubt
+    mixed = write_tree(tmp_path / "mixed", {f"{name}/x.jpg": b"" for name in ("10", "9", "a")})
+    assert open_source("folder", ".", path=str(mixed)).class_names == ("10", "9", "a")
+
+
+@pytest.mark.parametrize(
+    ("tree", "doubt"),
+    [
+        (["cat/1.jpg", "cat/deep/2.jpg", "dog/deep/3.jpg"], ""),
+        (["1/a.jpg", "0/a.jpg", "2/a.jpg"], ""),
+        (
+            ["train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg"],
+            r"train/cat/1\.jpg, and the classes are \['train', 'val'\].*deeper, \['cat', 'dog'\]",
+        ),
+        (["mypets/cat/1.jpg", "mypets/dog/1.jpg"], r"classes are \['mypets'\]"),
+        (["1.jpg", "2.jpg"], "no class folders: all 2 images have the one class 'unlabelled'"),
+        (["1/a.jpg", "2/a.jpg"], "the class folders are numbers, but '1' has the label 0"),
+    ],
+)
+def test_classes_that_look_wrong(tmp_path, tree, doubt):
+    root = write_tree(tmp_path / "root", dict.fromkeys(tree, b""))
+    for source in (
+        open_source("folder", ".", path=str(root)),
+        open_archive(tmp_path, zip_bytes(dict.fromkeys(tree, b"")), ".", "x.zip"),
+    ):
+        assert re.search(doubt, source.doubt) if doubt else not source.doubt
 
 
 def test_a_path_that_is_no_folder():

@@ -241,7 +241,7 @@ def test_the_preview_is_of_the_right_images_when_some_were_skipped(tmp_path, pic
         (
             lambda p: (p / "test" / "dog").rename(p / "test" / "fox"),
             {},
-            "different classes, 2 and 2; only one of them has dog, fox",
+            "different classes, 2 classes: cat, dog, and 2 classes: cat, fox; only one .*dog.*fox",
         ),
         (lambda p: None, {"data.train_split": "tarin"}, "no split 'tarin'.*test.*train"),
         (lambda p: None, {"data.image_size": 0, "data.autoencoder": "none"}, "'none'"),
@@ -442,3 +442,60 @@ def test_one_job_at_a_time_encodes_a_data_set(tmp_path, pictures):
     encode_lib.encode(config(pictures), tmp_path / "run")
     with locks.sole(data, "encoding", ""):
         encode_lib.encode(config(pictures), tmp_path / "run")  # all is there: nothing to hold
+
+
+def test_what_is_encoded_is_shown_with_its_classes_and_what_looks_wrong(tmp_path, capsys):
+    pictures = image_files.write_pictures(tmp_path / "pictures")
+    whole = {"data.train_split": ".", "data.test_split": ""}
+    encode_lib.encode(config(pictures, **whole), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "data/train: 32 images of 2 classes: test, train\n" in said
+    assert "warning: " in said
+    assert "every image lies in a folder below its class" in said
+
+
+def test_a_split_one_level_too_deep_is_refused(tmp_path, pictures):
+    (pictures / "train").rename(pictures / "pets")
+    (pictures / "train").mkdir()
+    (pictures / "pets").rename(pictures / "train" / "pets")
+    with pytest.raises(ConfigError, match=r"1 class: pets, and 2 classes: cat, dog; only one"):
+        encode_lib.encode(config(pictures), tmp_path / "run")
+
+
+def test_a_class_that_lost_all_its_images_is_known(tmp_path, pictures, capsys):
+    for path in (pictures / "train" / "cat").iterdir():
+        path.write_bytes(b"<html>404</html>")
+    chosen = config(pictures, **{"data.on_bad_image": "skip", "data.test_split": ""})
+    encode_lib.encode(chosen, tmp_path / "run")
+    assert "train has no image of 1 class: cat: they are not sampled" in capsys.readouterr().out
+    dataset = open_latent_dataset(tmp_path / "run" / "data" / "train")
+    assert (dataset.class_counts, dataset.absent_classes) == ((0, 11), (0,))
+    experiment, _ = experiment_lib.prepare(chosen, tmp_path / "run")
+    assert experiment_lib.latents_record(experiment)["absent_classes"] == [0]
+
+
+def test_an_error_about_one_image_names_its_file(tmp_path, pictures):
+    latents = latents_on_disk(tmp_path)
+    np.save(tmp_path / "all" / "b" / "5.npy", latents[5] * np.float32(1e6))
+    values = {"data.source": "npy", "data.train_split": "all", "data.test_split": ""}
+    values |= {"data.autoencoder": "none", "model.in_channels": 4}
+    with pytest.raises(ValueError, match=r"all/b/5\.npy: the latents overflow float16"):
+        encode_lib.encode(config(tmp_path, **values), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "message"),
+    [
+        ("npy", (8, 8, 4), r"a/0\.npy: found \[8, 8, 4\], .* x\.transpose\(2, 0, 1\)"),
+        ("npy", (8, 8, 8), r"found \[8, 8, 8\], expected \[4, 8, 8\].*npy:moments"),
+        ("npy:moments", (4, 8, 8), r"found \[4, 8, 8\], expected \[8, 8, 8\].*latents: npy is"),
+        ("npy:scaled", (1, 8, 8, 4), r"found \[8, 8, 4\], expected \[4, 8, 8\]"),
+    ],
+)
+def test_latents_in_another_layout_are_recognised(tmp_path, source, shape, message):
+    (tmp_path / "all" / "a").mkdir(parents=True)
+    np.save(tmp_path / "all" / "a" / "0.npy", np.zeros(shape, np.float32))
+    values = {"data.source": source, "data.train_split": "all", "data.test_split": ""}
+    values |= {"data.autoencoder": "none", "model.in_channels": 4}
+    with pytest.raises(ValueError, match=message):
+        encode_lib.encode(config(tmp_path, **values), tmp_path / "run")

@@ -252,3 +252,16 @@ def test_a_digest_of_parameters_is_that_of_their_values_alone():
     sharded = jax.device_put(params, tiny.sharding.replicated(tiny.mesh(8)))
     assert run_lib.params_sha256(sharded) == run_lib.params_sha256(params)
     assert run_lib.params_sha256(tiny.random_params(c, seed=1)) != run_lib.params_sha256(params)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "random"])
+def test_a_class_without_images_is_never_sampled(tmp_path, mode):
+    c = config_lib.parse(values())
+    tiny.save_run(tmp_path, values(), {1: tiny.random_params(c)}, absent_classes=[1])
+    path = draw(tmp_path, sampling__labels=mode)
+    with np.load(path) as archive:
+        labels = archive["arr_1"]
+    assert set(labels.tolist()) == {0, 2}
+    if mode == "balanced":
+        np.testing.assert_array_equal(labels, np.arange(40) % 2 * 2)
+    assert json.loads(path.with_suffix(".json").read_text())["absent_classes"] == [1]
