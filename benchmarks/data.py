@@ -236,6 +236,10 @@ class First:
         """That of the source."""
         return self.source.signature()
 
+    def files(self) -> list[str]:
+        """Those of the source."""
+        return self.source.files()
+
 
 def rate(count: int, run: Callable[[], object]) -> float:
     """Returns count per second of a run."""

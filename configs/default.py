@@ -170,13 +170,13 @@ def get_config() -> ml_collections.ConfigDict:
     # small images), "autoencoder": a Fréchet distance without Inception's weights: not FID.
     c.evaluation.features = "inception"  # "inception", "pixels" or "autoencoder"
     c.evaluation.inception_weights = ""  # a path; "" downloads them once (docs/evaluation.md)
-    # An .npz as the ADM suite has them, a folder or archive of images, "tfds:<name>", or "train" or
-    # "test", the latents of data.dir decoded.
+    # An .npz as the ADM suite has them, an .npy, a folder or archive of images, "tfds:<name>", or
+    # "train" or "test", the latents of data.dir decoded.
     c.evaluation.reference = "test"  # what samples are compared with
     c.evaluation.reference_split = "."  # folder of it, or split
     c.evaluation.reference_features = 10_000  # of its images, for precision, recall and KID
     c.evaluation.batch_size = 64  # global; images of the reference or of an .npz at a time
-    c.evaluation.samples = ""  # an .npz of images to evaluate, in place of checkpoints
+    c.evaluation.samples = ""  # images in place of checkpoints: .npz, .npy, folder, archive
     c.evaluation.cfg_scales = ()  # a sweep: every scale with every interval; () is sampling's own
     c.evaluation.cfg_intervals = ()  # pairs (low, high) of times
     c.evaluation.poll_seconds = 30  # --checkpoint_step=follow: how often to look

@@ -17,14 +17,14 @@ from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
-from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_npz, evaluate_params
+from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_images, evaluate_params
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import Guidance, configured_guidance, make_generator
 
 
 def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> list[report.Record]:
-    """Evaluates checkpoints, or an .npz of samples, and prints a table of all that is known.
+    """Evaluates checkpoints, or samples in files, and prints a table of all that is known.
 
     Writes to `<workdir>/evaluations`: for every evaluation a .json with its protocol and a grid;
     `results.md`, the table; plots over steps and guidance; and TensorBoard events. What was
@@ -44,7 +44,7 @@ def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> li
     """
     folder = workdir / "evaluations"
     if config.evaluation.samples:
-        records = [evaluate_npz(config, workdir)]
+        records = [evaluate_images(config, workdir)]
     else:
         records = _evaluate_checkpoints(config, workdir, folder, checkpoints)
     if jax.process_index() == 0:

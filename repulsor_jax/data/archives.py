@@ -23,7 +23,7 @@ from tqdm import tqdm
 from repulsor_jax.data import listing
 from repulsor_jax.data.preprocess import MAX_FILE_BYTES
 from repulsor_jax.files import atomic
-from repulsor_jax.files.untrusted import parse_json, read_json
+from repulsor_jax.files.untrusted import parse_json, read_json, refuse_pointer
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 
@@ -51,6 +51,10 @@ class ImageFolder(listing.Listing):
         with open(path, "rb", buffering=0) as file:
             _check_size(os.fstat(file.fileno()).st_size, path)
             return listing.Item(file.read(), int(self.labels[index]), path)
+
+    def files(self) -> list[str]:
+        """See `ImageSource`."""
+        return [f"{self.root}/{self.names[i]}" for i in range(len(self))]
 
     def signature(self) -> str:
         """See `ImageSource`; asks the file system for every file's size."""
@@ -82,6 +86,7 @@ def open_image_folder(path: str, split: str) -> ImageFolder:
 class ImageArchive(listing.Listing):
     """Images as members of an archive; see `open_image_archive`."""
 
+    archive: str  # the file as it was given
     path: str  # the file with the bytes, the decompressed copy of a compressed tar
     changed: int  # the time of its last change, ns
     is_zip: bool
@@ -98,6 +103,10 @@ class ImageArchive(listing.Listing):
             raise OSError(errno.EIO, f"{self.path} changed since it was opened", name)
         data = _read_member(self.path, self.changed, self.is_zip, place, size, name)
         return listing.Item(data, int(self.labels[index]), name)
+
+    def files(self) -> list[str]:
+        """See `ImageSource`."""
+        return [self.archive]
 
     def signature(self) -> str:
         """See `ImageSource`; known since the archive was opened."""
@@ -153,6 +162,7 @@ def open_image_archive(
     try:
         with open(path, "rb") as file:
             start = file.read(_BLOCK)
+        refuse_pointer(start, path)
         data_path = path
         for magic, method in _COMPRESSIONS.items():
             if start.startswith(magic):
@@ -188,6 +198,7 @@ def open_image_archive(
     chosen = [below[items.names[i]] for i in range(len(items))]
     return ImageArchive(
         **vars(items),
+        archive=path,
         path=data_path,
         changed=changed,
         is_zip=is_zip,

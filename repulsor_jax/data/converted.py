@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from repulsor_jax.data import listing
 from repulsor_jax.files.tensors import open_safetensors
-from repulsor_jax.files.untrusted import read_json
+from repulsor_jax.files.untrusted import read_json, refuse_pointer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +271,12 @@ def _arrays(root: str) -> set[str]:
 
 def _load_array(path: str) -> np.ndarray:
     try:
-        # From memory: a label is one small read, not several.
-        stream = io.BytesIO(pathlib.Path(path).read_bytes())
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        content = pathlib.Path(path).read_bytes()  # a label is one small read, not several
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    refuse_pointer(content[:64], path)
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # NumPy raises many kinds on a damaged header
         raise ValueError(f"{path}: damaged or no .npy file of numbers ({error})") from error
 

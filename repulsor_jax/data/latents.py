@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 from repulsor_jax.data.listing import describe_classes
 from repulsor_jax.files.checksums import file_sha256, values_sha256
-from repulsor_jax.files.untrusted import checked, has_controls, is_plain_name, parse, read_json
+from repulsor_jax.files.untrusted import (
+    checked,
+    has_controls,
+    is_plain_name,
+    parse,
+    read_json,
+    refuse_pointer,
+)
 
 FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}
@@ -167,6 +174,8 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
             records, found = reader.num_records(), len(reader.read([0])[0])
             reader.close()
         if (records, found) != (shard.records, size):
+            with path.open("rb") as file:
+                refuse_pointer(file.read(64), path)
             raise ValueError(
                 f"{path}: found {records} records of {found} bytes, expected {shard.records} of "
                 f"{size}: {_REMEDY}"

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from repulsor_jax.files.untrusted import refuse_pointer
+
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
 MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
@@ -83,6 +85,10 @@ def _decode(data: bytes, name: str) -> Image.Image:
     """The RGB image in these bytes, upright."""
     if not data:
         raise BadImageError(f"{name}: the file is empty")
+    try:
+        refuse_pointer(data[:64], name)
+    except ValueError as error:
+        raise BadImageError(str(error)) from error
     large = f"refused before decoding, as it has more than {MAX_PIXELS:,} pixels: resize it first"
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)

@@ -41,6 +41,9 @@ class ImageSource(Protocol):
     def signature(self) -> str:
         """SHA-256 in hex of all but contents and path; a restarted job compares it."""
 
+    def files(self) -> list[str]:
+        """The files whose contents the images are, none where they never change."""
+
 
 def open_source(
     name: str, split: str, *, path: str = "", cache_dir: str | os.PathLike[str] | None = None
@@ -83,6 +86,10 @@ class _Digits(Listing):
     def signature(self) -> str:
         return source_signature("digits", self, np.full(len(self), self.images[0].nbytes))
 
+    def files(self) -> list[str]:
+        """None: the images are scikit-learn's own."""
+        return []
+
 
 def _digits(split: str, path: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits, uint8 `[8, 8, 1]`.
@@ -114,6 +121,7 @@ class _Tfds:
     split: str
     version: str  # name, configuration and version of the data set, as tfds writes them
     class_names: tuple[str, ...]
+    paths: tuple[str, ...]  # of the splits that `split` names
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -131,6 +139,10 @@ class _Tfds:
         names = Names.pack([f"{self.version} {self.split} {len(self)}"])
         none = np.zeros(0, np.int64)
         return source_signature("tfds", Listing(self.class_names, names, none), none)
+
+    def files(self) -> list[str]:
+        """See `ImageSource`."""
+        return list(self.paths)
 
 
 def _tfds(name: str, split: str, path: str) -> ImageSource:
@@ -171,7 +183,10 @@ def _tfds(name: str, split: str, path: str) -> ImageSource:
     except ValueError as error:
         splits = sorted(builder.info.splits)
         raise ValueError(f"{name}: found split {split!r}, expected one of {splits}") from error
-    return _Tfds(examples, name, split, builder.info.full_name, tuple(features["label"].names))
+    named = set(re.findall(r"\w+", split)) & set(builder.info.splits)
+    paths = [str(path) for k in sorted(named) for path in builder.info.splits[k].filepaths]
+    classes = tuple(features["label"].names)
+    return _Tfds(examples, name, split, builder.info.full_name, classes, tuple(paths))
 
 
 def _check_tfds_features(data_dir: str, data_set: str) -> None:

@@ -1,7 +1,8 @@
-"""From parameters, or a file of images, to a record: metrics with their protocol."""
+"""From parameters, or images in files, to a record: metrics with their protocol."""
 
 import dataclasses
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ import jax
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.config import Config
+from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.data.sources import open_source
 from repulsor_jax.evaluation import report
-from repulsor_jax.evaluation.image_sets import npz_images
+from repulsor_jax.evaluation.image_sets import ImageSet, native_shape, npz_images, source_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
-from repulsor_jax.evaluation.yardstick import Yardstick, open_yardstick
+from repulsor_jax.evaluation.reference import SUFFIXES
+from repulsor_jax.evaluation.yardstick import Yardstick, contents_note, open_yardstick
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.files import locks
 from repulsor_jax.files.shards import Shards, job_name
@@ -87,22 +90,46 @@ def evaluate_params(
     return record
 
 
-def evaluate_npz(config: Config, workdir: pathlib.Path) -> report.Record:
+def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
     """Evaluates the images of `config.evaluation.samples` as `evaluate_params`; needs no run.
 
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.
     """
-    images = npz_images(config.evaluation.samples)
+    cache = workdir / "evaluations" / ".samples"
+    images = _open_samples(config, workdir, cache)
     mesh = checked_mesh(config, trains=False)
-    yardstick = open_yardstick(config, workdir, mesh, None, images.shape)
+    yardstick = open_yardstick(config, workdir, mesh, None, (*images.shape,))
     protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
 
     def features(folder: pathlib.Path, title: str) -> Shards:
         return image_features(images, config.evaluation.batch_size, yardstick.extract, mesh, folder)
 
     stem = pathlib.Path(images.name).stem
-    return _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)[0]
+    record, _ = _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)
+    if jax.process_index() == 0:
+        shutil.rmtree(cache, ignore_errors=True)
+    return record
+
+
+def _open_samples(config: Config, workdir: pathlib.Path, cache: pathlib.Path) -> ImageSet:
+    """Opens an .npz or .npy, or a folder or archive of image files of one size."""
+    path = pathlib.Path(config.evaluation.samples).expanduser()
+    key = f"config.evaluation.samples={config.evaluation.samples!r}"
+    if not path.exists():
+        raise ConfigError(
+            f"{key}: found no such file or folder, expected an .npz or .npy of images, or a folder "
+            "or archive of image files"
+        )
+    try:
+        if path.suffix in SUFFIXES:
+            return npz_images(path)
+        kind = "folder" if path.is_dir() else "archive"
+        source = open_source(kind, ".", path=str(path), cache_dir=cache)
+        note = contents_note(workdir, str(path))
+        return source_images(source, path.name, native_shape(source), note, crop=False)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _measured(

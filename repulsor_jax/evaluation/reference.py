@@ -19,9 +19,11 @@ from typing import IO
 import numpy as np
 
 from repulsor_jax.evaluation.frechet import GaussianStatistics
+from repulsor_jax.files.untrusted import refuse_pointer
 
 PathLike = str | os.PathLike[str]
 
+SUFFIXES = (".npz", ".npy")  # of files that hold arrays, not pictures
 _IMAGES = "arr_0"
 _SKIP = 2**24  # bytes read at a time on the way to an image
 _MAX_PIXELS = 2**24  # of one image, 4096 x 4096
@@ -29,7 +31,7 @@ _MAX_PIXELS = 2**24  # of one image, 4096 x 4096
 
 @dataclasses.dataclass(frozen=True)
 class ImageArray:
-    """The images of an .npz, which are read in batches and never all at once."""
+    """The images of an .npz or .npy, which are read in batches and never all at once."""
 
     path: pathlib.Path
     shape: tuple[int, ...]
@@ -45,7 +47,7 @@ class ImageArray:
         """
         count, *image_shape = self.shape
         image_bytes = int(np.prod(image_shape))
-        with _reading(self.path) as archive, archive.open(f"{_IMAGES}.npy") as stream:
+        with _image_stream(self.path) as stream:
             _header(_IMAGES, stream)
             at = 0
             for part in parts:
@@ -62,25 +64,18 @@ class ImageArray:
 
 
 def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> ImageArray:
-    """Opens the images `arr_0` of an ADM reference or sample .npz, ours included.
+    """Opens the images `arr_0` of an ADM reference or sample .npz, ours included, or an .npy.
 
     A `size` is the height and width to expect.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: not an .npz, no `arr_0`, not uint8 RGB or grey images, images of another size, or
-        of more than 4096 x 4096 pixels; names the file.
+      ValueError: not an .npz or .npy, no `arr_0`, not uint8 RGB or grey images, images of another
+        size, or of more than 4096 x 4096 pixels; names the file.
     """
     path = pathlib.Path(path)
-    with _reading(path) as archive:
-        names = _names(archive)
-        if _IMAGES not in names:
-            raise ValueError(
-                f"found {', '.join(names)}, expected images under {_IMAGES}; this file serves FID "
-                "and sFID at most, not precision, recall or KID"
-            )
-        with archive.open(f"{_IMAGES}.npy") as stream:
-            shape, fortran, dtype = _header(_IMAGES, stream)
+    with _image_stream(path) as stream:
+        shape, fortran, dtype = _header(_IMAGES, stream)
         is_images = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3) and shape[0] > 0
         if not is_images or fortran:
             found = f"{dtype} {shape}{', Fortran order' if fortran else ''}"
@@ -97,7 +92,9 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
 
 
 def holds_images(path: PathLike) -> bool:
-    """Whether an .npz holds images `arr_0`."""
+    """Whether an .npz holds images `arr_0`; an .npy holds nothing else."""
+    if pathlib.Path(path).suffix == ".npy":
+        return True
     with _reading(pathlib.Path(path)) as archive:
         return _IMAGES in _names(archive)
 
@@ -151,16 +148,41 @@ def _gaussian(
 
 
 @contextlib.contextmanager
+def _image_stream(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """The .npy of images, alone or in an .npz."""
+    if path.suffix == ".npy":
+        with _naming_faults(path), path.open("rb") as stream:
+            yield stream
+        return
+    with _reading(path) as archive:
+        names = _names(archive)
+        if _IMAGES not in names:
+            raise ValueError(
+                f"found {', '.join(names)}, expected images under {_IMAGES}; this file serves FID "
+                "and sFID at most, not precision, recall or KID"
+            )
+        with archive.open(f"{_IMAGES}.npy") as stream:
+            yield stream
+
+
+@contextlib.contextmanager
 def _reading(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
-    """The open .npz; any fault found in it becomes a ValueError that names the file."""
+    with _naming_faults(path), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def _naming_faults(path: pathlib.Path) -> Iterator[None]:
+    """Any fault found in the file becomes a ValueError that names it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: found no such file, expected an .npz of images or statistics; those of the "
             "ADM suite are listed in the evaluations folder of openai/guided-diffusion"
         )
+    with path.open("rb") as file:
+        refuse_pointer(file.read(64), path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (
@@ -168,7 +190,8 @@ def _reading(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
         *(NotImplementedError, RuntimeError),  # of methods and flags that zipfile does not know
     ) as error:
         raise ValueError(
-            f"{path}: found a file that is not a whole .npz ({error}); fetch it anew"
+            f"{path}: found a file that is not a whole {path.suffix or '.npz'} ({error}); fetch it "
+            "anew"
         ) from error
 
 

@@ -18,6 +18,7 @@ from repulsor_jax.evaluation.image_sets import ImageSet, latent_images, npz_imag
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment, check_weights, data_directory, load_autoencoder
 from repulsor_jax.files.checksums import file_sha256
+from repulsor_jax.files.shards import job_name
 
 _ARCHIVE = ".archive"
 
@@ -63,8 +64,8 @@ def open_yardstick(
     folder, is_main = workdir / "evaluations", jax.process_index() == 0
     path = pathlib.Path(config.evaluation.reference).expanduser()
     statistics = images = None
-    if path.suffix == ".npz":
-        if config.evaluation.features == "inception":
+    if path.suffix in reference_lib.SUFFIXES:
+        if config.evaluation.features == "inception" and path.suffix == ".npz":
             statistics = reference_lib.read_statistics(path)
         if statistics is None or reference_lib.holds_images(path):
             images = npz_images(path, size=(image_shape[0], image_shape[1]))
@@ -94,6 +95,11 @@ def open_yardstick(
         about["features"] = found.description["features"] if found else 0
         found = Reference(about, *statistics, found.features if found else None)
     return Yardstick(folder, space, extract, found)
+
+
+def contents_note(workdir: pathlib.Path, *names: str) -> pathlib.Path:
+    """Where the digest of image files is kept, so that they are read for it once."""
+    return workdir / "evaluations" / "references" / f".contents-{job_name(names)}.json"
 
 
 def _check_shape(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:
@@ -158,13 +164,17 @@ def _open_images(
         located = pathlib.Path(c.reference).expanduser()
         if not located.exists():
             raise ConfigError(
-                f"{key}: found no such file or folder, expected an .npz, a folder or archive of "
-                "images, 'tfds:<name>', 'train' or 'test'"
+                f"{key}: found no such file or folder, expected an .npz or .npy, a folder or "
+                "archive of images, 'tfds:<name>', 'train' or 'test'"
             )
         kind, path = "folder" if located.is_dir() else "archive", str(located)
     cache = workdir / "evaluations" / _ARCHIVE
+    name = f"{c.reference} {c.reference_split}".removesuffix(" .")
+    note = contents_note(workdir, path, name)
+    # Inception takes grey images as RGB.
+    shape = (height, width, 3 if c.features == "inception" else image_shape[2])
     try:
         source = open_source(kind, c.reference_split, path=path, cache_dir=cache)
+        return source_images(source, name, shape, note, crop=True)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
-    return source_images(source, f"{c.reference} {c.reference_split}".removesuffix(" ."), height)

@@ -3,6 +3,7 @@
 Nothing here imports torch or jax, and nothing that a file holds is run.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from repulsor_jax.files.untrusted import refuse_pointer
 
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -54,10 +57,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path}: found suffix {path.suffix!r}, expected .safetensors, .pth, .pt or .bin"
         )
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    refuse_pointer(start, path)
     try:
-        with path.open("rb") as stream:
-            is_zip = stream.read(2) == b"PK"
-        return _read_zip(path) if is_zip else _read_legacy(path)
+        return _read_zip(path) if start.startswith(b"PK") else _read_legacy(path)
     except Exception as error:  # damage and malice raise nearly anything
         reason = str(error)[:200] or type(error).__name__
         raise ValueError(
@@ -74,6 +78,8 @@ def open_safetensors(path: str | os.PathLike[str]) -> Any:
     try:
         return safetensors.safe_open(path, "np").__enter__()
     except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            refuse_pointer(file.read(64), path)
         problem = f"damaged, cut short or no safetensors file ({error})"
         raise ValueError(f"{path}: {problem}: fetch it again") from error
 

@@ -37,12 +37,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def parse_json(content: bytes, where: str) -> Any:
     """As `read_json`, of bytes that are there already; errors call them `where`."""
+    refuse_pointer(content[:64], where)
     try:
         return json.loads(content)
     except RecursionError as error:
         raise ValueError(f"{where}: found JSON that is nested too deeply to be read") from error
     except ValueError as error:
         raise ValueError(f"{where}: found no JSON ({error})") from error
+
+
+def refuse_pointer(start: bytes, name: object) -> None:
+    """Raises ValueError where a file that begins so is a Git LFS pointer, not the file itself."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{name}: is a Git LFS pointer, a few lines that stand for the file: fetch the file "
+            "itself, by `git lfs pull` in that repository, or from its page"
+        )
 
 
 def has_secret(text: str) -> bool:

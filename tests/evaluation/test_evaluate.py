@@ -207,6 +207,80 @@ def test_references_of_other_kinds_are_the_same_images(run, workdir, tmp_path_fa
     assert_measured(record, run)
 
 
+def write_images(folder, images, suffix="png"):
+    folder.mkdir()
+    for k, image in enumerate(images):
+        grey = image.shape[-1] == 1
+        Image.fromarray(image[..., 0] if grey else image).save(folder / f"{k:03d}.{suffix}")
+    return folder
+
+
+def distance(workdir, samples, reference):
+    names = {"evaluation__samples": str(samples), "evaluation__reference": str(reference)}
+    (record,) = call(workdir, **names)
+    return record["metrics"]["frechet_pixels"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy", "zip", "gztar"])
+def test_samples_in_files_of_other_kinds(run, tmp_path, kind):
+    images, _ = run[1][5]
+    samples = write_images(tmp_path / "theirs", images)
+    if kind == "npy":
+        samples = tmp_path / "theirs.npy"
+        np.save(samples, images)
+    elif kind != "folder":
+        samples = shutil.make_archive(str(tmp_path / "theirs"), kind, samples)
+    np.save(tmp_path / "real.npy", PICTURES)
+    found = distance(tmp_path, samples, tmp_path / "real.npy")
+    np.testing.assert_allclose(found, frechet(images, PICTURES), rtol=1e-6)
+    assert not (tmp_path / "evaluations" / ".samples").exists()
+
+
+def test_grey_samples_and_a_grey_folder(tmp_path):
+    one, two = PICTURES[:40, ..., :1], PICTURES[40:, ..., :1]
+    write_images(tmp_path / "one", one)
+    write_images(tmp_path / "two", two)
+    save_samples(tmp_path / "one.npz", [one], np.zeros(40))
+    for samples in ("one", "one.npz"):
+        found = distance(tmp_path, tmp_path / samples, tmp_path / "two")
+        np.testing.assert_allclose(found, frechet(one, two), rtol=1e-6)
+    Image.fromarray(PICTURES[0]).save(tmp_path / "two" / "007.png")
+    with pytest.raises(ValueError, match=r"two/007\.png: found an image in colour"):
+        distance(tmp_path, tmp_path / "one", tmp_path / "two")
+
+
+def test_samples_that_are_none(tmp_path):
+    write_images(tmp_path / "samples", PICTURES[:5])
+    Image.new("RGB", (5, 4)).save(tmp_path / "samples" / "003.png")
+    np.save(tmp_path / "real.npy", PICTURES)
+    np.save(tmp_path / "floats.npy", PICTURES / 255)
+    (tmp_path / "pointer.npz").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, message in {
+        "samples": r"samples/003\.png: found \[4, 5\] pixels, expected \[4, 4\]",
+        "floats.npy": r"floats\.npy: found arr_0 float64 .*expected uint8",
+        "pointer.npz": r"samples='.*pointer\.npz': .*is a Git LFS pointer",
+        "nowhere": r"config\.evaluation\.samples='.*nowhere': found no such file or folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            distance(tmp_path, tmp_path / name, tmp_path / "real.npy")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_reference_of_other_pictures_under_the_same_names_and_sizes(tmp_path, kind):
+    np.save(tmp_path / "samples.npy", PICTURES[:30])
+
+    def measure(pictures):
+        here = reference = tmp_path / "reference"
+        shutil.rmtree(here, ignore_errors=True)
+        write_images(here, pictures, "bmp")
+        if kind == "zip":
+            reference = shutil.make_archive(str(here), "zip", here)
+        return distance(tmp_path, tmp_path / "samples.npy", reference)
+
+    for pictures in (PICTURES[30:60], PICTURES[60:], PICTURES[30:60]):
+        np.testing.assert_allclose(measure(pictures), frechet(PICTURES[:30], pictures), rtol=1e-6)
+
+
 def test_a_tfds_reference(workdir):
     (record,) = call(
         workdir,

@@ -298,6 +298,11 @@ def load(name=None):
     return lambda path: np.load(path, allow_pickle=True)[name or ...]
 
 
+# Git LFS pointers, which are cloned in place of the files where git-lfs is not there.
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+
+
 # Archives, folders and images.
 
 
@@ -558,6 +563,18 @@ rows(
     *((f"data set of {c!s:.40}", dataset(**c), *c) for c in DESCRIPTIONS),
     ("nested dataset.json", nested_dataset, "nested too deeply", recurses),
 )
+for read, name in (
+    (tensors.read_tensors, "x.safetensors"),
+    (tensors.read_tensors, "x.pth"),
+    (kl.read_config, "config.json"),
+    (opens("npy"), "x.npy"),
+    (reference.open_images, "x.npz"),
+    (reference.open_images, "x.npy"),
+    (opens("archive"), "x.tar"),
+    (first_image("folder"), "1.png"),
+):
+    message = f"{name}: is a Git LFS pointer, .* by `git lfs pull`"
+    rows(read, (f"pointer {name}", written(name, POINTER), message))
 rows(
     opens("repa"),
     ("labels of a file outside", labels_outside, "found no .npy file|is not there"),
