@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.num_heads = 6
     c.model.mlp_ratio = 4.0
     c.model.num_classes = 1000  # label num_classes is the null class of guidance
-    c.model.label_dropout = 0.1  # fraction of labels replaced by the null class in training
+    c.model.label_dropout = 0.1  # part of labels that become the null class; guidance needs it
     c.model.learn_sigma = False  # twice the output channels, of which the first half is used
     c.model.qk_norm = False  # normalise queries and keys: steadier at high learning rates
     c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results

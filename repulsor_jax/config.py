@@ -4,11 +4,12 @@ The classes are the schema, a class for each section of `configs/default.py`, wh
 defaults and explains every knob.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import ml_collections
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from repulsor_jax.files.untrusted import checked, has_secret
 from repulsor_jax.files.untrusted import parse as parse_values
@@ -23,7 +24,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and says what to do."""
 
 
-def _without_secret(text: str) -> str:
+def _text(text: str) -> str:
+    if text in ("None", "null"):
+        raise ValueError(f"found the word {text!r}; expected a text, which is left empty for none")
     if has_secret(text):
         raise ValueError(
             "found a password or an access token in it (not shown): the configuration is printed "
@@ -31,6 +34,27 @@ def _without_secret(text: str) -> str:
             "the tool that needs them, and give a path or a name here"
         )
     return text
+
+
+def expand_path(text: str) -> str:
+    """A path with ~ or ~user expanded; ValueError where there is no such user, or for "none"."""
+    if text.lower() in ("none", "null"):
+        raise ValueError(f"found the word {text!r}; expected a path, which is left empty for none")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"found {text!r}, but no such home; a folder of that name is ./{text}")
+    return expanded
+
+
+def _pairs(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(pair, list) for pair in value):
+        raise ValueError(
+            f"expected pairs of times, as ((0.2, 0.9),) or ((0.0, 1.0), (0.2, 0.9)), found "
+            f"{tuple(value)}"
+        )
+    return tuple(map(tuple, value))  # lists are tuples in JSON alone, which this is no longer
 
 
 def _one_of(choices: Iterable[str]) -> AfterValidator:
@@ -43,7 +67,8 @@ def _one_of(choices: Iterable[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Text = Annotated[str, AfterValidator(_without_secret)]
+Text = Annotated[str, AfterValidator(_text)]
+Path = Annotated[Text, AfterValidator(expand_path)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrFill = Annotated[int, Field(ge=-1)]
@@ -114,15 +139,15 @@ class OptimizerConfig:
 
 @checked
 class DataConfig:
-    dir: Text
+    dir: Path
     source: Text
-    source_path: Text
+    source_path: Path
     train_split: Text
     test_split: Text
     image_size: Natural
     flips: bool
     autoencoder: Text
-    autoencoder_weights: Text
+    autoencoder_weights: Path
     autoencoder_dtype: Literal["float32", "bfloat16"]
     encode_if_missing: bool
     encode_batch_per_device: Count
@@ -146,7 +171,7 @@ class MeshConfig:
 
 @checked
 class CheckpointConfig:
-    directory: Text
+    directory: Path
     every_steps: Count
     keep_last: Count
     keep_every: Natural
@@ -185,7 +210,7 @@ class SamplingConfig:
     cfg_interval_low: Fraction
     cfg_interval_high: Fraction
     cfg_channels: Natural
-    guiding_run: Text
+    guiding_run: Path
     guiding_step: CountOrFill
     labels: Annotated[str, _one_of(sampler.LABEL_MODES)]
     num_samples: Count
@@ -207,14 +232,14 @@ class EvaluationConfig:
     training_samples: Annotated[int, Field(ge=2)]
     num_samples: Annotated[int, Field(ge=2)]
     features: Literal["inception", "pixels", "autoencoder"]
-    inception_weights: Text
-    reference: Text
+    inception_weights: Path
+    reference: Path
     reference_split: Text
     reference_features: Annotated[int, Field(ge=2)]
     batch_size: Count
-    samples: Text
+    samples: Path
     cfg_scales: tuple[NonNegative, ...]
-    cfg_intervals: tuple[tuple[float, float], ...]
+    cfg_intervals: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_pairs)]
     poll_seconds: Count
 
 
@@ -260,6 +285,12 @@ def tap_block(config: Config) -> int:
     """Index of the block whose output the regulariser sees (default: depth // 4)."""
     block = config.regularizer.block
     return config.model.depth // 4 if block == -1 else block
+
+
+def guides_by_no_class(config: Config) -> bool:
+    """Whether samples are guided by the model's null class, which label dropout trains."""
+    scales = {config.sampling.cfg_scale, *config.evaluation.cfg_scales}
+    return scales != {1.0} and not config.sampling.guiding_run
 
 
 def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> None:
@@ -352,6 +383,17 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         bool(e.cfg_intervals) and not e.cfg_scales and s.cfg_scale == 1,
         "evaluation.cfg_intervals has no meaning without guidance: set "
         "config.evaluation.cfg_scales, or config.sampling.cfg_scale",
+    )
+    yield (
+        c.model.label_dropout == 0 and guides_by_no_class(c),
+        f"model.label_dropout=0 trains no null class, by which config.sampling.cfg_scale="
+        f"{s.cfg_scale} (or config.evaluation.cfg_scales={e.cfg_scales}) guides: train with 0.1, "
+        "sample at scale 1, or name a config.sampling.guiding_run",
+    )
+    yield (
+        c.model.label_dropout == 1,
+        "model.label_dropout=1 trains the null class alone, and every class that is sampled would "
+        "be untrained: set it to 0.1 or so",
     )
     yield (
         s.guiding_run != "" and {s.cfg_scale, *e.cfg_scales} == {1.0},

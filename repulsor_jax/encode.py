@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import pathlib
 import shutil
 import time
@@ -26,6 +25,7 @@ from repulsor_jax.data.latents import (
     absent_classes,
     decode_records,
     open_latent_dataset,
+    spread_problem,
 )
 from repulsor_jax.data.sources import ImageSource, open_source
 from repulsor_jax.data.writer import open_writer
@@ -96,7 +96,7 @@ def _show_classes(directory: pathlib.Path, sources: Mapping[str, Any]) -> None:
 
 def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path) -> dict[str, Any]:
     """Opens an image or latent source for each folder to be made."""
-    name, path = config.data.source, os.path.expanduser(config.data.source_path)
+    name, path = config.data.source, config.data.source_path
     if name in converted.KINDS:
         opened = {
             k: converted.open_latent_source(name, split, path=path) for k, split in splits.items()
@@ -203,8 +203,9 @@ def _make(
         + f", latents {list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; "
         f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
     )
-    if dataset.absent_classes:
-        tqdm.write(f"warning: {absent_classes(dataset)}")
+    for problem in (absent_classes(dataset), spread_problem(dataset, data.normalization)):
+        if problem:
+            tqdm.write(f"warning: {problem}")
     if dataset.skipped:
         where = directory / METADATA
         tqdm.write(f"{len(dataset.skipped):,} images could not be read, and are listed in {where}")

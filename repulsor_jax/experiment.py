@@ -52,6 +52,8 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
     data_dir = data_directory(config, workdir)
     dataset = latents.open_latent_dataset(data_dir / "train")
     check_dataset(config, dataset)
+    if problem := latents.spread_problem(dataset, config.data.normalization):
+        raise ConfigError(problem)
     has_held_out = (data_dir / "test").exists()
     held_out = latents.open_latent_dataset(data_dir / "test") if has_held_out else None
     if held_out is None and config.evaluation.every_steps and config.evaluation.reference == "test":
@@ -161,7 +163,7 @@ def checked_mesh(
 
 def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Folder of the latent data sets `train` and `test`."""
-    return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
+    return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
 
 
 def load_autoencoder(config: Config, *, abstract: bool = False) -> Autoencoder:

@@ -125,12 +125,12 @@ def main(argv: list[str]) -> None:
         )
     if joined:
         print(joined, flush=True)
-    if _CACHE_DIR.value:
-        jax.config.update("jax_compilation_cache_dir", _CACHE_DIR.value)
+    if cache_dir := _path_of("compilation_cache_dir", _CACHE_DIR.value):
+        jax.config.update("jax_compilation_cache_dir", cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not _WORKDIR.value:
         sys.exit("error: --workdir is empty: name the folder of the run")
-    workdir = pathlib.Path(str(_WORKDIR.value)).expanduser().absolute()
+    workdir = pathlib.Path(_path_of("workdir", _WORKDIR.value)).absolute()
     with _one_line_errors(ValueError, OSError, SamplingError):
         config = config_lib.parse(_CONFIG.value)
         directories = config.checkpoint.directory, config.sampling.guiding_run
@@ -144,6 +144,13 @@ def main(argv: list[str]) -> None:
             return
     with contextlib.ExitStack() as held:
         _train(config, workdir, held)
+
+
+def _path_of(flag: str, value: str) -> str:
+    try:
+        return config_lib.expand_path(value)
+    except ValueError as error:
+        sys.exit(f"error: --{flag}: {error}")
 
 
 def _train(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:

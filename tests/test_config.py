@@ -36,6 +36,17 @@ CONFIGS = pathlib.Path(default.__file__).parent
             ((0, 1),),
             "evaluation.cfg_intervals has no meaning without guidance",
         ),
+        (
+            "evaluation.cfg_intervals",
+            (0.2, 0.9),
+            r"evaluation.cfg_intervals: expected pairs .* \(\(0.2, 0.9\),\) .*found \(0.2, 0.9\)",
+        ),
+        ("evaluation.cfg_intervals", ((0, 1, 2),), r"evaluation.cfg_intervals.0"),
+        ("model.label_dropout", 1.0, "model.label_dropout=1 trains the null class alone"),
+        ("data.dir", "None", "data.dir: found the word 'None'.*left empty for none"),
+        ("data.dir", "none", "data.dir: found the word 'none'"),
+        ("data.test_split", "None", "data.test_split: found the word 'None'"),
+        ("evaluation.reference", "~nobody0/x", "evaluation.reference: .* no such home"),
         ("sampling.guiding_run", "https://me:hunter2@x", "sampling.guiding_run: found a password"),
     ],
 )
@@ -50,6 +61,36 @@ def test_what_is_wrong_is_named_by_its_key(key, value, expected):
     with pytest.raises(config_lib.ConfigError, match=f"config.{expected}") as error:
         config_lib.parse(values)
     assert "hunter2" not in str(error.value)
+
+
+PATHS = [
+    *("data.dir", "data.source_path", "data.autoencoder_weights", "checkpoint.directory"),
+    *("sampling.guiding_run", "evaluation.inception_weights", "evaluation.reference"),
+    "evaluation.samples",
+]
+
+
+def test_every_path_may_begin_with_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = tiny.config_dict(sampling__cfg_scale=2.0).to_dict()
+    for key in PATHS:
+        section, name = key.split(".")
+        values[section][name] = f"~/{name}"
+    c = config_lib.parse(values)
+    for key in PATHS:
+        section, name = key.split(".")
+        assert getattr(getattr(c, section), name) == f"/home/me/{name}"
+
+
+@pytest.mark.parametrize(
+    "guided", [{"sampling__cfg_scale": 1.5}, {"evaluation__cfg_scales": (1.0, 2.0)}]
+)
+def test_guidance_needs_a_null_class_that_is_trained(guided):
+    tiny.config(**guided)
+    tiny.config(model__label_dropout=0.0)
+    tiny.config(model__label_dropout=0.0, sampling__guiding_run="runs/weak", **guided)
+    with pytest.raises(config_lib.ConfigError, match="label_dropout=0 trains no null class"):
+        tiny.config(model__label_dropout=0.0, **guided)
 
 
 def test_whole_numbers_pass_as_floats():

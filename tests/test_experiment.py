@@ -1,11 +1,12 @@
 import shutil
 
+import numpy as np
 import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
-from tests.oracles import tiny
+from tests.oracles import latent_sets, tiny
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,28 @@ def test_one_flipped_byte_is_refused_before_training(workdir, tmp_path, verify):
     shard.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=rf"{shard.name}: found 0 records"):
         prepare(tmp_path, **{"data.verify": False})
+
+
+def write_latents(folder, std, **about):
+    latents = (std * np.random.default_rng(0).standard_normal((30, 1, 8, 8, 1))).astype(np.float32)
+    latent_sets.write(folder / "data" / "train", latents, np.arange(30) % 10, **about)
+
+
+@pytest.mark.parametrize(
+    ("std", "scale", "seen", "remedy"),
+    [
+        (1.0, 0.18215, "0.18", "source='npy:scaled'.*normalization='statistics'"),
+        (5.5, 1.0, "5.5", "Else set config.data.normalization='statistics'"),
+    ],
+)
+def test_latents_of_another_spread_than_the_noise_are_refused(tmp_path, std, scale, seen, remedy):
+    about = {"scale": scale, "class_names": tuple("0123456789")}
+    write_latents(tmp_path, std, **about)
+    with pytest.raises(config_lib.ConfigError, match=f"deviation {seen}, and about 1.*{remedy}"):
+        prepare(tmp_path)
+    prepare(tmp_path, **{"data.normalization": "statistics"})
+    write_latents(tmp_path / "good", 1 / scale, **about)
+    prepare(tmp_path / "good")
 
 
 def test_training_shows_the_classes_and_room_that_is_left(workdir):

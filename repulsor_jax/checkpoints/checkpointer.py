@@ -40,7 +40,7 @@ def checkpoint_directory(config: CheckpointConfig, workdir: pathlib.Path) -> str
     if is_bucket(config.directory):
         return config.directory
     if config.directory:
-        return pathlib.Path(config.directory).expanduser()
+        return pathlib.Path(config.directory)
     return workdir / "checkpoints"
 
 

@@ -114,7 +114,7 @@ def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
 
 def _open_samples(config: Config, workdir: pathlib.Path, cache: pathlib.Path) -> ImageSet:
     """Opens an .npz or .npy, or a folder or archive of image files of one size."""
-    path = pathlib.Path(config.evaluation.samples).expanduser()
+    path = pathlib.Path(config.evaluation.samples)
     key = f"config.evaluation.samples={config.evaluation.samples!r}"
     if not path.exists():
         raise ConfigError(

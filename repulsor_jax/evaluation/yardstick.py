@@ -62,7 +62,7 @@ def open_yardstick(
       image_shape: `[H, W, C]` of the samples.
     """
     folder, is_main = workdir / "evaluations", jax.process_index() == 0
-    path = pathlib.Path(config.evaluation.reference).expanduser()
+    path = pathlib.Path(config.evaluation.reference)
     statistics = images = None
     if path.suffix in reference_lib.SUFFIXES:
         if config.evaluation.features == "inception" and path.suffix == ".npz":
@@ -161,7 +161,7 @@ def _open_images(
         )
     kind, path = c.reference, config.data.source_path
     if not kind.startswith("tfds:"):
-        located = pathlib.Path(c.reference).expanduser()
+        located = pathlib.Path(c.reference)
         if not located.exists():
             raise ConfigError(
                 f"{key}: found no such file or folder, expected an .npz or .npy, a folder or "

@@ -38,6 +38,7 @@ class _Model:
     depth: int
     num_heads: int
     num_classes: int
+    label_dropout: float
     learn_sigma: bool
     qk_norm: bool
 
@@ -113,7 +114,15 @@ def open_experiment(
       CheckpointError: no such checkpoint, or its model is another.
     """
     saved = read_records(checkpointer, step)
-    parts = {"model": dataclasses.asdict(saved.model), "flow": dataclasses.asdict(saved.flow)}
+    model = dataclasses.asdict(saved.model)
+    if model.pop("label_dropout") == 0 and config_lib.guides_by_no_class(config):
+        raise ConfigError(
+            f"config.sampling.cfg_scale={config.sampling.cfg_scale}, config.evaluation.cfg_scales="
+            f"{config.evaluation.cfg_scales}: the run in {workdir} was trained with "
+            "config.model.label_dropout=0, so that guidance has no trained null class: sample at "
+            "scale 1, or name a config.sampling.guiding_run"
+        )
+    parts = {"model": model, "flow": dataclasses.asdict(saved.flow)}
     parts["data"] = {"autoencoder": saved.latents.autoencoder}
     for key, value in traverse_util.flatten_dict(parts, sep=".").items():
         found = operator.attrgetter(key)(config)
@@ -176,7 +185,7 @@ def load_guide(experiment: Experiment) -> Guide | None:
         return None
     run = checkpoints = config.sampling.guiding_run
     if not is_bucket(run):
-        run = str(pathlib.Path(run).expanduser().absolute())
+        run = str(pathlib.Path(run).absolute())
         holds_steps = any(path.name.isdecimal() for path in pathlib.Path(run).glob("*"))
         checkpoints = run if holds_steps else f"{run}/checkpoints"
     with Checkpointer(checkpoints, read_only=True) as checkpointer:

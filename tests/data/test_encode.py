@@ -306,9 +306,9 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path, pictures):
 
 
 def latents_on_disk(folder, scale=1.0):
-    """Six latents as all/class/*.npy."""
+    """Six latents as all/class/*.npy, which have unit variance once they are scaled."""
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((6, 4, 8, 8)).astype(np.float32)
+    latents = rng.standard_normal((6, 4, 8, 8)).astype(np.float32) / np.float32(scale)
     for i, latent in enumerate(latents):
         (folder / "all" / "ab"[i // 3]).mkdir(parents=True, exist_ok=True)
         np.save(folder / "all" / "ab"[i // 3] / f"{i}.npy", latent * np.float32(scale))

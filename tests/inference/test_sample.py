@@ -254,6 +254,16 @@ def test_a_digest_of_parameters_is_that_of_their_values_alone():
     assert run_lib.params_sha256(tiny.random_params(c, seed=1)) != run_lib.params_sha256(params)
 
 
+def test_guidance_of_a_run_without_a_trained_null_class_is_refused(tmp_path):
+    trained = values(model__label_dropout=0.0)
+    tiny.save_run(tmp_path, trained, {1: tiny.random_params(config_lib.parse(trained))})
+    with pytest.raises(
+        config_lib.ConfigError, match="was trained with config.model.label_dropout=0"
+    ):
+        draw(tmp_path, sampling__cfg_scale=1.5)
+    assert draw(tmp_path).is_file()
+
+
 @pytest.mark.parametrize("mode", ["balanced", "random"])
 def test_a_class_without_images_is_never_sampled(tmp_path, mode):
     c = config_lib.parse(values())
