@@ -123,7 +123,9 @@ def build(
     for first, chunk in negatives(rows, args.dim):
         full[first : first + len(chunk)] = chunk
     slots = jnp.int32(num_slots)
-    bank = memory_bank.MemoryBank(jnp.array(full.reshape(shape)), jnp.int32(0), slots)
+    ids = jnp.arange(rows, dtype=jnp.int32).reshape(shape[:2])
+    features = jnp.array(full.reshape(shape))
+    bank = memory_bank.MemoryBank(features, memory_bank.tag(ids), jnp.int32(0), slots)
     del full
     jax.block_until_ready(bank)
 

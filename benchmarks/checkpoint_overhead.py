@@ -52,7 +52,7 @@ class Loop:
                 "model.num_heads": 4,
                 "model.num_classes": 10,
                 "model.dtype": "float32",
-                "regularizer.bank_rows": 128 * BATCH,
+                "repulsor.bank_rows": 128 * BATCH,
             }
         )
         config = config_lib.parse(c)

@@ -53,8 +53,8 @@ def small_config() -> config_lib.Config:
             "model.num_heads": 2,
             "model.num_classes": 3,
             "model.dtype": "float32",
-            "regularizer.projection_dim": 8,
-            "regularizer.bank_rows": 4 * BATCH,
+            "repulsor.projection_dim": 8,
+            "repulsor.bank_rows": 4 * BATCH,
         }
     )
     return config_lib.parse(c)

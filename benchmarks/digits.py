@@ -70,8 +70,8 @@ def train(
         overrides = {
             "seed": seed,
             "total_steps": args.steps,
-            "regularizer.name": name,
-            "regularizer.weight": weight,
+            "terms": name,
+            **({f"{name}.weight": weight} if name != "none" else {}),
             "data.dir": args.workdir / "data",
             "evaluation.every_steps": args.every,
             "sampling.grid_every_steps": args.steps,

@@ -40,12 +40,12 @@ from repulsor_jax.runtime.preemption import EXIT_CODE
 
 EVERY, LOOK_EVERY = 10, 40  # steps between checkpoints, and between evaluations
 MOMENTS = ("starting", "data set", "steps", "save", "evaluation", "after the end")
-_NAMES = ("loss", "flow_loss", "regularizer_loss", "grad_norm")
+_NAMES = ("loss", "flow_loss", "repulsor_loss", "grad_norm")
 _CONFIG = {
     "batch_size": 32,
     "model.hidden_size": 32,
     "model.depth": 2,
-    "regularizer.bank_rows": 128,
+    "repulsor.bank_rows": 128,
     "checkpoint.every_steps": EVERY,
     "checkpoint.keep_last": 2,
     "log.every_steps": 1,

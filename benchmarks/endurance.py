@@ -38,7 +38,7 @@ _CONFIG = {
     "model.hidden_size": 32,
     "model.depth": 2,
     "mesh.data": _DEVICES,
-    "regularizer.bank_rows": 128,
+    "repulsor.bank_rows": 128,
     "checkpoint.every_steps": EVERY,
     "checkpoint.keep_last": 2,
     "divergence.policy": "skip",

@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, count: int, batch: int, name: str) -> dict
 
     c = imagenet256.get_config(f"{args.size},{name}")
     c.batch_size, c.sampling.batch_size = batch, count
-    c.mesh.fsdp, c.regularizer.bank_rows = args.fsdp, args.bank_rows
+    c.mesh.fsdp, c.repulsor.bank_rows = args.fsdp, args.bank_rows
     c.model.remat = "full"  # the whole batch fits 8 chips; the gradients are the same
     config, topology = config_lib.parse(c), open_topology(SLICES[count])
     experiment = abstract_experiment(config, pathlib.Path(), topology)

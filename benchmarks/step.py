@@ -197,10 +197,10 @@ def compile_jax(regularizer: str, args: argparse.Namespace) -> tuple[Any, Any]:
 
     c = model_config(args)
     c.batch_size = args.batch_size
-    c.regularizer.name = regularizer
-    c.regularizer.bank_rows = args.bank_rows
-    c.regularizer.projection_dim = args.dim
-    c.regularizer.bank_dtype = args.dtype
+    c.terms = regularizer
+    c.repulsor.bank_rows = args.bank_rows
+    c.repulsor.projection_dim = args.dim
+    c.repulsor.bank_dtype = args.dtype
     config = config_lib.parse(c)
     mesh = sharding.create_mesh()
     latent_format = LatentFormat(False, np.zeros(4, np.float32), np.ones(4, np.float32))

@@ -40,21 +40,59 @@ def get_config() -> ml_collections.ConfigDict:
     c.flow.logit_normal_location = 0.0  # mean of logit(t); t = 0 is noise, t = 1 is data
     c.flow.logit_normal_scale = 1.0  # standard deviation of logit(t)
 
-    c.regularizer = ml_collections.ConfigDict()
-    c.regularizer.name = "repulsor"  # "none", "dispersive" or "repulsor"
-    c.regularizer.weight = 0.5  # lambda; 0 is the same as "none"
-    c.regularizer.warmup_steps = 0  # steps over which lambda grows linearly from 0
-    c.regularizer.block = -1  # index of the block whose output is tapped; -1 is depth // 4
-    c.regularizer.temperature = 0.5  # tau
-    c.regularizer.distance = "squared_l2"  # repulsor: "squared_l2" or "cosine"
-    c.regularizer.pooling = "mean"  # repulsor: over tokens, "mean" or "flatten"
-    c.regularizer.projection_dim = 128  # repulsor: d, length of the projected vectors
+    # "none", or a sum as "repulsor+layersync" of contrastive_flow, dispersive, latent_alignment,
+    # layersync, repulsor and sra. Each has its section below; docs/method.md explains them, and
+    # configs/objectives.py has published sets of values.
+    c.terms = "repulsor"  # losses beside the flow loss
+
+    c.repulsor = _term(weight=0.5)
+    c.repulsor.block = -1  # index of the block whose output is tapped; -1 is depth // 4
+    c.repulsor.positives = "none"  # or "view": InfoNCE with the same image at another noise level
+    # What the bank holds: projections of the "online" network, of the EMA "teacher" (slow; needs a
+    # forward pass of its first blocks), or of the clean "latent" (no pass; needs positives).
+    c.repulsor.keys = "online"  # "online", "teacher" or "latent"
+    c.repulsor.negatives = "all"  # "none": positives alone, a control
+    c.repulsor.time_gap = 0.2  # the teacher sees the image at min(1, t + U(0, time_gap))
+    c.repulsor.view_noise = "same"  # of what the teacher sees: the student's, or "new"
+    c.repulsor.predictor = False  # BYOL's, between projection and loss; needs positives
+    c.repulsor.same_class_weight = 1.0  # of negatives of the own class: 0 leaves them out
+    c.repulsor.time_window = 1.0  # negatives further away in t do not count; 1: all do
+    c.repulsor.temperature = 0.5  # tau
+    c.repulsor.distance = "squared_l2"  # "squared_l2" or "cosine"
+    c.repulsor.pooling = "mean"  # over tokens: "mean", "flatten", or "token": a row for each square
+    c.repulsor.pool_grid = 2  # "token": squares along a side; rows and logits of the batch x 4
+    c.repulsor.projection_dim = 128  # d, length of the projected vectors
     # Memory of the bank and time of the loss grow with the rows; memory of the loss does not: the
     # loss goes through a large bank in chunks.
-    c.regularizer.bank_rows = 65_536  # repulsor: K, a multiple of batch_size; 0 is no bank
-    c.regularizer.bank_dtype = "bfloat16"  # repulsor: "bfloat16" or "float32"
-    c.regularizer.variant = "l2"  # dispersive: "l2", "cosine", "hinge" or "covariance"
-    c.regularizer.margin = 1.0  # dispersive: epsilon of the hinge variant
+    c.repulsor.bank_rows = 65_536  # K, a multiple of the rows of a batch; 0 is no bank
+    c.repulsor.bank_dtype = "bfloat16"  # "bfloat16" or "float32"
+    c.repulsor.bank_start_step = 0  # before it nothing is put into the bank
+
+    c.dispersive = _term(weight=0.5)
+    c.dispersive.block = -1  # -1 is depth // 4
+    c.dispersive.variant = "l2"  # "l2", "cosine", "hinge" or "covariance"
+    c.dispersive.temperature = 0.5  # tau
+    c.dispersive.margin = 1.0  # epsilon of the hinge variant
+
+    c.layersync = _term(weight=0.2)
+    c.layersync.student_block = -1  # -1 is block 8 of 28, counted from 1, scaled to the depth
+    c.layersync.teacher_block = -1  # and 16 of 28
+
+    c.sra = _term(weight=0.5)
+    c.sra.student_block = -1  # -1 is a quarter of the depth
+    c.sra.teacher_block = -1  # -1 is three quarters; the EMA network up to here is what it costs
+    c.sra.time_gap = 0.2  # the teacher sees the image at min(1, t + U(0, time_gap))
+    c.sra.distance = "cosine"  # or "smooth_l1", the paper's
+    c.sra.axis = "tokens"  # of the cosine: "tokens", as released, or "channels"
+    c.sra.beta = 0.05  # smooth_l1
+    c.sra.decay_start = 0  # the weight falls from this step on,
+    c.sra.decay_steps = 0  # to a tenth in so many steps; 0: it does not
+
+    c.latent_alignment = _term(weight=0.5)
+    c.latent_alignment.block = -1  # -1 is depth // 4
+
+    c.contrastive_flow = _term(weight=0.05)
+    c.contrastive_flow.labelled_only = False  # leave out rows whose label was dropped
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 1e-4
@@ -130,6 +168,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.solver = "heun"  # 2 evaluations of the model a step; euler takes 1, rk4 4
     c.sampling.num_steps = 50
     c.sampling.time_shift = 1.0  # above 1: smaller steps near noise (SD3 has 3); 1 is even steps
+    # Contrastive flow matching with weight w lengthens the velocity; 1 - w takes that back. Samples
+    # follow s v + (1 - s) m, m the mean latent.
+    c.sampling.velocity_scale = 1.0  # s
     c.sampling.rtol = 1e-3  # dopri5: relative tolerance of a step
     c.sampling.atol = 1e-6  # dopri5: absolute tolerance
     c.sampling.max_steps = 1_000  # dopri5: a sample that needs more is an error
@@ -182,3 +223,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.poll_seconds = 30  # --checkpoint_step=follow: how often to look
 
     return c
+
+
+def _term(weight: float) -> ml_collections.ConfigDict:
+    """What every term has."""
+    t = ml_collections.ConfigDict()
+    t.weight = weight  # lambda; 0 is the same as without the term
+    t.warmup_steps = 0  # steps over which lambda grows linearly from 0
+    t.decay_from = 1.0  # from this share of training on it falls linearly, to 0 at the end
+    t.stop_step = 0  # lambda is 0 from this step on; 0: never
+    return t

@@ -10,7 +10,7 @@ read by grain, trained by the sharded step.
 
 import ml_collections
 
-from repulsor_jax.configs import default
+from configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,10 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.dtype = "float32"
 
     # The smallest lambda of docs/measurements.md: at this size the regulariser costs capacity.
-    c.regularizer.weight = 0.05
-    c.regularizer.projection_dim = 64
-    c.regularizer.bank_rows = 8_192
-    c.regularizer.bank_dtype = "float32"
+    c.repulsor.weight = 0.05
+    c.repulsor.projection_dim = 64
+    c.repulsor.bank_rows = 8_192
+    c.repulsor.bank_dtype = "float32"
 
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup_steps = 100

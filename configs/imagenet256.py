@@ -2,9 +2,10 @@
 
     python -m repulsor_jax.main --config=configs/imagenet256.py:xl_2,repulsor --workdir=runs/xl
 
-`:SIZE,REGULARIZER`: SIZE is s, b, l or xl with patch 2, 4 or 8 (`s_2` ... `xl_8`); REGULARIZER is
-none, dispersive or repulsor. Latents of the SD-VAE (32x32x4, factor 0.18215), AdamW 1e-4, batch
-256, EMA 0.9999, 400,000 steps. docs/data.md makes the latents.
+`:SIZE,OBJECTIVE`: SIZE is s, b, l or xl with patch 2, 4 or 8 (`s_2` ... `xl_8`); OBJECTIVE is none
+or a sum of the presets of configs/objectives.py, as `layersync` or `repulsor_positives+sra`.
+Latents of the SD-VAE (32x32x4, factor 0.18215), AdamW 1e-4, batch 256, EMA 0.9999, 400,000 steps.
+docs/data.md makes the latents.
 
 Not run here. Published for XL/2 at 400,000 steps: SiT 17.2 to 18.5 unguided, 6.02 guided (cfg 1.5,
 ODE); Dispersive Loss 15.95 and 4.74 to 5.09 guided; Repulsor's abstract FID 2.40, with a protocol
@@ -13,13 +14,13 @@ that it does not state. What a run takes on a pod: `--mode=plan --topology=v5e:1
 
 import ml_collections
 
-from repulsor_jax.configs import default
+from configs import default, objectives
 from repulsor_jax.models.dit import DIT_SIZES
 
 
 def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
-    """Returns the configuration of one model size and regulariser."""
-    size, _, regularizer = variant.partition(",")
+    """Returns the configuration of one model size and objective."""
+    size, _, objective = variant.partition(",")
     name, _, patch = size.lower().partition("_")
     if name.upper() not in DIT_SIZES or patch not in ("2", "4", "8"):
         raise ValueError(
@@ -32,7 +33,7 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
     c.model.patch_size = int(patch)
     c.model.learn_sigma = True  # as the published checkpoints have it
     c.model.remat = "dots" if name in ("l", "xl") else "none"
-    c.regularizer.name = regularizer or "repulsor"  # checked with everything else
+    objectives.use(c, objective or "repulsor", name)
 
     c.data.dir = "data/imagenet256_sd-vae"
     c.data.source = "tfds:imagenet2012"  # docs/data.md: from nothing to training, and other sources

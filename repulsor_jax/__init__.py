@@ -3,8 +3,9 @@
 import repulsor_jax as rj
 
 bank = rj.create_bank(num_slots=256, batch_size=32, dim=128)
-loss = rj.repulsion_loss(z, bank, temperature=0.5)
-bank = rj.enqueue(bank, z)
+tags = rj.tag(image_numbers)  # rows of the sample's own image are no negatives
+loss = rj.info_nce_loss(z, positives, bank, tags, temperature=0.5)
+bank = rj.enqueue(bank, z, tags=tags)
 """
 
 import importlib
@@ -21,7 +22,9 @@ _LAZY = {
     "create_bank": ("memory_bank", "create"),
     "dispersive_loss": ("dispersive", "dispersive_loss"),
     "enqueue": ("memory_bank", "enqueue"),
+    "info_nce_loss": ("repulsion", "info_nce_loss"),
     "repulsion_loss": ("repulsion", "repulsion_loss"),
+    "tag": ("memory_bank", "tag"),
 }
 
 

@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from repulsor_jax.files.untrusted import checked, has_secret
 from repulsor_jax.files.untrusted import parse as parse_values
 from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.method import alignment, registry, repulsor
 from repulsor_jax.method.dispersive import VARIANTS
-from repulsor_jax.method.registry import REGULARIZERS
 from repulsor_jax.method.repulsion import DISTANCES
 from repulsor_jax.models.build import build_model
 
@@ -108,19 +108,75 @@ class FlowConfig:
 
 
 @checked
-class RegularizerConfig:
-    name: Annotated[str, _one_of(REGULARIZERS)]
+class TermConfig:
+    """What the sections of all terms share; `method.schedule`."""
+
     weight: NonNegative
     warmup_steps: Natural
+    decay_from: Fraction
+    stop_step: Natural
+
+
+@checked
+class RepulsorConfig(TermConfig):
     block: CountOrFill
+    positives: Annotated[str, _one_of(repulsor.POSITIVES)]
+    keys: Annotated[str, _one_of(repulsor.KEYS)]
+    negatives: Annotated[str, _one_of(repulsor.NEGATIVES)]
+    time_gap: Fraction
+    view_noise: Literal["same", "new"]
+    predictor: bool
+    same_class_weight: Fraction
+    time_window: Fraction
     temperature: Positive
     distance: Annotated[str, _one_of(DISTANCES)]
-    pooling: Literal["mean", "flatten"]
+    pooling: Annotated[str, _one_of(repulsor.POOLINGS)]
+    pool_grid: Count
     projection_dim: Count
     bank_rows: Natural
     bank_dtype: Literal["float32", "bfloat16"]
+    bank_start_step: Natural
+
+
+@checked
+class DispersiveConfig(TermConfig):
+    block: CountOrFill
     variant: Annotated[str, _one_of(VARIANTS)]
+    temperature: Positive
     margin: Finite
+
+
+@checked
+class LayerSyncConfig(TermConfig):
+    student_block: CountOrFill
+    teacher_block: CountOrFill
+
+
+@checked
+class SRAConfig(TermConfig):
+    student_block: CountOrFill
+    teacher_block: CountOrFill
+    time_gap: Fraction
+    distance: Annotated[str, _one_of(alignment.DISTANCES)]
+    axis: Annotated[str, _one_of(alignment.AXES)]
+    beta: Positive
+    decay_start: Natural
+    decay_steps: Natural
+
+
+@checked
+class LatentAlignmentConfig(TermConfig):
+    block: CountOrFill
+
+
+@checked
+class ContrastiveFlowConfig(TermConfig):
+    labelled_only: bool
+
+
+def _sum_of_terms(text: str) -> str:
+    registry.parse_terms(text)
+    return text
 
 
 @checked
@@ -199,6 +255,7 @@ class SamplingConfig:
     solver: Annotated[str, _one_of(sampler.SOLVERS)]
     num_steps: Count
     time_shift: Positive
+    velocity_scale: Positive
     rtol: Positive
     atol: Positive
     max_steps: Count
@@ -252,7 +309,13 @@ class Config:
     batch_size: Count
     model: ModelConfig
     flow: FlowConfig
-    regularizer: RegularizerConfig
+    terms: Annotated[str, AfterValidator(_sum_of_terms)]
+    repulsor: RepulsorConfig
+    dispersive: DispersiveConfig
+    layersync: LayerSyncConfig
+    sra: SRAConfig
+    latent_alignment: LatentAlignmentConfig
+    contrastive_flow: ContrastiveFlowConfig
     optimizer: OptimizerConfig
     data: DataConfig
     mesh: MeshConfig
@@ -279,12 +342,6 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         raise ConfigError(f"{error}; configs/default.py explains every key") from error
     _check_consistency(parsed)
     return parsed
-
-
-def tap_block(config: Config) -> int:
-    """Index of the block whose output the regulariser sees (default: depth // 4)."""
-    block = config.regularizer.block
-    return config.model.depth // 4 if block == -1 else block
 
 
 def guides_by_no_class(config: Config) -> bool:
@@ -327,19 +384,8 @@ def _check_consistency(c: Config) -> None:
 
 def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     """Yields each contradiction, whether it is there, and its message after "config."."""
-    r, s, e, profiled = c.regularizer, c.sampling, c.evaluation, c.log.profile_steps
-    has_bank = r.name == "repulsor" and r.weight > 0
-    yield (
-        r.block >= c.model.depth,
-        f"regularizer.block={r.block} is past the last block, {c.model.depth - 1} "
-        f"(config.model.depth={c.model.depth})",
-    )
-    yield (
-        has_bank and r.bank_rows % c.batch_size != 0,
-        f"regularizer.bank_rows={r.bank_rows} must be a multiple of "
-        f"config.batch_size={c.batch_size}: the bank holds whole batches; the nearest are "
-        f"{_multiples(r.bank_rows, c.batch_size)}",
-    )
+    s, e, profiled = c.sampling, c.evaluation, c.log.profile_steps
+    yield from _contradicting_terms(c)
     yield (
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
@@ -368,6 +414,11 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         s.solver in solvers.ADAPTIVE and s.time_shift != 1,
         f"sampling.time_shift={s.time_shift} has no meaning for {s.solver!r}, which chooses its "
         "steps; set it to 1",
+    )
+    yield (
+        s.velocity_scale != 1 and (c.flow.path, c.flow.prediction) != ("linear", "velocity"),
+        f"sampling.velocity_scale={s.velocity_scale} scales a velocity on the linear path, but "
+        f"config.flow.path={c.flow.path!r} and prediction={c.flow.prediction!r}; set it to 1",
     )
     yield (
         s.solver in solvers.SDE_STEPS and s.last_step != "none" and s.num_steps < 2,
@@ -404,6 +455,58 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         s.cfg_channels > c.model.in_channels,
         f"sampling.cfg_channels={s.cfg_channels} exceeds "
         f"config.model.in_channels={c.model.in_channels}; 0 guides all",
+    )
+
+
+def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
+    """`_contradictions` within and between the sections of the terms."""
+    names = registry.parse_terms(c.terms)
+    for name in names:
+        section: Any = getattr(c, name)
+        for field in ("block", "student_block", "teacher_block"):
+            block = getattr(section, field, -1)
+            yield (
+                block >= c.model.depth,
+                f"{name}.{field}={block} is past the last block, {c.model.depth - 1} "
+                f"(config.model.depth={c.model.depth})",
+            )
+    student, teacher = registry.layersync_blocks(c)
+    yield (
+        "layersync" in names and student >= teacher,
+        f"layersync.student_block={student} must be before "
+        f"config.layersync.teacher_block={teacher}: a block agrees with itself, and learns nothing",
+    )
+    yield (
+        "contrastive_flow" in names and c.flow.prediction != "velocity",
+        f"contrastive_flow compares velocities, but config.flow.prediction={c.flow.prediction!r}; "
+        "set it to 'velocity'",
+    )
+    if "repulsor" in names and c.repulsor.weight > 0:
+        yield from _contradicting_repulsor(c)
+
+
+def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
+    r, side = c.repulsor, c.model.latent_size // c.model.patch_size
+    rows = c.batch_size * (r.pool_grid**2 if r.pooling == "token" else 1)
+    yield (
+        r.negatives == "all" and r.bank_rows % rows != 0,
+        f"repulsor.bank_rows={r.bank_rows} must be a multiple of {rows}, the rows of a batch of "
+        f"config.batch_size={c.batch_size}: the bank holds whole batches; the nearest are "
+        f"{_multiples(r.bank_rows, rows)}",
+    )
+    yield (
+        r.pooling == "token" and side % r.pool_grid != 0,
+        f"repulsor.pool_grid={r.pool_grid} must divide the {side} tokens along a side",
+    )
+    yield (
+        r.positives == "none" and (r.negatives == "none" or r.predictor or r.keys == "latent"),
+        "repulsor.positives='none' leaves nothing to pull towards, which "
+        "config.repulsor.negatives='none', predictor=True and keys='latent' need: set it to 'view'",
+    )
+    yield (
+        r.keys == "latent" and r.time_window < 1,
+        f"repulsor.time_window={r.time_window} has no meaning for config.repulsor.keys='latent': "
+        "a clean latent has no noise level; set it to 1",
     )
 
 

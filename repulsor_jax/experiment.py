@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
@@ -36,6 +37,7 @@ class Experiment:
     latents_sha256: str  # of the weights that made the latents; "" where they are not known
     class_names: tuple[str, ...]  # label k is `class_names[k]`
     absent_classes: tuple[int, ...] = ()  # labels without an image, which are never sampled
+    latent_mean: tuple[float, ...] = ()  # [C] of the model's latents; () where it is not known
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `latents.identity`
 
 
@@ -77,17 +79,19 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
                     process_count=jax.process_count(),
                     progress=jax.process_index() == 0,
                 )
+    form = latents.latent_format(dataset, config.data.normalization)
     experiment = Experiment(
         config=config,
         workdir=workdir,
         mesh=mesh,
         model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
-        latent_format=latents.latent_format(dataset, config.data.normalization),
+        latent_format=form,
         latents_sha256=dataset.weights_sha256,
         dataset=latents.identity(dataset),
         class_names=dataset.class_names,
         absent_classes=dataset.absent_classes,
+        latent_mean=tuple(((np.array(dataset.mean) - form.shift) * form.factor).tolist()),
     )
     return experiment, dataset
 
@@ -107,9 +111,6 @@ def _make_objective(config: Config) -> Objective:
     f = config.flow
     path = paths.get_path(f.path)
     t0, t1 = paths.time_interval(path, f.prediction)
-    regularizer = registry.build(
-        config.regularizer, hidden_size=config.model.hidden_size, batch_size=config.batch_size
-    )
     return Objective(
         path=path,
         flow_loss=functools.partial(paths.flow_loss, path, f.prediction, weighting=f.weighting),
@@ -124,9 +125,7 @@ def _make_objective(config: Config) -> Objective:
         drop_labels=functools.partial(
             drop_labels, num_classes=config.model.num_classes, rate=config.model.label_dropout
         ),
-        tap=None if regularizer is None else config_lib.tap_block(config),
-        regularizer=regularizer,
-        weight=functools.partial(registry.weight, config.regularizer),
+        terms=registry.build(config),
     )
 
 
@@ -138,6 +137,7 @@ def latents_record(experiment: Experiment) -> dict[str, Any]:
         "weights_sha256": experiment.latents_sha256,
         "shift": experiment.latent_format.shift.tolist(),
         "factor": experiment.latent_format.factor.tolist(),
+        "mean": list(experiment.latent_mean),
         "class_names": list(experiment.class_names),
         "dataset": dict(experiment.dataset),
     } | ({"absent_classes": absent} if absent else {})

@@ -15,7 +15,7 @@ from repulsor_jax.config import Config
 from repulsor_jax.flows.paths import Path
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.memory_bank import MemoryBank
-from repulsor_jax.method.registry import Regularizer
+from repulsor_jax.method.term import Term, View
 from repulsor_jax.models.build import init_model_params
 from repulsor_jax.models.dit import DiT
 
@@ -26,8 +26,9 @@ class TrainState(struct.PyTreeNode):
     """Everything that a step reads and writes; one pytree of sharded arrays."""
 
     step: Array  # int32 scalar, optimizer steps taken
-    params: dict[str, Any]  # {"model": ..., "regularizer": ... or {} without a head}, float32
+    params: dict[str, Any]  # {"model": ..., "terms": {name: ...}}, float32
     ema_params: Any  # float32 moving average of params["model"]; samples are drawn from it
+    ema_terms: dict[str, Any]  # and of the parameters of the terms that compare with a teacher
     opt_state: optax.OptState  # for params
     bank: MemoryBank | None
     rng: Array  # typed key; the step folds its number into it
@@ -40,9 +41,23 @@ class Objective(NamedTuple):
     flow_loss: Callable[[Array, Array, Array, Array], Array]  # (output, data, noise, t) -> [B]
     sample_times: Callable[[Array, int], Array]  # (key, batch size) -> t [B]
     drop_labels: Callable[[Array, Array], Array]  # (key, labels [B]) -> some of them the null class
-    tap: int | None  # the block whose tokens the regulariser sees; None without a regulariser
-    regularizer: Regularizer | None  # the loss on those tokens
-    weight: Callable[[Array], Array]  # optimizer step -> lambda, the weight of that loss
+    terms: tuple[Term, ...]  # the losses beside the flow loss
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The blocks whose tokens some term reads, ascending."""
+        return tuple(sorted({tap for term in self.terms for tap in term.taps}))
+
+    @property
+    def views(self) -> dict[View, tuple[int, ...]]:
+        """What the teacher is shown, each once, and the blocks that are read of it."""
+        views = {term.view for term in self.terms if term.view}
+        return {
+            view: tuple(
+                sorted({t for term in self.terms if term.view == view for t in term.teacher_taps})
+            )
+            for view in sorted(views)
+        }
 
 
 class Trainer(NamedTuple):
@@ -78,19 +93,24 @@ def abstract_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:
 
 def _init(trainer: Trainer, key: Array) -> TrainState:
     """The first state; parameters come boxed with their logical axis names."""
-    model, regularizer = trainer.model, trainer.objective.regularizer
-    model_key, head_key, rng = jax.random.split(key, 3)
-    params = {"model": init_model_params(model, model_key), "regularizer": {}}
-    bank = None
-    if regularizer is not None:
-        num_tokens = (model.latent_size // model.patch_size) ** 2
-        tokens = jax.ShapeDtypeStruct((1, num_tokens, model.hidden_size), model.dtype)
-        params["regularizer"] = regularizer.init(head_key, tokens)
-        bank = regularizer.create_bank() if regularizer.create_bank else None
+    model = trainer.model
+    model_key, terms_key, rng = jax.random.split(key, 3)
+    params: dict[str, Any] = {"model": init_model_params(model, model_key), "terms": {}}
+    ema_terms, bank = {}, None
+    for number, term in enumerate(trainer.objective.terms):
+        own_key = jax.random.fold_in(terms_key, number) if number else terms_key
+        own = term.init(own_key)
+        if own:
+            params["terms"][term.name] = own
+        if own and term.has_ema:
+            ema_terms[term.name] = own
+        if term.create_bank:
+            bank = term.create_bank()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=params["model"],  # separate buffers: jit's outputs do not alias each other
+        ema_terms=ema_terms,
         opt_state=trainer.optimizer.init(params),
         bank=bank,
         rng=rng,

@@ -14,9 +14,13 @@ from jax.sharding import Mesh
 
 from repulsor_jax import sharding
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
-from repulsor_jax.flows.paths import interpolate
+from repulsor_jax.flows.paths import interpolate, target_velocity
 from repulsor_jax.method import memory_bank
-from repulsor_jax.method.memory_bank import MemoryBank
+from repulsor_jax.method.alignment import teacher_time
+from repulsor_jax.method.memory_bank import MemoryBank, Tags
+from repulsor_jax.method.repulsor import row_tags
+from repulsor_jax.method.term import Rows, Seen, View
+from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.train_state import (
     Objective,
     Trainer,
@@ -38,6 +42,16 @@ class Inputs(NamedTuple):
     noise: Array  # [B, H, W, C] (t = 0)
     t: Array  # [B] times
     labels: Array  # [B], some replaced by the null class
+    tags: Tags  # [B] image numbers, classes and times
+    views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t [B] and noise
+    drawn: dict[str, Any]  # name of a term -> its own `draw`, [B, ...]
+
+
+class Teacher(NamedTuple):
+    """The averaged parameters that terms compare with; they have no gradient."""
+
+    params: Any  # of the model
+    terms: dict[str, Any]  # name of a term -> its own
 
 
 def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
@@ -49,52 +63,45 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
 
     Returns:
       A pure function of the state and one global batch, `{"latents": [B, H, W, C] (or
-      [B, H, W, 2C] moments), "labels": int32 [B]}`, that returns the next state and float32
-      scalars. A step whose loss or gradient is not finite, or above the configured limits, leaves
-      the state as it was, and has the metric "refused" at 1.
+      [B, H, W, 2C] moments), "labels": int32 [B], "ids": int32 [B] image numbers}`, that returns
+      the next state and float32 scalars. A step whose loss or gradient is not finite, or above the
+      configured limits, leaves the state as it was, and has the metric "refused" at 1.
     """
-    config, model, objective, optimizer, learning_rate = trainer
-    regularizer = objective.regularizer
-
-    def loss_fn(
-        params: dict, inputs: Inputs, bank: MemoryBank | None, weight: Array
-    ) -> tuple[Array, tuple[Metrics, Array | None]]:
-        data, noise, t, labels = inputs
-        x_t = interpolate(objective.path, data, noise, t)
-        output: Any = model.apply({"params": params["model"]}, x_t, t, labels, tap=objective.tap)
-        if regularizer is not None:
-            output, tokens = output
-        flow_loss = objective.flow_loss(output, data, noise, t).mean()
-        if regularizer is None:
-            return flow_loss, ({"loss": flow_loss, "flow_loss": flow_loss}, None)
-        penalty, z = regularizer.loss(params["regularizer"], tokens, bank)
-        loss = flow_loss + weight * penalty
-        return loss, ({"loss": loss, "flow_loss": flow_loss, "regularizer_loss": penalty}, z)
+    config, _, objective, optimizer, learning_rate = trainer
+    terms = objective.terms
+    loss_fn = make_loss(trainer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         inputs = draw_inputs(rng, batch, objective, latent_format)
-        weight = objective.weight(state.step)
+        teacher = Teacher(state.ema_params, state.ema_terms)
+        weights = {term.name: term.weight(state.step) for term in terms}
         grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, (metrics, z) = accumulate(
-            lambda rows: grad_fn(state.params, rows, state.bank, weight),
+        grads, (metrics, rows) = accumulate(
+            lambda part: grad_fn(state.params, teacher, part, state.bank, weights),
             inputs,
             config.optimizer.accumulation_steps,
         )
 
         grad_norm = optax.tree.norm(grads)
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate(state.step)}
-        if regularizer is not None:
-            metrics["regularizer_weight"] = weight
+        metrics |= {f"{name}_weight": weight for name, weight in weights.items()}
 
         def update(state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            ema_params = optax.incremental_update(
-                params["model"], state.ema_params, 1.0 - config.optimizer.ema_decay
+            averaged = {name: params["terms"][name] for name in state.ema_terms}
+            ema_params, ema_terms = optax.incremental_update(
+                (params["model"], averaged),
+                (state.ema_params, state.ema_terms),
+                1.0 - config.optimizer.ema_decay,
             )
             return state.replace(
-                step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+                step=state.step + 1,
+                params=params,
+                ema_params=ema_params,
+                ema_terms=ema_terms,
+                opt_state=opt_state,
             )
 
         # A branch, and not a select on every array: that would read and write the state once more.
@@ -102,11 +109,71 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
         good = _within(metrics["loss"], config.divergence.max_loss)
         good &= _within(grad_norm, config.divergence.max_grad_norm)
         metrics["refused"] = 1.0 - good
-        bank = None if state.bank is None else memory_bank.enqueue(state.bank, z, valid=good)
+        bank = state.bank
+        if bank is not None:
+            (start,) = (term.bank_start_step for term in terms if term.create_bank)
+            valid = good & (state.step >= start) if start else good
+            bank = _enqueue(bank, rows, inputs.tags, valid)
         state = jax.lax.cond(good, update, lambda state: state, state.replace(bank=None))
         return state.replace(bank=bank), metrics
 
     return train_step
+
+
+def _enqueue(bank: MemoryBank, rows: Rows, tags: Tags, valid: Array) -> MemoryBank:
+    features = rows.features.reshape(-1, rows.features.shape[-1])
+    tags = row_tags(tags, rows.times, features.shape[0] // rows.times.shape[0])
+    return memory_bank.enqueue(bank, features, valid, tags=tags)
+
+
+def make_loss(trainer: Trainer) -> Callable:
+    """Builds the loss that a step differentiates.
+
+    Returns:
+      `(params, teacher, inputs, bank, weights, nudges=()) -> (loss, (metrics, rows))`: `weights`
+      are the terms' by name, `nudges` is added to the tokens of `objective.taps` (see `DiT`), and
+      `rows` are for the bank, or None.
+    """
+    model, objective = trainer.model, trainer.objective
+    taps = objective.taps
+
+    def loss_fn(
+        params: dict,
+        teacher: Teacher,
+        inputs: Inputs,
+        bank: MemoryBank | None,
+        weights: dict[str, Array],
+        nudges: tuple[Array, ...] = (),
+    ) -> tuple[Array, tuple[Metrics, Rows | None]]:
+        data, noise, t, labels = inputs.data, inputs.noise, inputs.t, inputs.labels
+        x_t = interpolate(objective.path, data, noise, t)
+        found: Any = model.apply(
+            {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges
+        )
+        output, tokens = found if taps else (found, ())
+        loss = objective.flow_loss(output, data, noise, t).mean()
+        metrics, rows = {"flow_loss": loss}, None
+
+        shown = {}
+        for view, blocks in objective.views.items():
+            view_time, view_noise = inputs.views[view]
+            x = interpolate(objective.path, data, view_noise, view_time)
+            seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks)
+            shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
+        seen = Seen(data, t, inputs.tags, output, dict(zip(taps, tokens, strict=True)), shown, None)
+        for term in objective.terms:
+            value, own_rows = term.loss(
+                params["terms"].get(term.name),
+                teacher.terms.get(term.name),
+                seen._replace(drawn=inputs.drawn.get(term.name)),
+                bank if term.create_bank else None,
+            )
+            rows = own_rows if term.create_bank else rows
+            loss += weights[term.name] * value
+            metrics[f"{term.name}_loss"] = value
+        return loss, (metrics | {"loss": loss}, rows)
+
+    return loss_fn
 
 
 def _within(value: Array, limit: float) -> Array:
@@ -117,25 +184,39 @@ def _within(value: Array, limit: float) -> Array:
 def draw_inputs(
     rng: Array, batch: Batch, objective: Objective, latent_format: LatentFormat
 ) -> Inputs:
-    """Draws all that is random in a step: posterior, noise, times, dropped labels.
+    """Draws all that is random in a step: posterior, noise, times, dropped labels, views.
 
     A row's numbers depend on the key and its place in the global batch alone, so every mesh and
     every number of micro-batches draws the same.
 
     Args:
       rng: the key of this step.
-      batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`.
-      objective: draws the times, and drops labels.
+      batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`, and "ids"
+        int32 [B] where the images have numbers.
+      objective: draws the times, drops labels, and has the terms.
       latent_format: how stored latents become the model's.
     """
     posterior_key, noise_key, time_key, label_key = jax.random.split(rng, 4)
-    latents, labels = batch["latents"], batch["labels"]
+    latents, classes = batch["latents"], batch["labels"]
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
     data = normalize(latents, latent_format)
     t = objective.sample_times(time_key, data.shape[0])
     noise = jax.random.normal(noise_key, data.shape)
-    return Inputs(data, noise, t, objective.drop_labels(label_key, labels))
+    labels = objective.drop_labels(label_key, classes)
+    ids = batch.get("ids", jnp.full_like(classes, memory_bank.UNKNOWN))
+
+    views = {}
+    for number, view in enumerate(objective.views, start=4):  # 0 to 3 give the keys of the split
+        gap_key, view_noise_key = jax.random.split(jax.random.fold_in(rng, number))
+        u = jax.random.uniform(gap_key, t.shape)
+        own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
+        views[view] = teacher_time(t, u, view.time_gap), own
+    drawn = {}
+    if any(term.draw for term in objective.terms):
+        target = target_velocity(objective.path, data, noise, t)
+        drawn = {term.name: term.draw(target, labels) for term in objective.terms if term.draw}
+    return Inputs(data, noise, t, labels, Tags(ids, classes, t), views, drawn)
 
 
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:
@@ -145,12 +226,12 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     its own rows, and nothing moves.
 
     Args:
-      gradients: `rows -> (grads, (metrics, z))`.
+      gradients: `inputs -> (grads, (metrics, rows))`.
       inputs: arrays `[B, ...]`.
       num_microbatches: A, which divides B / devices.
 
     Returns:
-      Mean gradients, mean metrics, and z `[B, d]` of all rows in their order (or None).
+      Mean gradients, mean metrics, and the arrays `[B, ...]` of `rows` in the batch's order.
     """
     if num_microbatches == 1:
         return gradients(inputs)
@@ -158,19 +239,20 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     def split(x: Array) -> Array:
         return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: tuple, rows: Inputs) -> tuple[tuple, Array | None]:
-        grads, (metrics, z) = gradients(rows)
-        return jax.tree.map(jnp.add, total, (grads, metrics)), z
+    def join(x: Array) -> Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    def add(total: tuple, part: Inputs) -> tuple[tuple, Rows | None]:
+        grads, (metrics, rows) = gradients(part)
+        return jax.tree.map(jnp.add, total, (grads, metrics)), rows
 
     micro = jax.tree.map(split, inputs)
     first = jax.tree.map(lambda x: x[0], micro)
     abstract_grads, (abstract_metrics, _) = jax.eval_shape(gradients, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (abstract_grads, abstract_metrics))
-    total, z = jax.lax.scan(add, zeros, micro)
+    total, rows = jax.lax.scan(add, zeros, micro)
     grads, metrics = jax.tree.map(lambda x: x / num_microbatches, total)
-    if z is not None:
-        z = z.swapaxes(0, 1).reshape(-1, z.shape[-1])
-    return grads, (metrics, z)
+    return grads, (metrics, jax.tree.map(join, rows))
 
 
 class TrainingProgram(NamedTuple):
@@ -205,6 +287,7 @@ def compile_training(
     batch = {
         "latents": jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows),
         "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        "ids": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
     }
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(

@@ -6,6 +6,7 @@ import pytest
 
 from configs import default, digits, imagenet256
 from repulsor_jax import config as config_lib
+from repulsor_jax.method.registry import TERMS
 from tests.oracles import tiny
 
 CONFIGS = pathlib.Path(default.__file__).parent
@@ -18,9 +19,8 @@ CONFIGS = pathlib.Path(default.__file__).parent
         ("model.attention", "cudnn", "model.attention: found 'cudnn' with dtype float32"),
         ("model.remat", "some", "model.remat: expected 'none', 'dots' or 'full', found 'some'"),
         ("model.depht", 3, "model.depht: unknown key; expected one of attention, depth"),
-        ("regularizer.name", "x", "regularizer.name: expected one of .*none"),
-        ("regularizer.block", 1, "regularizer.block=1 is past the last block, 0"),
-        ("regularizer.bank_rows", 40, r"regularizer.bank_rows=40 .* 32 and 48"),
+        ("repulsor.block", 1, "repulsor.block=1 is past the last block, 0"),
+        ("repulsor.bank_rows", 40, r"repulsor.bank_rows=40 .* 32 and 48"),
         ("flow.weighting", "velocity", "flow.weighting='velocity' has no meaning"),
         ("optimizer.schedule", "cosine", "optimizer.warmup_steps=10 leaves no step"),
         ("checkpoint.max_lost_steps", 1, "checkpoint.max_lost_steps=1 must be at least"),
@@ -94,11 +94,11 @@ def test_guidance_needs_a_null_class_that_is_trained(guided):
 
 
 def test_whole_numbers_pass_as_floats():
-    assert tiny.config(regularizer__weight=1).regularizer.weight == 1.0
+    assert tiny.config(repulsor__weight=1).repulsor.weight == 1.0
 
 
 def test_batch_must_divide_over_the_mesh():
-    c = tiny.config(batch_size=24, regularizer__bank_rows=48)
+    c = tiny.config(batch_size=24, repulsor__bank_rows=48)
     config_lib.check_devices(c, batch_shards=8)
     with pytest.raises(
         config_lib.ConfigError, match=r"config.batch_size=24 .* 16 x 1 = 16.* 16 and 32"
@@ -112,17 +112,12 @@ def test_batch_must_divide_over_the_mesh():
         config_lib.check_devices(tiny.config(sampling__batch_size=6), batch_shards=4)
 
 
-def test_tap_defaults_to_a_quarter_of_the_depth():
-    assert config_lib.tap_block(tiny.config(model__depth=12)) == 3
-    assert config_lib.tap_block(tiny.config(model__depth=12, regularizer__block=1)) == 1
-
-
 @pytest.mark.parametrize("variant", ["s_2,none", "b_4,dispersive", "l_8,repulsor", "xl_2,repulsor"])
 def test_imagenet_variants_are_valid(variant):
     c = config_lib.parse(imagenet256.get_config(variant))
-    size, _, regularizer = variant.partition(",")
+    size, _, objective = variant.partition(",")
     assert c.model.patch_size == int(size[-1])
-    assert c.regularizer.name == regularizer
+    assert c.terms == objective
 
 
 def test_xl_is_the_published_size():
@@ -148,11 +143,14 @@ def test_every_knob_of_the_default_has_a_comment():
         code, _, comment = line.strip().partition("  # ")
         name, equals, value = code.partition(" = ")
         if equals and comment and "ConfigDict" not in value:
-            explained.add(name.removeprefix("c."))
+            shared = name.startswith("t.")
+            sections = [*TERMS] if shared else [""]
+            explained |= {f"{section}{name[1:] if shared else name[2:]}" for section in sections}
     size = {"latent_size", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio"}
     plain = {f"model.{name}" for name in size} | {
         f"optimizer.{name}" for name in ("learning_rate", "b1", "b2", "eps", "weight_decay")
     }
+    plain |= {f"{name}.weight" for name in TERMS}
     plain |= {"sampling.num_steps", "sampling.grid_samples", "sampling.grid_columns"}
     keys = set()
     for section in dataclasses.fields(config_lib.Config):

@@ -31,7 +31,7 @@ def prepare(workdir, **overrides):
         ({"sampling.solver": "rk9"}, "config.sampling.solver: expected one of dopri5"),
         ({"mesh.data": 3}, "config.mesh.data=3.*number of devices, 8"),
         (
-            {"batch_size": 12, "regularizer.bank_rows": 24},
+            {"batch_size": 12, "repulsor.bank_rows": 24},
             "config.batch_size=12 must be a multiple",
         ),
     ],

@@ -24,11 +24,11 @@ def test_one_step_is_what_its_parts_say():
         flow__time_distribution="logit_normal",
         flow__logit_normal_location=0.5,
         flow__logit_normal_scale=0.7,
-        regularizer__block=1,
-        regularizer__weight=0.3,
-        regularizer__warmup_steps=4,
-        regularizer__temperature=0.2,
-        regularizer__distance="cosine",
+        repulsor__block=1,
+        repulsor__weight=0.3,
+        repulsor__warmup_steps=4,
+        repulsor__temperature=0.2,
+        repulsor__distance="cosine",
         optimizer__clip_norm=0.5,
         optimizer__weight_decay=0.1,
     )
@@ -42,15 +42,20 @@ def test_one_step_is_what_its_parts_say():
         lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32),
         jax.device_get(fresh.params),
     )
+    ids = rng.integers(0, 20, (3, tiny.BATCH)).astype(np.int32)  # some are those of the batch
+    ids[2] = memory_bank.EMPTY
     before = fresh.replace(
         step=jnp.int32(2),
         params=shaken,
-        bank=memory_bank.MemoryBank(jnp.asarray(rows), jnp.int32(2), jnp.int32(2)),
+        bank=memory_bank.MemoryBank(
+            jnp.asarray(rows), memory_bank.tag(jnp.asarray(ids)), jnp.int32(2), jnp.int32(2)
+        ),
     )
+    own = np.arange(tiny.BATCH, dtype=np.int32) // 2  # each image is twice in the batch
     moments = rng.standard_normal((tiny.BATCH, 4, 4, 4)).astype(np.float16)
     labels = rng.integers(0, 3, tiny.BATCH).astype(np.int32)
     train_step = jax.jit(make_train_step(tiny.trainer(c), latent_format))
-    after, metrics = train_step(before, {"latents": moments, "labels": labels})
+    after, metrics = train_step(before, {"latents": moments, "labels": labels, "ids": own})
 
     keys = jax.random.split(jax.random.fold_in(before.rng, 2), 4)
     mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-1)
@@ -62,30 +67,31 @@ def test_one_step_is_what_its_parts_say():
 
     def loss_fn(params):
         ts = t[:, None, None, None]
-        out, tokens = tiny.trainer(c).model.apply(
-            {"params": params["model"]}, ts * data + (1 - ts) * noise, t, labels, tap=1
+        out, (tokens,) = tiny.trainer(c).model.apply(
+            {"params": params["model"]}, ts * data + (1 - ts) * noise, t, labels, taps=(1,)
         )
         flow_loss = jnp.mean((out - (data - noise)) ** 2)
-        head = params["regularizer"]
+        head = params["terms"]["repulsor"]["head"]
         h = tokens.mean(1) @ head["hidden"]["kernel"] + head["hidden"]["bias"]
         z = jax.nn.silu(h) @ head["out"]["kernel"] + head["out"]["bias"]
         z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
-        others = jnp.exp(-(1 - z @ z.T) / 0.2) * ~np.eye(len(z), dtype=bool)
-        banked = jnp.exp(-(1 - z @ rows[:2].reshape(-1, tiny.DIM).T) / 0.2)
-        count = 3 * tiny.BATCH - 1
-        penalty = jnp.log((others.sum(1) + banked.sum(1)) / count).mean()
+        others, banked = own[:, None] != own, own[:, None] != ids[:2].reshape(-1)
+        sums = (jnp.exp(-(1 - z @ z.T) / 0.2) * others).sum(1)
+        sums += (jnp.exp(-(1 - z @ rows[:2].reshape(-1, tiny.DIM).T) / 0.2) * banked).sum(1)
+        penalty = jnp.log(sums / (others.sum(1) + banked.sum(1))).mean()
         return flow_loss + 0.3 * 3 / 4 * penalty, (flow_loss, penalty, z)
 
     found = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(shaken)
     (loss, (flow_loss, penalty, z)), grads = jax.device_get(found)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(metrics["flow_loss"], flow_loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["regularizer_loss"], penalty, rtol=1e-5)
+    np.testing.assert_allclose(metrics["repulsor_loss"], penalty, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
-    np.testing.assert_allclose(metrics["regularizer_weight"], 0.225, rtol=1e-6)
+    np.testing.assert_allclose(metrics["repulsor_weight"], 0.225, rtol=1e-6)
     np.testing.assert_allclose(after.bank.features[2], z, atol=1e-5)
     np.testing.assert_array_equal(after.bank.features[:2], rows[:2])
+    np.testing.assert_array_equal(after.bank.tags.ids, [*ids[:2], own])
     assert (int(after.bank.cursor), int(after.bank.filled), int(after.step)) == (0, 3, 3)
 
     for name in ("patch_embed", "final"):  # Adam's first step, from Kingma and Ba
@@ -126,17 +132,17 @@ def test_ema_is_float32_under_bfloat16_compute_and_follows():
     assert all(np.isfinite(m["loss"]) for m in history)
 
 
-@pytest.mark.parametrize("regularizer", ["none", "repulsor"])
-def test_accumulation_averages_the_gradients_of_strided_microbatches(regularizer):
-    """Without a regulariser it is the whole batch's step; with one, negatives differ."""
+@pytest.mark.parametrize("terms", ["none", "repulsor"])
+def test_accumulation_averages_the_gradients_of_strided_microbatches(terms):
+    """Without terms it is the whole batch's step; with the bank's, negatives differ."""
     batches = tiny.batches(3)
-    kwargs = {"regularizer__name": regularizer}
+    kwargs = {"terms": terms}
     whole, history = tiny.build(tiny.config(**kwargs), tiny.mesh()).run(batches)
     split, split_history = tiny.build(
         tiny.config(optimizer__accumulation_steps=2, **kwargs), tiny.mesh(data=4)
     ).run(batches)
     assert int(split.step) == 3
-    if regularizer == "none":
+    if terms == "none":
         for name in ("loss", "grad_norm"):
             found = [m[name] for m in split_history]
             np.testing.assert_allclose(found, [m[name] for m in history], rtol=1e-4)
@@ -147,8 +153,8 @@ def test_accumulation_averages_the_gradients_of_strided_microbatches(regularizer
 
 
 def test_lambda_warms_up_linearly():
-    c = tiny.config(regularizer__weight=0.4, regularizer__warmup_steps=4).regularizer
-    weights = [float(registry.weight(c, jnp.int32(s))) for s in range(6)]
+    (term,) = registry.build(tiny.config(repulsor__weight=0.4, repulsor__warmup_steps=4))
+    weights = [float(term.weight(jnp.int32(s))) for s in range(6)]
     np.testing.assert_allclose(weights, [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], rtol=1e-6)
 
 
@@ -182,21 +188,21 @@ def test_parameters_and_their_mirrors_are_sharded_alike():
     "overrides",
     [
         {
-            "regularizer__name": "dispersive",
-            "regularizer__variant": "hinge",
+            "terms": "dispersive",
+            "dispersive__variant": "hinge",
             "flow__path": "vp",
             "flow__prediction": "noise",
             "flow__time_distribution": "logit_normal",
         },
         {
-            "regularizer__pooling": "flatten",
-            "regularizer__distance": "cosine",
+            "repulsor__pooling": "flatten",
+            "repulsor__distance": "cosine",
             "model__depth": 2,
             "model__scan_blocks": True,
             "model__remat": "dots",
             "model__learn_sigma": True,
         },
-        {"regularizer__bank_rows": 0},
+        {"repulsor__bank_rows": 0},
     ],
     ids=str,
 )

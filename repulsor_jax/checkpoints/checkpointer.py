@@ -21,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import manifest
+from repulsor_jax.checkpoints import manifest, older
 from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from repulsor_jax.checkpoints.places import DAMAGED, Folder, is_bucket, open_folder
 from repulsor_jax.checkpoints.storage import Storage
@@ -298,7 +298,10 @@ class Checkpointer:
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
         about, found = self._storage.read_records(step)
         notes = check(found["config"], found["latents"]) if check else []
-        wanted = _with_saved_bank(about, abstract_state)
+        wanted: Any = _with_saved_bank(about, abstract_state)
+        is_older = older.is_older(about)
+        if is_older:
+            wanted = older.to_older(wanted)
         self._check_fits(step, about, wanted)
         data_state = found["data"]
         saved_size = found["config"].get("batch_size", batch_size)
@@ -307,8 +310,13 @@ class Checkpointer:
             if type(number) is not int or number < least:
                 raise DamagedCheckpointError(f"{self.directory / str(step)}: {what} is {number!r}")
         state = self._storage.read_arrays(step, about, wanted)
-        if abstract_state.bank is not None and wanted.bank is not abstract_state.bank:
-            bank = memory_bank.lay_out(state.bank, abstract_state.bank)
+        if is_older:
+            state = older.from_older(state)
+            notes.append("an older version saved it: the images of the bank's rows are not known")
+        if (wanted_bank := abstract_state.bank) is not None and (
+            memory_bank.describe(state.bank) != memory_bank.describe(wanted_bank)
+        ):
+            bank = memory_bank.lay_out(state.bank, wanted_bank)
             old, new = map(memory_bank.describe, (state.bank, bank))
             notes.append(f"bank: {old} re-slotted to {new}")
             state = state.replace(bank=bank)
@@ -347,9 +355,9 @@ def _warn(message: str) -> None:
 
 def _with_saved_bank(about: Manifest, wanted: TrainState) -> TrainState:
     """Asks for the bank in the layout in which it was saved."""
-    names = manifest.named_leaves({"bank": wanted.bank})
-    if wanted.bank is None or not names.keys() <= about.arrays.keys():
+    saved = about.arrays.get("bank/features")
+    if wanted.bank is None or saved is None:
         return wanted
-    leaves = [about.arrays[name].abstract() for name in names]
-    saved = jax.tree.unflatten(jax.tree.structure(wanted.bank), leaves)
-    return wanted.replace(bank=memory_bank.saved_layout(saved, wanted.bank))
+    features: Any = saved.abstract()
+    bank = dataclasses.replace(wanted.bank, features=features)
+    return wanted.replace(bank=memory_bank.saved_layout(bank, wanted.bank))

@@ -7,8 +7,10 @@ from typing import Any
 
 from flax import traverse_util
 
+from repulsor_jax.checkpoints import older
 from repulsor_jax.config import ConfigError
 from repulsor_jax.files.atomic import Appender
+from repulsor_jax.method.registry import TERMS, parse_terms
 
 FREE = "free"  # changes nothing of what is learnt
 NOTED = "noted"  # may change, and is written down
@@ -28,11 +30,22 @@ CHANGES = {
     "flow": NOTED,
     "flow.path": FORCED,
     "flow.prediction": FORCED,
-    "regularizer": NOTED,
-    "regularizer.name": FORCED,
-    "regularizer.block": FORCED,
-    "regularizer.pooling": FORCED,
-    "regularizer.projection_dim": FIXED,
+    "terms": FORCED,
+    **dict.fromkeys(TERMS, NOTED),
+    "repulsor.block": FORCED,
+    "repulsor.keys": FORCED,
+    "repulsor.negatives": FORCED,
+    "repulsor.pooling": FORCED,
+    "repulsor.positives": FORCED,
+    "repulsor.predictor": FIXED,
+    "repulsor.projection_dim": FIXED,
+    "repulsor.pool_grid": FORCED,
+    "dispersive.block": FORCED,
+    "layersync.student_block": FORCED,
+    "layersync.teacher_block": FORCED,
+    "sra.student_block": FORCED,
+    "sra.teacher_block": FORCED,
+    "latent_alignment.block": FORCED,
     "optimizer": NOTED,
     "data": FREE,  # a data set is known by its identity, wherever it lies
     "data.normalization": FORCED,
@@ -68,12 +81,16 @@ def check(
       ConfigError: names every change that is not allowed, and what to do.
     """
     changes: dict[str, list[str]] = {FREE: [], NOTED: [], FORCED: [], FIXED: []}
-    saved, present = _flat(saved_config), _flat(config)
+    saved, present = _flat(older.config_record(saved_config)), _flat(config)
+    in_use = {*parse_terms(present["terms"]), *saved.get("terms", "").split("+")}
     for key in sorted(saved.keys() | present.keys()):
         pair = saved.get(key, "absent"), present.get(key, "absent")
         kind = kind_of_change(key)
-        if key == "regularizer.weight" and 0 in pair:
-            kind = FORCED  # the head and the bank are there only with a weight
+        section, _, field = key.partition(".")
+        if section in TERMS and section not in in_use:
+            kind = FREE
+        elif section in TERMS and field == "weight" and 0 in pair:
+            kind = FORCED  # a head and a bank are there only with a weight
         if kind != FREE and "absent" in pair:
             kind = NOTED  # a key of another version
         if pair[0] != pair[1]:

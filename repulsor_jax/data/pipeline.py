@@ -44,8 +44,9 @@ def training_iterator(
 
     Returns:
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
-      `[b]`} with b rows, and `get_state` / `set_state`. Where a record turns out to be damaged,
-      `next` raises `DamagedDataError`.
+      `[b]`, "ids": int32 `[b]`} with b rows, and `get_state` / `set_state`. An id is the number of
+      the image, which its mirror image shares. Where a record turns out to be damaged, `next`
+      raises `DamagedDataError`.
     """
     own = np.arange(global_batch_size) if rows is None else rows
     source, order = dataset.open(), _record_order(dataset, seed)
@@ -61,7 +62,8 @@ def training_iterator(
                 f"{dataset.directory}: a record is damaged ({error}). Run with "
                 "config.data.verify=True to learn in which file, and restore it"
             ) from error
-        return decode_records(records, dataset.shape, dataset.dtype)
+        ids = (indices // dataset.views).astype(np.int32)
+        return decode_records(records, dataset.shape, dataset.dtype) | {"ids": ids}
 
     batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

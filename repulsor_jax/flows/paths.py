@@ -160,6 +160,12 @@ def _from_ends(quantity: str, data: Array, noise: Array, c: Coefficients) -> Arr
     return noise if quantity == "noise" else data
 
 
+def target_velocity(path: Path, data: Array, noise: Array, t: Array) -> Array:
+    """The velocity alpha' data + sigma' noise of a path, [B, ...] float32; t [B] in [0, 1]."""
+    data, noise = _float32(data, noise)
+    return _from_ends("velocity", data, noise, _coefficients_like(path, t, data))
+
+
 def flow_loss(
     path: Path,
     prediction: str,

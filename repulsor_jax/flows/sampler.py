@@ -164,6 +164,8 @@ class SamplerSpec:
     solver: str = "euler"  # one of `SOLVERS`
     num_steps: int = 250  # with that of `diffusion.last_step`; "dopri5" chooses its own
     channels: int | None = None  # how many leading channels to guide, see `guided_prediction`
+    velocity_scale: float = 1.0  # s of s v + (1 - s) E[v]: a velocity longer or shorter by s
+    mean_velocity: tuple[float, ...] = ()  # E[v] by channel: on the linear path the mean latent
     time_shift: float = 1.0  # of the fixed steps, see `solvers.time_grid`
     tolerance: solvers.Tolerance = dataclasses.field(default_factory=solvers.Tolerance)
     diffusion: solvers.Diffusion = dataclasses.field(default_factory=solvers.Diffusion)
@@ -251,6 +253,9 @@ def make_sampler(
                 interval=interval,
                 guiding_fn=weak_fn,
             )
+            if spec.velocity_scale != 1.0:
+                mean = jnp.asarray(spec.mean_velocity, found.dtype)
+                found = spec.velocity_scale * found + (1.0 - spec.velocity_scale) * mean
             convert = functools.partial(paths.convert, spec.path, found, x, t)
             return [convert(source=spec.prediction, to=quantity) for quantity in quantities]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import decode_in_slices
-from repulsor_jax.config import Config, SamplingConfig
+from repulsor_jax.config import Config, ConfigError, SamplingConfig
 from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
@@ -111,7 +111,7 @@ def make_batch_fn(
     decode = experiment.autoencoder.decode
     if c.decode_slice:
         decode = functools.partial(decode_in_slices, decode, slice_size=c.decode_slice)
-    solve = make_latent_sampler(config, experiment.model, guiding_model)
+    solve = make_latent_sampler(config, experiment.model, guiding_model, experiment.latent_mean)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     classes = present_classes(experiment)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
@@ -145,14 +145,26 @@ def present_classes(experiment: Experiment) -> list[int]:
 
 
 def make_latent_sampler(
-    config: Config, model: DiT, guiding_model: DiT | None = None
+    config: Config,
+    model: DiT,
+    guiding_model: DiT | None = None,
+    latent_mean: Sequence[float] = (),
 ) -> Callable[..., jax.Array]:
-    """Returns the configured sampler of latents; see `sampler.make_sampler` for its call."""
+    """Returns the configured sampler of latents; see `sampler.make_sampler` for its call.
+
+    Raises:
+      ConfigError: the velocity is to be scaled about the mean latent, and that is not known.
+    """
     c = config.sampling
 
     def predict_with(model: DiT) -> Callable[..., Any]:
         return lambda params, *inputs: model.apply({"params": params}, *inputs)
 
+    if c.velocity_scale != 1.0 and not latent_mean:
+        raise ConfigError(
+            f"config.sampling.velocity_scale={c.velocity_scale}: an older version trained this "
+            "run, and did not keep the mean of its latents; set it to 1"
+        )
     spec = sampler.SamplerSpec(
         paths.get_path(config.flow.path),
         null_label=config.model.num_classes,
@@ -161,6 +173,8 @@ def make_latent_sampler(
         num_steps=c.num_steps,
         channels=c.cfg_channels or None,
         time_shift=c.time_shift,
+        velocity_scale=c.velocity_scale,
+        mean_velocity=tuple(latent_mean),
         tolerance=solvers.Tolerance(c.rtol, c.atol, c.max_steps),
         diffusion=solvers.Diffusion(
             c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size

@@ -62,6 +62,7 @@ class _Latents:
     factor: tuple[float, ...]
     class_names: Annotated[tuple[ClassName, ...], Field(min_length=1)]
     absent_classes: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()  # of the model's latents; older versions do not say
 
 
 @checked
@@ -148,6 +149,7 @@ def open_experiment(
         latents_sha256=latents.weights_sha256,
         class_names=latents.class_names,
         absent_classes=latents.absent_classes,
+        latent_mean=latents.mean,
     )
 
 
@@ -261,6 +263,8 @@ def protocol(
             "cfg_channels": c.cfg_channels,
             "guide": guide.description if guide else "no class",
         }
+    if c.velocity_scale != 1.0:
+        found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
     if experiment.absent_classes:
         found["absent_classes"] = list(experiment.absent_classes)
     return found | {key: getattr(c, key) for key in keys}

@@ -7,14 +7,44 @@ The features are laid out `[S, B, d]`: S slots, each the whole global batch of o
 step overwrites one slot, which is a `dynamic_update_slice` along an unsharded axis; with the batch
 axis sharded as the batch itself is, every device writes its own rows in place and nothing is
 communicated. A flat `[S * B, d]` queue gathers the whole bank instead.
+
+Beside its features a row carries twelve bytes of tags: the number of its image, its class and its
+noise level. They say which rows are negatives of a sample, and how much each counts.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+UNKNOWN = -1  # the id of a row whose image is not known: it is no copy of any sample
+EMPTY = -2  # the id of a row that is no negative: never written, or refused by `valid`
+
+
+class Tags(NamedTuple):
+    """What is known of rows beside their features; one shape for all three, [B] or [S, B]."""
+
+    ids: jax.Array  # int32, the number of the image; mirror images share it
+    labels: jax.Array  # int32, the class, also where training dropped it
+    times: jax.Array  # float32, the noise level t: 0 is noise, 1 is data
+
+
+def tag(ids: jax.Array, labels: jax.Array | None = None, times: jax.Array | None = None) -> Tags:
+    """Tags of rows whose images, and perhaps classes and noise levels, are known."""
+    unknown = unknown_tags(ids.shape)
+    return Tags(
+        ids.astype(jnp.int32),
+        unknown.labels if labels is None else labels.astype(jnp.int32),
+        unknown.times if times is None else times.astype(jnp.float32),
+    )
+
+
+def unknown_tags(shape: int | tuple[int, ...], ids: int = UNKNOWN) -> Tags:
+    """Tags of rows of which nothing is known."""
+    numbers = jnp.full(shape, ids, jnp.int32)
+    return Tags(numbers, jnp.full(shape, UNKNOWN, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +53,7 @@ class MemoryBank:
     """Queue of past projections: slot s holds those of one past global batch, row b by row b."""
 
     features: jax.Array  # [S, B, d]; slots that were never written hold zeros
+    tags: Tags  # [S, B]; EMPTY ids where never written
     cursor: jax.Array  # int32 scalar, the slot that the next batch overwrites (the oldest one)
     filled: jax.Array  # int32 scalar, the number of slots written so far, at most S
 
@@ -38,6 +69,7 @@ def create(num_slots: int, batch_size: int, dim: int, dtype: jnp.dtype = jnp.flo
         raise ValueError(f"a memory bank [slots, batch, dim] needs positive sizes, got {shape}")
     return MemoryBank(
         features=jnp.zeros(shape, dtype),
+        tags=unknown_tags(shape[:2], EMPTY),
         cursor=jnp.zeros((), jnp.int32),
         filled=jnp.zeros((), jnp.int32),
     )
@@ -50,19 +82,27 @@ def shardings(mesh: Mesh, batch_axes: str | tuple[str, ...]) -> MemoryBank:
     """
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     rows: Any = NamedSharding(mesh, PartitionSpec(None, batch_axes))
-    return MemoryBank(features=rows, cursor=everywhere, filled=everywhere)
+    return MemoryBank(rows, Tags(rows, rows, rows), everywhere, everywhere)
 
 
-def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> MemoryBank:
+def enqueue(
+    bank: MemoryBank,
+    z: jax.Array,
+    valid: jax.Array | bool = True,
+    *,
+    tags: Tags | None = None,
+) -> MemoryBank:
     """Overwrites the oldest slot with one global batch of projections.
 
     Args:
       bank: the queue.
       z: `[B, d]` projections, cast to the bank's dtype; no gradient flows through them.
-      valid: scalar bool; when False the bank comes back unchanged. The slot is selected here: a
-        select on the whole bank outside would copy it. A `valid` that depends on the loss makes
-        the update wait until the loss has read the bank; without it XLA may copy a donated bank to
-        do both at once.
+      valid: bool, a scalar or one for each row, `[B]`. A row that is not valid is written as EMPTY,
+        which is no negative. Where no row is valid the bank comes back unchanged; the slot is
+        selected here, for a select on the whole bank outside would copy it. A `valid` that depends
+        on the loss makes the update wait until the loss has read the bank; without it XLA may copy
+        a donated bank to do both at once.
+      tags: of the rows, `[B]` each; None where nothing is known of them.
 
     Raises:
       ValueError: z does not have the shape of a slot.
@@ -70,26 +110,40 @@ def enqueue(bank: MemoryBank, z: jax.Array, valid: jax.Array | bool = True) -> M
     num_slots, *slot_shape = bank.features.shape
     if list(z.shape) != slot_shape:
         raise ValueError(f"one slot of this bank is {slot_shape}, the batch is {list(z.shape)}")
-    slot = jax.lax.stop_gradient(z).astype(bank.features.dtype)
+    rows = z.shape[0]
+    written = tags or unknown_tags(rows)
+    slot = jax.lax.stop_gradient((z.astype(bank.features.dtype), written))
+    advance = jnp.ones((), jnp.int32)
     if valid is not True:
-        oldest = jax.lax.dynamic_index_in_dim(bank.features, bank.cursor, 0, keepdims=False)
-        slot = jnp.where(valid, slot, oldest)
-    advance = jnp.asarray(valid, jnp.int32)
+        valid = jnp.asarray(valid)
+        advance = valid.any().astype(jnp.int32)
+        if valid.ndim:
+            nothing = jnp.zeros_like(slot[0]), unknown_tags(rows, EMPTY)
+            slot = jax.tree.map(lambda x, y: _select(valid, x, y), slot, nothing)
+        slot = jax.tree.map(
+            lambda new, all_slots: jnp.where(
+                advance > 0,
+                new,
+                jax.lax.dynamic_index_in_dim(all_slots, bank.cursor, 0, keepdims=False),
+            ),
+            slot,
+            (bank.features, bank.tags),
+        )
+    features, all_tags = jax.tree.map(
+        lambda all_slots, new: jax.lax.dynamic_update_index_in_dim(all_slots, new, bank.cursor, 0),
+        (bank.features, bank.tags),
+        slot,
+    )
     return MemoryBank(
-        features=jax.lax.dynamic_update_index_in_dim(bank.features, slot, bank.cursor, 0),
+        features,
+        all_tags,
         cursor=(bank.cursor + advance) % num_slots,
         filled=jnp.minimum(bank.filled + advance, num_slots),
     )
 
 
-def negatives(bank: MemoryBank) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows to be used as negatives and which of them count.
-
-    Returns:
-      features `[S, B, d]` without gradient, and a bool mask `[S]`, True for slots written so far.
-    """
-    mask = jnp.arange(bank.features.shape[0]) < bank.filled
-    return jax.lax.stop_gradient(bank.features), mask
+def _select(valid: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
 
 def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
@@ -105,18 +159,22 @@ def reslot(bank: MemoryBank, num_slots: int, batch_size: int) -> MemoryBank:
       num_slots: S' of the queue `[S', B', d]` that is returned.
       batch_size: B'; a size that is not positive is a ValueError.
     """
-    dim = bank.features.shape[2]
-    empty = create(num_slots, batch_size, dim, bank.features.dtype)
+    empty = create(num_slots, batch_size, bank.features.shape[2], bank.features.dtype)
     num_rows = bank.filled * bank.features.shape[1]
     filled = jnp.minimum(num_rows // batch_size, num_slots)
     oldest = bank.cursor - bank.filled
-    rows = jnp.roll(bank.features, -oldest, axis=0).reshape(-1, dim)
-    # Rows past the newest are those of slots that were never written: zeros.
-    rows = jnp.concatenate([rows, empty.features.reshape(-1, dim)])
-    kept = jax.lax.dynamic_slice_in_dim(
-        rows, num_rows - filled * batch_size, num_slots * batch_size
-    )
-    return MemoryBank(kept.reshape(empty.features.shape), filled % num_slots, filled)
+
+    def lay_out(old: jax.Array, unwritten: jax.Array) -> jax.Array:
+        rows = jnp.roll(old, -oldest, axis=0).reshape(-1, *old.shape[2:])
+        # Rows past the newest are those of slots that were never written.
+        rows = jnp.concatenate([rows, unwritten.reshape(-1, *old.shape[2:])])
+        first = num_rows - filled * batch_size
+        kept = jax.lax.dynamic_slice_in_dim(rows, first, num_slots * batch_size)
+        return kept.reshape(unwritten.shape)
+
+    features = lay_out(bank.features, empty.features)
+    tags = jax.tree.map(lay_out, bank.tags, empty.tags)
+    return MemoryBank(features, tags, filled % num_slots, filled)
 
 
 def saved_layout(saved: MemoryBank, wanted: MemoryBank) -> MemoryBank:
@@ -124,6 +182,7 @@ def saved_layout(saved: MemoryBank, wanted: MemoryBank) -> MemoryBank:
 
     Where slots, batch size or dtype differ, the saved ones are asked for, with the features split
     over their last axis: `reslot` leaves that axis alone, so no device ever holds the whole bank.
+    The tags, 12 bytes a row, are asked for whole on every device.
 
     Args:
       saved: shapes and dtypes that the checkpoint holds.
@@ -141,7 +200,11 @@ def saved_layout(saved: MemoryBank, wanted: MemoryBank) -> MemoryBank:
     axes = new.sharding.spec[1] if old.shape[2] % num_shards == 0 else None
     by_feature = NamedSharding(new.sharding.mesh, PartitionSpec(None, None, axes))
     features: Any = jax.ShapeDtypeStruct(old.shape, old.dtype, sharding=by_feature)
-    return dataclasses.replace(wanted, features=features)
+    whole = NamedSharding(new.sharding.mesh, PartitionSpec())
+    tags: Any = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(old.shape[:2], x.dtype, sharding=whole), wanted.tags
+    )
+    return dataclasses.replace(wanted, features=features, tags=tags)
 
 
 def lay_out(bank: MemoryBank, wanted: MemoryBank) -> MemoryBank:

@@ -6,89 +6,100 @@ same rows, and is rescaled as the sum is. Rows are read once, in the forward pas
 pass multiplies the gradient that the forward pass left, an array of the shape of z.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Sums = tuple[Array, Array, Array]  # largest logit, sum of weights, their gradient
+Sums = tuple[Array, Array, Array, Array]  # largest logit, sum of weights, their gradient, count
 
 
 def online_logsumexp(
-    logits: Callable[[Array, Array], Array],
+    logits: Callable[[Any, Array, Any], tuple[Array, Array]],
     z: Array,
-    rows: Array,
-    num_valid: Array,
+    about: Any,
+    rows: Any,
     chunk_slots: int,
-) -> Array:
-    """Log-sum-exp of logits over the rows of the first `num_valid` slots.
+) -> tuple[Array, Array]:
+    """Log-sum-exp of logits over rows, and how many there are.
 
     No array of more than `chunk_slots * B * b` elements is made, nor a copy of `rows` in any dtype.
     On a mesh `rows` may be split on B: in the loop every device works on its own rows and nothing
-    is communicated; `[b]` maxima and sums and the `[b, d]` gradient are reduced once, after it.
+    is communicated; `[b]` sums and the `[b, d]` gradient are reduced once, after it.
 
     Args:
-      logits: `(rows [..., d], z [b, d]) -> [..., b]` float32, the last axis not mixing samples.
+      logits: `(rows, z [b, d], about) -> (logits, weights)`, both `[..., b]`, the last axis not
+        mixing samples. A row of weight 0 has the logit -inf; other weights are only counted.
       z: `[b, d]` float32; differentiable once, in reverse mode.
-      rows: `[S, B, d]` in any dtype; no gradient.
-      num_valid: int32 scalar, at most S.
+      about: a tree of arrays `[b, ...]`, what else is known of the samples; no gradient.
+      rows: a tree of arrays `[S, B, ...]` in any dtype; no gradient.
       chunk_slots: slots in a chunk, from 1 to S; it need not divide S.
 
     Returns:
-      `[b]` float32; -inf, with zero gradient, where `num_valid` is 0.
+      `[b]` float32, -inf with zero gradient where all weights are 0; and the sum of the weights.
     """
-    num_slots, batch_size, dim = rows.shape
+    num_slots, batch_size = jax.tree.leaves(rows)[0].shape[:2]
     groups = _groups(batch_size)
 
-    def value_and_gradient(z: Array) -> tuple[Array, Array]:
-        queries = jnp.broadcast_to(z, (groups, *z.shape))  # gathered once, before the loop
+    def value_and_gradient(z: Array) -> tuple[tuple[Array, Array], Array]:
+        # The queries are gathered once, before the loop.
+        queries, tags = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), (z, about))
 
         def add_chunk(sums: Sums, first: Array) -> tuple[Sums, None]:
-            largest, total, gradient = sums
+            largest, total, gradient, count = sums
             # The last chunk begins early enough to be whole; slots that it repeats do not count.
             start = jnp.minimum(first, num_slots - chunk_slots)
             slots = start + jnp.arange(chunk_slots)
-            counts = (slots >= first) & (slots < num_valid)
+            counts = (slots >= first)[:, None, None]
             # The barrier ties the rows to this turn of the loop: without it XLA on CPUs converts
             # the whole of a bfloat16 bank before the loop.
             all_rows, start = jax.lax.optimization_barrier((rows, start))
-            chunk = jax.lax.dynamic_slice_in_dim(all_rows, start, chunk_slots)
-            chunk = chunk.reshape(chunk_slots, groups, -1, dim)
+            chunk = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk_slots).reshape(
+                    chunk_slots, groups, -1, *x.shape[2:]
+                ),
+                all_rows,
+            )
 
-            by_group = functools.partial(jax.vmap(logits, in_axes=(1, 0)), chunk)
-            values, pull_back = jax.vjp(by_group, queries)  # [groups, slots, rows, b]
-            values = jnp.where(counts[:, None, None], values, -jnp.inf)
+            def by_group(z: Array) -> tuple[Array, Array]:  # [groups, slots, rows, b]
+                return jax.vmap(logits, in_axes=(1, 0, 0))(chunk, z, tags)
+
+            values, pull_back, rows_weigh = jax.vjp(by_group, queries, has_aux=True)
+            values = jnp.where(counts, values, -jnp.inf)
             new_largest = jnp.maximum(largest, values.max(axis=(1, 2)))
             rescale = jnp.exp(largest - new_largest)
             weights = jnp.exp(values - new_largest[:, None, None])
             total = rescale * total + weights.sum(axis=(1, 2))
             gradient = rescale[..., None] * gradient + pull_back(weights)[0]
-            return (new_largest, total, gradient), None
+            count += (counts * rows_weigh).sum(axis=(1, 2), dtype=jnp.float32)
+            return (new_largest, total, gradient, count), None
 
         nothing = (
             jnp.full(queries.shape[:2], jnp.finfo(jnp.float32).min),  # finite: no inf - inf
             jnp.zeros(queries.shape[:2]),
             jnp.zeros(queries.shape),
+            jnp.zeros(queries.shape[:2]),
         )
         firsts = jnp.arange(0, num_slots, chunk_slots)
-        (largest, total, gradient), _ = jax.lax.scan(add_chunk, nothing, firsts)
+        (largest, total, gradient, count), _ = jax.lax.scan(add_chunk, nothing, firsts)
 
         overall = largest.max(axis=0)
         rescale = jnp.exp(largest - overall)
         total = (rescale * total).sum(axis=0)
         gradient = (rescale[..., None] * gradient).sum(axis=0)
-        total = jnp.where(num_valid > 0, total, 1.0)
-        value = jnp.where(num_valid > 0, overall + jnp.log(total), -jnp.inf)
-        return value, gradient / total[:, None]
+        found = total > 0
+        total = jnp.where(found, total, 1.0)
+        value = jnp.where(found, overall + jnp.log(total), -jnp.inf)
+        return (value, count.sum(axis=0)), gradient / total[:, None]
 
     @jax.custom_vjp
-    def value(z: Array) -> Array:
+    def value(z: Array) -> tuple[Array, Array]:
         return value_and_gradient(z)[0]
 
-    value.defvjp(value_and_gradient, lambda gradient, g: (g[:, None] * gradient,))
+    value.defvjp(value_and_gradient, lambda gradient, g: (g[0][:, None] * gradient,))
     return value(z)
 
 

@@ -1,6 +1,7 @@
-"""The registry of regularisers: what a train step needs to know of one, and which there are.
+"""The registry of terms: which losses can be added to the flow loss, by name.
 
-A new regulariser is one file with its loss, one builder here and one line in `REGULARIZERS`.
+A new term is one file with its loss, one builder and one line in `TERMS`. A builder reads its own
+section of the configuration, `config.<name>`, and what else it needs of it.
 """
 
 import dataclasses
@@ -10,81 +11,148 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repulsor_jax.method import memory_bank
+from repulsor_jax.method import alignment, contrastive_flow, repulsor
 from repulsor_jax.method.dispersive import dispersive_loss
-from repulsor_jax.method.head import ProjectionHead, pool
-from repulsor_jax.method.memory_bank import MemoryBank
-from repulsor_jax.method.repulsion import repulsion_loss
+from repulsor_jax.method.schedule import weight_schedule
+from repulsor_jax.method.term import Seen, Term, View
+from repulsor_jax.method.token_heads import TokenHead
 
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Regularizer:
-    """A loss on the hidden tokens [B, N, D] of one block, with its parameters and its memory."""
+def parse_terms(text: str) -> tuple[str, ...]:
+    """Names in a sum of terms, as "repulsor+layersync"; "" and "none" are no term.
 
-    # (key, abstract tokens) -> params, boxed with logical axis names; {} with nothing to learn.
-    init: Callable[[Array, jax.ShapeDtypeStruct], Any]
-    create_bank: Callable[[], MemoryBank] | None  # None without a memory
-    # (params, tokens, bank) -> (loss scalar, z [B, d] for the bank or None).
-    loss: Callable[[Any, Array, MemoryBank | None], tuple[Array, Array | None]]
+    Raises:
+      ValueError: a name is unknown, or there twice.
+    """
+    names = tuple(name.strip() for name in text.split("+")) if text not in ("", "none") else ()
+    for name in names:
+        if name not in TERMS:
+            known = ", ".join(sorted(TERMS))
+            raise ValueError(f"expected none, or a sum of {known}, found {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"expected each term once, found {name!r} twice")
+    return names
 
 
-def build(config: Any, *, hidden_size: int, batch_size: int) -> Regularizer | None:
-    """Returns the configured regulariser, or None when it is off ("none", or weight 0).
+def build(config: Any) -> tuple[Term, ...]:
+    """Returns the terms of a configuration, in the order of its `terms`; weight 0 is no term.
 
     Args:
-      config: the section `regularizer` of a configuration; its `name` is one of `REGULARIZERS`.
-      hidden_size: D, the width of the tokens.
-      batch_size: B, of the global batch.
+      config: with `terms`, a section for each of them, `model`, `batch_size` and `total_steps`.
     """
-    builder = REGULARIZERS[config.name]
-    if builder is None or config.weight == 0:
-        return None
-    return builder(config, hidden_size, batch_size)
+    names = parse_terms(config.terms)
+    terms = tuple(TERMS[name](config) for name in names if getattr(config, name).weight > 0)
+    if sum(term.create_bank is not None for term in terms) > 1:
+        raise ValueError("at most one term can have a bank")
+    return terms
 
 
-def weight(config: Any, step: Array) -> Array:
-    """Lambda at an optimizer step: linear from 0 over `warmup_steps`, then constant; float32."""
-    progress = (step.astype(jnp.float32) + 1.0) / max(config.warmup_steps, 1)
-    return config.weight * jnp.minimum(progress, 1.0)
+def _build_dispersive(config: Any) -> Term:
+    c = config.dispersive
+    block = config.model.depth // 4 if c.block == -1 else c.block
 
-
-def _build_repulsor(config: Any, hidden_size: int, batch_size: int) -> Regularizer:
-    head = ProjectionHead(config.projection_dim, hidden_size)
-
-    def init(key: Array, tokens: jax.ShapeDtypeStruct) -> Any:
-        pooled = jax.eval_shape(lambda x: pool(x, config.pooling), tokens)
-        return head.init(key, jnp.zeros(pooled.shape, pooled.dtype))["params"]
-
-    def create_bank() -> MemoryBank:
-        num_slots = config.bank_rows // batch_size
-        dtype = jnp.dtype(config.bank_dtype)
-        return memory_bank.create(num_slots, batch_size, config.projection_dim, dtype)
-
-    def loss(params: Any, tokens: Array, bank: MemoryBank | None) -> tuple[Array, Array]:
-        z: Any = head.apply({"params": params}, pool(tokens, config.pooling))
-        value = repulsion_loss(z, bank, temperature=config.temperature, distance=config.distance)
-        return value, z
-
-    return Regularizer(init, create_bank if config.bank_rows else None, loss)
-
-
-def _build_dispersive(config: Any, hidden_size: int, batch_size: int) -> Regularizer:
-    def loss(params: Any, tokens: Array, bank: MemoryBank | None) -> tuple[Array, None]:
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
         value = dispersive_loss(
-            tokens,
-            variant=config.variant,
-            temperature=config.temperature,
-            margin=config.margin,
+            seen.tokens[block], variant=c.variant, temperature=c.temperature, margin=c.margin
         )
         return value, None
 
-    return Regularizer(lambda key, tokens: {}, None, loss)
+    weight = weight_schedule(c, config.total_steps)
+    return Term("dispersive", weight, loss, taps=(block,))
 
 
-REGULARIZERS: dict[str, Callable[[Any, int, int], Regularizer] | None] = {
-    "none": None,
+def _build_layersync(config: Any) -> Term:
+    c = config.layersync
+    student, teacher = layersync_blocks(config)
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
+        return alignment.layersync_loss(seen.tokens[student], seen.tokens[teacher]), None
+
+    weight = weight_schedule(c, config.total_steps)
+    return Term("layersync", weight, loss, taps=(student, teacher))
+
+
+def layersync_blocks(config: Any) -> tuple[int, int]:
+    """Student and teacher of LayerSync; by default the published 8 and 16 of 28, scaled."""
+    c, depth = config.layersync, config.model.depth
+    student = max(round(depth * 8 / 28), 1) - 1 if c.student_block == -1 else c.student_block
+    teacher = max(round(depth * 16 / 28), 2) - 1 if c.teacher_block == -1 else c.teacher_block
+    return student, teacher
+
+
+def sra_blocks(config: Any) -> tuple[int, int]:
+    """Student and teacher of SRA; by default a quarter and three quarters of the depth."""
+    c, depth = config.sra, config.model.depth
+    student = max(round(depth / 4), 1) - 1 if c.student_block == -1 else c.student_block
+    teacher = max(round(depth * 3 / 4), 1) - 1 if c.teacher_block == -1 else c.teacher_block
+    return student, teacher
+
+
+def _build_sra(config: Any) -> Term:
+    c, width = config.sra, config.model.hidden_size
+    student, teacher = sra_blocks(config)
+    view = View(c.time_gap, new_noise=False)
+    head = TokenHead(2 * width, width)
+    schedule = weight_schedule(dataclasses.replace(c, weight=1.0), config.total_steps)
+
+    def weight(step: Array) -> Array:
+        decayed = alignment.decayed_weight(c.weight, step, c.decay_start, c.decay_steps)
+        return schedule(step) * decayed
+
+    def init(key: Array) -> Any:
+        return head.init(key, jnp.zeros((1, 1, width)))["params"]
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
+        ours: Any = head.apply({"params": params}, seen.tokens[student])
+        theirs = seen.teacher[view][1][teacher]
+        return alignment.sra_loss(ours, theirs, distance=c.distance, axis=c.axis, beta=c.beta), None
+
+    return Term("sra", weight, loss, taps=(student,), view=view, teacher_taps=(teacher,), init=init)
+
+
+def _build_latent_alignment(config: Any) -> Term:
+    c, model = config.latent_alignment, config.model
+    block = model.depth // 4 if c.block == -1 else c.block
+    head = TokenHead(model.hidden_size, model.patch_size**2 * model.in_channels)
+
+    def init(key: Array) -> Any:
+        return head.init(key, jnp.zeros((1, 1, model.hidden_size)))["params"]
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
+        ours: Any = head.apply({"params": params}, seen.tokens[block])
+        return alignment.clean_latent_loss(ours, seen.data, model.patch_size), None
+
+    weight = weight_schedule(c, config.total_steps)
+    return Term("latent_alignment", weight, loss, taps=(block,), init=init)
+
+
+def _build_contrastive_flow(config: Any) -> Term:
+    c, null_class = config.contrastive_flow, config.model.num_classes
+
+    def draw(target: Array, labels: Array) -> dict[str, Array]:
+        drawn = {"negatives": contrastive_flow.negative_targets(target)}
+        if c.labelled_only:
+            drawn["weights"] = contrastive_flow.row_weights(labels, null_class)
+        return drawn
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
+        drawn = seen.drawn
+        return contrastive_flow.contrast(
+            seen.output, drawn["negatives"], drawn.get("weights")
+        ), None
+
+    weight = weight_schedule(c, config.total_steps)
+    return Term("contrastive_flow", weight, loss, draw=draw)
+
+
+# Each name is that of a section of the configuration.
+TERMS: dict[str, Callable[[Any], Term]] = {
+    "contrastive_flow": _build_contrastive_flow,
     "dispersive": _build_dispersive,
-    "repulsor": _build_repulsor,
+    "latent_alignment": _build_latent_alignment,
+    "layersync": _build_layersync,
+    "repulsor": repulsor.build,
+    "sra": _build_sra,
 }

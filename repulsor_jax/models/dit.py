@@ -318,21 +318,32 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, t: Array, labels: Array, *, tap: int | None = None
-    ) -> Array | tuple[Array, Array]:
+        self,
+        x: Array,
+        t: Array,
+        labels: Array,
+        *,
+        taps: tuple[int, ...] = (),
+        nudges: tuple[Array, ...] = (),
+        has_output: bool = True,
+    ) -> Any:
         """Predicts the output (a velocity, say) at `x` and time `t`.
 
         Args:
           x: [B, H, W, C] latents at time t.
           t: [B] times in [0, 1], 0 noise and 1 data.
           labels: [B] int32 classes in [0, num_classes].
-          tap: index of a block whose output tokens to return as well.
+          taps: indices of blocks whose output tokens to return as well.
+          nudges: [B, N, D] for each of the taps, added to its tokens, so that a gradient with
+            respect to tokens can be taken; () adds nothing.
+          has_output: False returns the taps alone, see `tokens_after`.
 
         Returns:
-          [B, H, W, C] float32; with `tap`, the pair of it and tokens [B, N, D] in `dtype`.
+          [B, H, W, C] float32; with `taps`, the pair of it and tokens [B, N, D] in `dtype`, one
+          array for each tap.
 
         Raises:
-          ValueError: if `tap` is not the index of a block, or the shapes of `x`, `t` or
+          ValueError: if a tap is not the index of a block, or the shapes of `x`, `t` or
             `labels` do not fit.
         """
         latent = (self.latent_size, self.latent_size, self.in_channels)
@@ -343,8 +354,8 @@ class DiT(nn.Module):
         for name, vector in (("t", t), ("labels", labels)):
             if vector.shape != x.shape[:1]:
                 raise ValueError(f"{name}: found shape {vector.shape}, expected {x.shape[:1]}")
-        if tap is not None and not 0 <= tap < self.depth:
-            raise ValueError(f"tap: found {tap}, expected a block in 0 to {self.depth - 1}")
+        if any(not 0 <= tap < self.depth for tap in taps):
+            raise ValueError(f"taps: found {taps}, expected blocks in 0 to {self.depth - 1}")
 
         tokens = patchify(x, self.patch_size).astype(self.dtype)
         embed = _dense(self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype)
@@ -352,10 +363,13 @@ class DiT(nn.Module):
         positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
         tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
         condition = self._condition(t, labels)
-        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), tap)
+        nudged = dict(zip(taps, nudges, strict=True)) if nudges else {}
+        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), taps, nudged)
+        if not has_output:
+            return tapped
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
         out = self._final_layer(tokens, condition)
-        return out if tapped is None else (out, tapped)
+        return (out, tapped) if taps else out
 
     def _condition(self, t: Array, labels: Array) -> Array:
         """SiLU of the sum of time and label embeddings, [B, D] float32.
@@ -378,9 +392,9 @@ class DiT(nn.Module):
         return nn.silu(h + label)
 
     def _run_blocks(
-        self, tokens: Array, condition: Array, tap: int | None
-    ) -> tuple[Array, Array | None]:
-        """Runs all blocks; the second result is the output of block `tap`, if asked."""
+        self, tokens: Array, condition: Array, taps: tuple[int, ...], nudges: dict[int, Array]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Runs all blocks; the second result are the outputs of the blocks `taps`."""
         block_class: Any = Block
         if self.remat != "none":
             # Inside a scan the loop itself keeps XLA from undoing the rematerialisation.
@@ -397,22 +411,26 @@ class DiT(nn.Module):
             attention=self.attention,
         )
         if not self.scan_blocks:
-            tapped = None
+            outputs = {}
             for i in range(self.depth):
                 tokens = make_block(name=f"block_{i}")(tokens, condition)
-                if i == tap:
-                    tapped = tokens
-            return tokens, tapped
+                tokens = tokens + nudges[i] if i in nudges else tokens
+                outputs[i] = tokens
+            return tokens, tuple(outputs[tap] for tap in taps)
+
+        # The last block's tokens come out of the loop by themselves.
+        carried = tuple(tap for tap in taps if tap < self.depth - 1)
 
         def plain(block: nn.Module, x: Array, condition: Array, index: Array) -> Any:
             return block(x, condition), None
 
-        def tapping(
-            block: nn.Module, carry: tuple[Array, Array], condition: Array, index: Array
-        ) -> Any:
-            x, tapped = carry
+        def tapping(block: nn.Module, carry: Any, condition: Array, index: Array) -> Any:
+            x, kept = carry
             x = block(x, condition)
-            return (x, jnp.where(index == tap, x, tapped)), None
+            for tap, nudge in nudges.items():
+                x += jnp.where(index == tap, nudge, 0)
+            kept = {tap: jnp.where(index == tap, x, old) for tap, old in kept.items()}
+            return (x, kept), None
 
         scan = functools.partial(
             nn.scan,
@@ -424,12 +442,12 @@ class DiT(nn.Module):
         )
         blocks = make_block(name="blocks")
         indices = jnp.arange(self.depth)
-        if tap is None:
+        if not carried and not nudges:
             tokens, _ = scan(plain)(blocks, tokens, condition, indices)
-            return tokens, None
-        carry = (tokens, jnp.zeros_like(tokens))
-        (tokens, tapped), _ = scan(tapping)(blocks, carry, condition, indices)
-        return tokens, tapped
+            return tokens, (tokens,) * len(taps)
+        carry = (tokens, {tap: jnp.zeros_like(tokens) for tap in carried})
+        (tokens, kept), _ = scan(tapping)(blocks, carry, condition, indices)
+        return tokens, tuple(kept.get(tap, tokens) for tap in taps)
 
     def _final_layer(self, tokens: Array, condition: Array) -> Array:
         """Adaptive norm, projection to patches in float32 and unpatchify: [B, H, W, C]."""
@@ -446,3 +464,21 @@ class DiT(nn.Module):
         dense = _dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
         out = _project(dense, _modulate(tokens, shift, scale))
         return unpatchify(out, self.patch_size)[..., : self.in_channels]
+
+
+def tokens_after(
+    model: DiT, params: Params, x: Array, t: Array, labels: Array, taps: tuple[int, ...]
+) -> tuple[Array, ...]:
+    """Tokens [B, N, D] after the blocks `taps`; no block after the last of them is run.
+
+    Args:
+      model: the whole model; a shorter one is made of it.
+      params: of the whole model.
+      x, t, labels: as in `DiT.__call__`.
+      taps: indices of blocks.
+    """
+    depth = max(taps) + 1
+    if model.scan_blocks:
+        params = params | {"blocks": jax.tree.map(lambda p: p[:depth], params["blocks"])}
+    shorter: Any = model.clone(depth=depth)
+    return shorter.apply({"params": params}, x, t, labels, taps=taps, has_output=False)

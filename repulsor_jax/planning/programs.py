@@ -84,6 +84,7 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
         model=build_model(config.model, mesh.devices.flat[0]),
         autoencoder=autoencoder,
         latent_format=LatentFormat(is_stochastic, channels, channels),
+        latent_mean=tuple(channels.tolist()),
         latents_sha256="",
         class_names=tuple(str(k) for k in range(config.model.num_classes)),
     )
@@ -140,9 +141,10 @@ def largest_batch(
 
 def with_batch(config: Config, batch_size: int) -> Config:
     """The configuration with another batch; the bank's rows are rounded up to whole batches."""
-    rows = -(-config.regularizer.bank_rows // batch_size) * batch_size
-    regularizer = dataclasses.replace(config.regularizer, bank_rows=rows)
-    return dataclasses.replace(config, batch_size=batch_size, regularizer=regularizer)
+    r = config.repulsor
+    slot = batch_size * (r.pool_grid**2 if r.pooling == "token" else 1)
+    repulsor = dataclasses.replace(r, bank_rows=-(-r.bank_rows // slot) * slot)
+    return dataclasses.replace(config, batch_size=batch_size, repulsor=repulsor)
 
 
 def build(name: str, experiment: Experiment, topology: Topology) -> Built:
@@ -164,12 +166,12 @@ def _train(experiment: Experiment) -> Built:
     rows = sharding.batch_sharding(mesh)
     batch = [
         jax.ShapeDtypeStruct((config.batch_size, *record), config.data.dtype, sharding=rows),
-        jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows),
+        *[jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)] * 2,  # labels, ids
     ]
     kinds = {
         "parameters": state.params,
         "optimizer": state.opt_state,
-        "EMA": state.ema_params,
+        "EMA": [state.ema_params, state.ema_terms],
         "bank": state.bank,
         "batch": batch,
         "other": [state.step, state.rng],
@@ -183,12 +185,13 @@ def _train(experiment: Experiment) -> Built:
 def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
     """Shapes that only an array with bank rows of at least two devices can have.
 
-    For the bank `[S, B, d]` and n rows of at least two devices: `[S, n, d]` and `[S * n, d]`.
+    For the bank `[S, B, d]` and n rows of at least two devices: `[S, n, d]` and `[S * n, d]`, and
+    for the tags `[S, n]`.
     """
     slots, batch_size, dim = features.shape
     rows = features.sharding.shard_shape(features.shape)[1]
     counts = range(2 * rows, batch_size + 1, rows)
-    shapes: set[tuple[int, ...]] = {(slots, n, dim) for n in counts}
+    shapes: set[tuple[int, ...]] = {(slots, n, dim) for n in counts} | {(slots, n) for n in counts}
     # With at most B rows an array may hold the queries.
     shapes |= {(slots * n, dim) for n in counts if slots * n > batch_size}
     # Parameters and their gradients, whole or in shards, are sent too.

@@ -70,7 +70,7 @@ def _program_lines(name: str, program: Values) -> list[str]:
         )
     if "bank" in program["memory_bytes_per_chip"]:
         stays = "the bank stays where it is: no collective carries it"
-        travels = "A COLLECTIVE CARRIES THE BANK: its bytes grow with config.regularizer.bank_rows"
+        travels = "A COLLECTIVE CARRIES THE BANK: its bytes grow with config.repulsor.bank_rows"
         lines.append(f"  {travels if program['carries_the_bank'] else stays}")
     if program["unknown_loops"]:
         lines.append(

@@ -172,7 +172,7 @@ def _training_advice(program: Program, config: Config, topology: Topology) -> li
             ]
     if memory.get("bank", 0) > 0.1 * available:
         advice.append(
-            f"--config.regularizer.bank_rows: the bank takes {memory['bank'] / GIB:.1f} GiB of "
+            f"--config.repulsor.bank_rows: the bank takes {memory['bank'] / GIB:.1f} GiB of "
             "each device"
         )
     return advice

@@ -27,7 +27,7 @@ from repulsor_jax.runtime.metrics import Refusal, read_jsonl
 EVENTS = "events.jsonl"
 ADVICE = (
     "If it happens again, try a lower optimizer.learning_rate, optimizer.clip_norm=1.0, "
-    "model.qk_norm=True, a lower regularizer.weight, model.dtype='float32', or "
+    "model.qk_norm=True, a lower weight of the terms, model.dtype='float32', or "
     "divergence.policy='skip' or 'rollback'."
 )
 

@@ -269,7 +269,7 @@ def draw_curves(workdir: pathlib.Path) -> None:
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for line in read_jsonl(workdir / JSONL_NAME):
         for name in line:
-            if name.startswith(("flow_loss", "regularizer_loss", "fid_", "frechet_")):
+            if name.endswith("_loss") or name.startswith(("fid_", "frechet_")):
                 steps, values = curves.setdefault(name, {}).setdefault("", ([], []))
                 steps.append(line["step"])
                 values.append(line[name])

@@ -108,7 +108,7 @@ def test_inference_restores_ema_alone_and_needs_no_regulariser(saved):
 
 
 def without_head(wanted):
-    return wanted.replace(params={"model": wanted.params["model"], "regularizer": {}}, bank=None)
+    return wanted.replace(params={"model": wanted.params["model"], "terms": {}}, bank=None)
 
 
 def with_a_block(wanted):

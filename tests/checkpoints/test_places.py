@@ -197,7 +197,7 @@ def test_sampling_and_verify_read_a_bucket(bucket, tmp_path, capsys):
     values = tiny.config_dict(
         model__in_channels=3,
         model__depth=1,
-        regularizer__name="none",
+        terms="none",
         sampling__solver="euler",
         checkpoint__directory=WHERE,
     )

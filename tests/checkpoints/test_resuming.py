@@ -48,7 +48,7 @@ def test_what_may_change_is_noted():
     changed = {
         "optimizer.learning_rate": 3e-4,
         "optimizer.clip_norm": 1.0,
-        "regularizer.weight": 0.25,
+        "repulsor.weight": 0.25,
         "batch_size": 8,
         "total_steps": 20,
     }
@@ -56,7 +56,7 @@ def test_what_may_change_is_noted():
         "config.batch_size: 16 -> 8",
         "config.optimizer.clip_norm: 0.0 -> 1.0",
         "config.optimizer.learning_rate: 0.01 -> 0.0003",
-        "config.regularizer.weight: 0.5 -> 0.25",
+        "config.repulsor.weight: 0.5 -> 0.25",
         "config.total_steps: 10 -> 20",
     ]
 
@@ -72,8 +72,8 @@ def test_another_model_is_refused_naming_all_that_differs(force):
     ("overrides", "dataset", "line"),
     [
         ({"flow.path": "gvp"}, {}, "config.flow.path: 'linear' -> 'gvp'"),
-        ({"regularizer.weight": 0.0}, {}, "config.regularizer.weight: 0.5 -> 0.0"),
-        ({"regularizer.name": "none"}, {}, "config.regularizer.name: 'repulsor' -> 'none'"),
+        ({"repulsor.weight": 0.0}, {}, "config.repulsor.weight: 0.5 -> 0.0"),
+        ({"terms": "none"}, {}, "config.terms: 'repulsor' -> 'none'"),
         ({"data.normalization": "statistics"}, {}, "normalization: 'scale' -> 'statistics'"),
         ({}, {"images": 90}, "data set: images: 100 -> 90"),
         ({}, {"shards_sha256": "def"}, "data set: shards_sha256: 'abc' -> 'def'"),

@@ -1,5 +1,6 @@
 """Noise and labels by index, guidance, the sampler as a whole, independence of batch and mesh."""
 
+import dataclasses
 import functools
 import re
 
@@ -181,6 +182,31 @@ def test_the_distribution_of_a_mixture(name, solver, rows):
     # Kolmogorov, p = 0.001, is 1.95; the rest is for the discretisation.
     assert distance_to_cdf(samples, MIXTURE) < 2.1 / samples.size**0.5
     assert distance_to_cdf(samples, GAUSSIAN) > 0.2
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+def test_a_velocity_scale_undoes_contrastive_flow_matching(solver):
+    """Its best prediction is (v - w E[v]) / (1 - w): here for Gaussian data, channel by channel."""
+    mean, std, weight = np.float32([1.0, -2.0]), 0.5, 0.05
+
+    def plain(params, x, t, labels):
+        t = t[:, None, None, None]
+        spread = t**2 * std**2 + (1 - t) ** 2
+        return mean + (t * std**2 - (1 - t)) / spread * (x - t * mean)
+
+    def contrastive(params, x, t, labels):
+        return (plain(params, x, t, labels) - weight * mean) / (1 - weight)
+
+    noise = jax.random.normal(jax.random.key(0), (64, 2, 2, 2))
+    inputs = {}, noise, jnp.zeros(64, jnp.int32)
+    keys = sampler.brownian_keys(0, jnp.arange(64))
+    spec = sampler.SamplerSpec(paths.get_path("linear"), null_label=1, solver=solver, num_steps=20)
+    scaled = dataclasses.replace(spec, velocity_scale=1 - weight, mean_velocity=tuple(mean))
+    expected = jax.jit(sampler.make_sampler(plain, spec))(*inputs, keys=keys)
+    found = jax.jit(sampler.make_sampler(contrastive, scaled))(*inputs, keys=keys)
+    longer = jax.jit(sampler.make_sampler(contrastive, spec))(*inputs, keys=keys)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(longer - expected).max() > 0.05
 
 
 def test_initial_noise_depends_on_seed_and_index_only():

@@ -17,15 +17,15 @@ def test_the_bank_holds_the_last_batches_row_by_row():
     def features(params, key, batch):
         inputs = draw_inputs(key, batch, tiny.trainer(c).objective, tiny.FORMAT)
         t = inputs.t[:, None, None, None]
-        _, tokens = step.model.apply(
+        _, (tokens,) = step.model.apply(
             {"params": params["model"]},
             t * inputs.data + (1 - t) * inputs.noise,
             inputs.t,
             inputs.labels,
-            tap=c.model.depth // 4,
+            taps=(c.model.depth // 4,),
         )
         head = ProjectionHead(tiny.DIM, c.model.hidden_size)
-        return head.apply({"params": params["regularizer"]}, tokens.mean(1))
+        return head.apply({"params": params["terms"]["repulsor"]["head"]}, tokens.mean(1))
 
     for number, batch in enumerate(tiny.batches(2 * tiny.SLOTS + 1)):
         key = jax.random.fold_in(state.rng, number)

@@ -14,7 +14,7 @@ def test_a_run_with_head_and_bank_is_sampled_by_a_program_that_has_neither(tmp_p
     values = tiny.config_dict()  # with the bank
     params = tiny.random_params(config_lib.parse(values))
     tiny.save_run(tmp_path, values, {7: params})
-    without = tiny.config(regularizer__name="none", sampling__cfg_scale=2.0)
+    without = tiny.config(terms="none", sampling__cfg_scale=2.0)
     with run.open_checkpoints(without, tmp_path) as checkpointer:
         experiment = run.open_experiment(without, tmp_path, checkpointer, 7)
         found = run.restore_params(experiment, checkpointer, 7)

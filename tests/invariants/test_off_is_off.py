@@ -13,13 +13,13 @@ def test_weight_zero_compiles_to_the_program_without_a_regulariser():
         # Only names of the tables of source lines differ; the instructions must not.
         return compiled, [line for line in text.splitlines() if " = " in line]
 
-    zero, zero_lines = program(regularizer__weight=0.0)
-    none, none_lines = program(regularizer__name="none")
+    zero, zero_lines = program(repulsor__weight=0.0)
+    none, none_lines = program(terms="none")
     on, _ = program()
     assert zero_lines == none_lines
     assert zero.cost_analysis()["flops"] == none.cost_analysis()["flops"]
     assert on.cost_analysis()["flops"] > none.cost_analysis()["flops"]
-    c = tiny.config(regularizer__weight=0.0)
+    c = tiny.config(repulsor__weight=0.0)
     state = abstract_train_state(tiny.trainer(c), tiny.mesh())
     assert state.bank is None
-    assert state.params["regularizer"] == {}
+    assert state.params["terms"] == {}

@@ -67,7 +67,7 @@ def check_against_reference(reference: Reference, scan: bool, remat: str) -> Non
 
     @jax.jit
     def run(variables: Any, x: Any, t: Any, labels: Any) -> Any:
-        pairs = [model.apply(variables, x, t, labels, tap=i) for i in range(depth)]
+        pairs = [model.apply(variables, x, t, labels, taps=(i,)) for i in range(depth)]
         predict = functools.partial(model.apply, variables)
         guided = sampler.guided_prediction(
             predict, x, t, labels, null_label=model.num_classes, scale=3.0, channels=3
@@ -75,7 +75,7 @@ def check_against_reference(reference: Reference, scan: bool, remat: str) -> Non
         return pairs, predict(x, t, labels), guided
 
     pairs, out, guided = run(variables, x, t, labels)
-    for i, (tapped_out, tokens) in enumerate(pairs):
+    for i, (tapped_out, (tokens,)) in enumerate(pairs):
         assert relative_error(tokens, values[f"block/{i}"]) < 2e-5
         np.testing.assert_allclose(tapped_out, out, rtol=1e-5, atol=1e-5)
     assert relative_error(channels_first(out), values["out"]) < 2e-5
@@ -148,7 +148,8 @@ def evaluate(model: dit.DiT) -> Any:
     """
 
     def loss(variables: Any, inputs: Any, weights: Any) -> Any:
-        found = model.apply(variables, *inputs, tap=0)
+        out, (tokens,) = model.apply(variables, *inputs, taps=(0,))
+        found = out, tokens
         return sum(w * jnp.square(x).mean() for w, x in zip(weights, found, strict=True)), found
 
     return jax.jit(jax.grad(loss, has_aux=True))
@@ -223,20 +224,62 @@ def test_attention_agrees_with_a_plain_softmax(size: float) -> None:
 
 
 def test_tapping_costs_nothing_unless_asked(tiny: Reference) -> None:
-    def equations(scan: bool, tap: int | None) -> list[Any]:
+    def equations(scan: bool, taps: tuple[int, ...]) -> list[Any]:
         model, variables = layout(tiny, scan)
-        return jax.make_jaxpr(lambda v: model.apply(v, *tiny.inputs, tap=tap))(variables).eqns
+        return jax.make_jaxpr(lambda v: model.apply(v, *tiny.inputs, taps=taps))(variables).eqns
 
-    assert len(equations(scan=False, tap=0)) == len(equations(scan=False, tap=None))
-    for tap, carried in ((None, 1), (0, 2)):
-        (loop,) = (e for e in equations(scan=True, tap=tap) if e.primitive.name == "scan")
+    assert len(equations(scan=False, taps=(0,))) == len(equations(scan=False, taps=()))
+    for taps, carried in (((), 1), ((0,), 2), ((0, 1), 2), ((1,), 1)):  # block 1 is the last
+        (loop,) = (e for e in equations(scan=True, taps=taps) if e.primitive.name == "scan")
         assert len(loop.outvars) == carried
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_several_taps_and_the_first_blocks_alone(tiny: Reference, scan: bool) -> None:
+    model, variables = layout(tiny, scan)
+    x, t, labels = tiny.inputs
+    taps = tuple(range(model.depth))
+    runs = [
+        jax.jit(lambda params: model.apply({"params": params}, x, t, labels, taps=taps)[1]),
+        jax.jit(lambda params: dit.tokens_after(model, params, x, t, labels, taps[:-1])),
+    ]
+    together, first = (run(variables["params"]) for run in runs)
+    for i, tokens in enumerate(together):
+        assert relative_error(tokens, tiny.values[f"block/{i}"]) < 2e-5
+    assert len(first) == len(taps) - 1
+    for tokens, expected in zip(first, together, strict=False):
+        np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    whole, part = (run.lower(variables["params"]).cost_analysis()["flops"] for run in runs)
+    assert scan or part < 0.6 * whole  # XLA counts the body of a loop once
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_nudge_is_added_to_the_tokens_of_its_tap(tiny: Reference, scan: bool) -> None:
+    """So its gradient is that of the tokens: here against a difference quotient."""
+    model, variables = layout(tiny, scan)
+
+    @jax.jit
+    def value(scale: Any, direction: Any) -> Any:
+        nudges = (jnp.zeros_like(direction), scale * direction)
+        out, _ = model.apply(variables, *tiny.inputs, taps=(1, 0), nudges=nudges)
+        return jnp.square(out).sum()
+
+    _, (tokens, first) = jax.jit(lambda: model.apply(variables, *tiny.inputs, taps=(1, 0)))()
+    direction = np.random.default_rng(0).standard_normal(first.shape).astype(np.float32)
+    slope = (value(1e-2, direction) - value(-1e-2, direction)) / 2e-2
+    np.testing.assert_allclose(jax.grad(value)(0.0, direction), slope, rtol=1e-3)
+    nudged = jax.jit(
+        lambda: model.apply(variables, *tiny.inputs, taps=(1,), nudges=(jnp.ones_like(tokens),))[1][
+            0
+        ]
+    )()
+    np.testing.assert_allclose(nudged, tokens + 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_stays_close_to_float32(tiny: Reference, scan: bool) -> None:
     model, variables = layout(tiny, scan, dtype=jnp.bfloat16)
-    out, tokens = jax.jit(lambda v: model.apply(v, *tiny.inputs, tap=1))(variables)
+    out, (tokens,) = jax.jit(lambda v: model.apply(v, *tiny.inputs, taps=(1,)))(variables)
     assert out.dtype == jnp.float32
     assert tokens.dtype == jnp.bfloat16
     assert relative_error(channels_first(out), tiny.values["out"]) < 3e-2
@@ -273,7 +316,7 @@ def test_initial_values_follow_dit() -> None:
     inputs = (np.ones((2, 8, 8, 4), np.float32), np.float32([0.2, 0.9]), np.array([3, 100]))
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), *inputs))
     params = variables["params"]
-    out, tokens = jax.jit(lambda v: model.apply(v, *inputs, tap=0))(variables)
+    out, (tokens,) = jax.jit(lambda v: model.apply(v, *inputs, taps=(0,)))(variables)
     assert not np.any(out)
     embedded = dit.patchify(inputs[0], 2) @ params["patch_embed"]["kernel"]
     np.testing.assert_allclose(tokens, embedded + dit.position_embedding(4, 64), rtol=1e-6)
@@ -342,8 +385,8 @@ def test_bad_inputs_are_named(tiny: Reference) -> None:
     model, variables = layout(tiny, scan=False)
     x, t, labels = tiny.inputs
     for tap in (-1, 2):
-        with pytest.raises(ValueError, match=f"tap: found {tap}, expected a block in 0 to 1"):
-            model.apply(variables, x, t, labels, tap=tap)
+        with pytest.raises(ValueError, match=r"taps: found .*, expected blocks in 0 to 1"):
+            model.apply(variables, x, t, labels, taps=(0, tap))
     with pytest.raises(ValueError, match="x: found shape"):
         model.apply(variables, x[:, :4], t, labels)
     with pytest.raises(ValueError, match="t: found shape"):

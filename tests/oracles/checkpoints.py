@@ -15,6 +15,7 @@ from repulsor_jax.checkpoints.storage import Storage
 from repulsor_jax.method import memory_bank
 from repulsor_jax.train_state import TrainState
 
+TAG_DTYPES = (jnp.int32, jnp.int32, jnp.float32)  # ids, labels, times
 RECORDS = ({"next_index": 1}, {"batch_size": 16}, {"shift": [0.5]})  # data, config, latents
 
 
@@ -40,16 +41,22 @@ def train_state(step, mesh, *, slots=3, batch=16, width=8, bank_dtype=jnp.bfloat
     def model():
         return {"bias": normal((width,), "tensor"), "kernel": normal((8, width), "fsdp", "tensor")}
 
-    params = {"model": model(), "regularizer": {"kernel": normal((width, 8), None, "tensor")}}
+    params = {
+        "model": model(),
+        "terms": {"repulsor": {"kernel": normal((width, 8), None, "tensor")}},
+    }
     features = np.zeros((slots, batch, 8), np.float32)
     features.reshape(-1, 8)[:32] = rng.standard_normal((32, 8))[: slots * batch]
+    rows = [split(jnp.zeros((slots, batch), t), None, sharding.BATCH_AXES) for t in TAG_DTYPES]
     return TrainState(
         step=split(jnp.int32(step)),
         params=params,
         ema_params=model(),
+        ema_terms={},
         opt_state=(split(jnp.int32(step)), optax.EmptyState(), {"mu": jax.tree.map(abs, params)}),
         bank=memory_bank.MemoryBank(
             features=split(jnp.asarray(features, bank_dtype), None, sharding.BATCH_AXES),
+            tags=memory_bank.Tags(*rows),
             cursor=split(jnp.int32(2)),
             filled=split(jnp.int32(2)),
         ),

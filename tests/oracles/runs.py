@@ -14,6 +14,7 @@ import pytest
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax import train as train_lib
+from repulsor_jax.method.registry import TERMS
 from repulsor_jax.runtime.metrics import read_jsonl
 from repulsor_jax.train_step import compile_training
 from tests.oracles import tiny
@@ -62,7 +63,7 @@ def told_to_stop():
 @pytest.fixture(scope="session")
 def programs():
     """Compiled training programs: runs of equal configurations share them and their first state."""
-    sections = ("model", "flow", "regularizer", "optimizer")
+    sections = ("model", "flow", "terms", "optimizer", *TERMS)
     found = {}
 
     def program(experiment, dataset, trainer=None):
@@ -113,7 +114,7 @@ def run(programs, data_dir):
 
 
 def losses(workdir):
-    kept = ("loss", "flow_loss", "regularizer_loss", "grad_norm")
+    kept = ("loss", "flow_loss", "repulsor_loss", "grad_norm")
     return [
         {"step": line["step"]} | {name: line[name] for name in kept}
         for line in read_jsonl(workdir / "metrics.jsonl")

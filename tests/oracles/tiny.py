@@ -39,9 +39,9 @@ def config_dict(**overrides: Any):
         "model.num_classes": 3,
         "model.scan_blocks": False,
         "model.dtype": "float32",
-        "regularizer.projection_dim": DIM,
-        "regularizer.bank_rows": SLOTS * BATCH,
-        "regularizer.bank_dtype": "float32",
+        "repulsor.projection_dim": DIM,
+        "repulsor.bank_rows": SLOTS * BATCH,
+        "repulsor.bank_dtype": "float32",
         "optimizer.learning_rate": 1e-2,
         "optimizer.ema_decay": 0.9,
         "sampling.num_steps": 3,
@@ -76,8 +76,8 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "model.hidden_size": 16,
         "model.depth": 1,
         "model.num_heads": 2,
-        "regularizer.bank_rows": 4 * 16,
-        "regularizer.projection_dim": DIM,
+        "repulsor.bank_rows": 4 * 16,
+        "repulsor.projection_dim": DIM,
         "data.dir": str(data_dir),
         "checkpoint.every_steps": 5,
         "log.every_steps": 1,
@@ -161,8 +161,9 @@ def batches(count: int, batch_size: int = BATCH, seed: int = 0) -> list[dict[str
         {
             "latents": rng.standard_normal((batch_size, *SHAPE)).astype(np.float16),
             "labels": rng.integers(0, 3, batch_size).astype(np.int32),
+            "ids": np.arange(batch_size, dtype=np.int32) + batch * batch_size,
         }
-        for _ in range(count)
+        for batch in range(count)
     ]
 
 

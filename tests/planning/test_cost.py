@@ -98,7 +98,7 @@ def test_the_dearer_of_two_branches_counts():
 
 
 def test_a_train_step_is_three_forward_passes_scanned_or_not():
-    changes = {"regularizer__name": "none", "model__depth": 3, "model__hidden_size": 64}
+    changes = {"terms": "none", "model__depth": 3, "model__hidden_size": 64}
     unrolled, scanned = (
         program_cost(
             tiny.compile_only(

@@ -75,8 +75,9 @@ def test_memory_by_kind_is_that_of_the_shards():
     assert memory["EMA"] == 4 * model
     assert memory["parameters"] == 4 * (model + head)
     assert memory["optimizer"] == 2 * 4 * (model + head) + 2 * 4  # two moments, two counts
-    assert memory["bank"] == tiny.SLOTS * (tiny.BATCH // 8) * tiny.DIM * 4 + 2 * 4
-    assert memory["batch"] == (tiny.BATCH // 8) * (4 * 4 * 2 * 2 + 4)
+    # 12 bytes of tags a row, cursor and count; a label and an id a sample.
+    assert memory["bank"] == tiny.SLOTS * (tiny.BATCH // 8) * (tiny.DIM * 4 + 12) + 2 * 4
+    assert memory["batch"] == (tiny.BATCH // 8) * (4 * 4 * 2 * 2 + 8)
     assert memory["other"] == 4 + 2 * 4  # the step and the key
 
 
@@ -92,7 +93,7 @@ def test_fsdp_divides_the_state_of_the_largest_model():
     assert sizes[1]["EMA"] == 4 * model
     # Every kernel is divided; biases and other small arrays are whole.
     assert 4 * model / 8 <= sizes[8]["EMA"] < 1.01 * 4 * model / 8
-    assert sizes[1]["batch"] == sizes[8]["batch"] == (256 // 8) * (32 * 32 * 8 * 2 + 4)
+    assert sizes[1]["batch"] == sizes[8]["batch"] == (256 // 8) * (32 * 32 * 8 * 2 + 8)
 
 
 def test_a_sampler_gathers_the_parameters_once():
@@ -120,7 +121,7 @@ def test_a_sampler_gathers_the_parameters_once():
 
 def test_shapes_of_a_travelling_bank_are_known():
     """What a gather over all or a part of the 8 devices would yield, and nothing else."""
-    c = tiny.config(batch_size=64, regularizer__bank_rows=64 * 16, model__hidden_size=512)
+    c = tiny.config(batch_size=64, repulsor__bank_rows=64 * 16, model__hidden_size=512)
     built = build_train(open_topology("local"), c)
     assert {(16, 64, tiny.DIM), (16, 16, tiny.DIM), (16 * 64, tiny.DIM)} <= built.bank_shapes
     others = {
@@ -172,7 +173,7 @@ def test_a_local_plan_is_written_and_names_the_unknown(tmp_path, capsys):
 
 
 def test_variants_stand_side_by_side(tmp_path, capsys):
-    label = "regularizer.name=none,mesh.data=2,config.mesh.fsdp=4"
+    label = "terms=none,mesh.data=2,config.mesh.fsdp=4"
     record, text, page = plan(tmp_path, capsys, compare=label)
     base, none = record["variants"]
     assert none["label"] == label
@@ -198,7 +199,7 @@ def test_variants_stand_side_by_side(tmp_path, capsys):
         ({"compare": "model.remat=some"}, "--compare='model.remat=some': config.model.remat"),
         ({"compare": "mesh.fsdp=3"}, "config.mesh.data=-1, mesh.fsdp=3"),
         ({"compare": "num_slices=two"}, "--compare: num_slices='two'"),
-        ({"compare": "batch_size=12,regularizer.bank_rows=48"}, "config.batch_size=12 must be a"),
+        ({"compare": "batch_size=12,repulsor.bank_rows=48"}, "config.batch_size=12 must be a"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_is_compiled(tmp_path, options, expected):
@@ -256,8 +257,8 @@ def test_the_batch_is_doubled_or_halved_until_it_fits(available, tried, expected
 
 def test_another_batch_keeps_the_bank():
     c = programs.with_batch(tiny.config(), 64)
-    assert (c.batch_size, c.regularizer.bank_rows) == (64, 64)
-    assert programs.with_batch(tiny.config(), 24).regularizer.bank_rows == 48
+    assert (c.batch_size, c.repulsor.bank_rows) == (64, 64)
+    assert programs.with_batch(tiny.config(), 24).repulsor.bank_rows == 48
 
 
 # TPU slices.
@@ -305,12 +306,12 @@ def test_a_slice_is_planned_without_it(tmp_path, capsys):
 @needs_libtpu
 def test_a_program_that_does_not_fit_is_an_answer(tmp_path, capsys):
     values = tiny.config_dict(
-        regularizer__projection_dim=4096, regularizer__bank_rows=2**22, data__autoencoder="none"
+        repulsor__projection_dim=4096, repulsor__bank_rows=2**22, data__autoencoder="none"
     )
     record, text, _ = plan(tmp_path, capsys, values, topology="v5e:2x2")
     train = record["variants"][0]["programs"]["train"]
     assert not train["fits"]
-    bank = 2**22 * 4096 * 4 / 4  # of each of 4 chips
+    bank = 2**22 * (4096 * 4 + 12) / 4  # of each of 4 chips
     assert train["memory_bytes_per_chip"]["bank"] == pytest.approx(bank, rel=1e-6)
     assert train["total_bytes_per_chip"] > train["available_bytes_per_chip"]
     assert any("bank_rows" in line for line in train["advice"])
@@ -323,7 +324,7 @@ def test_every_size_of_bank_stays_where_it_is():
     topology = open_topology("v5e:2x2")
     sizes = []
     for rows in (2**14, 2**20):
-        c = tiny.config(regularizer__bank_rows=rows)
+        c = tiny.config(repulsor__bank_rows=rows)
         found = program("train", topology, c)
         sizes.append(found.cost.collective_bytes)
         assert not found.carries_the_bank
@@ -337,7 +338,7 @@ def test_every_size_of_bank_stays_where_it_is():
 @pytest.mark.slow
 def test_gradients_go_between_slices_once(tmp_path):
     topology = open_topology("v5e:2x2", 2)
-    c = tiny.config(mesh__data=2, mesh__fsdp=4, regularizer__name="none")
+    c = tiny.config(mesh__data=2, mesh__fsdp=4, terms="none")
     rows = describe_collectives(program("train", topology, c))
     between = [row for row in rows if row["over"] == "network"]
     assert {row["axis"] for row in between} == {"data"}

@@ -54,7 +54,7 @@ def test_another_batch_size_goes_on_with_the_bank_and_the_data(tmp_path, run, ca
     """10 batches of 16 are 160 samples: 6 batches of 24, and 16 samples that are read again."""
     run(tmp_path, total_steps=10, checkpoint__every_steps=10)
     capsys.readouterr()
-    changes = {"batch_size": 24, "regularizer.bank_rows": 48, "optimizer.clip_norm": 0.0}
+    changes = {"batch_size": 24, "repulsor.bank_rows": 48, "optimizer.clip_norm": 0.0}
     state = run(tmp_path, total_steps=11, **changes)
     said = capsys.readouterr().out
     assert "config.optimizer.clip_norm: 1.0 -> 0.0" in said
@@ -135,7 +135,7 @@ def test_a_non_finite_loss_stops_and_the_same_command_leaves_its_batch_out(
 ):
     with pytest.raises(DivergedError, match=r"step \d: loss nan") as error:
         run(tmp_path, change=poisoned(*bad))
-    for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "regularizer.weight"):
+    for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "repulsor.weight"):
         assert advice in str(error.value)
     assert f"saved as step {saved_steps(tmp_path)[-1]}" in str(error.value)
     state = run(tmp_path, change=poisoned(*bad))

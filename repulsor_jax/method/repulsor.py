@@ -1,0 +1,140 @@
+"""Repulsor, the family: contrast of hidden representations with a bank, built from its section.
+
+Published is the idea (arXiv 2512.08648, abstract): a large bank of negatives, a low-dimensional
+head, nothing at inference. The forms are ours; docs/method.md says where each comes from.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repulsor_jax.method import memory_bank
+from repulsor_jax.method.head import LatentEncoder, ProjectionHead, pool
+from repulsor_jax.method.memory_bank import MemoryBank, Tags
+from repulsor_jax.method.repulsion import (
+    Contrast,
+    Keys,
+    info_nce,
+    log_mean_negatives,
+    paired_distances,
+)
+from repulsor_jax.method.schedule import weight_schedule
+from repulsor_jax.method.term import Rows, Seen, Term, View
+
+Array = jax.Array
+
+POSITIVES = ("none", "view")
+KEYS = ("online", "teacher", "latent")
+NEGATIVES = ("all", "none")
+POOLINGS = ("mean", "flatten", "token")
+
+
+def build(config: Any) -> Term:
+    """Builds the term from the section `repulsor` of a configuration.
+
+    The loss of sample i, whose projection z_i is that of the student's tokens at x_t:
+
+    - without positives, the repulsion of `log_mean_negatives`;
+    - with a positive k_i, InfoNCE; or the mean distance to k_i where negatives are "none".
+
+    The positive is the same image seen by the EMA teacher at another noise level, or, with
+    keys="latent", the projection of the clean latent. The negatives among the batch and the rows
+    that go into the bank are of one kind: z ("online", those of the batch with gradient), the
+    teacher's projections ("teacher", no gradient), or the latents' projections ("latent": those of
+    the batch with gradient, which trains their encoder; the bank's by its EMA).
+    """
+    c, model = config.repulsor, config.model
+    block = model.depth // 4 if c.block == -1 else c.block
+    num_rows = c.pool_grid**2 if c.pooling == "token" else 1
+    contrast = Contrast(c.temperature, c.distance, c.same_class_weight, c.time_window)
+    has_positives, has_negatives = c.positives == "view", c.negatives == "all"
+    needs_teacher = c.keys == "teacher" or (has_positives and c.keys == "online")
+    view = View(c.time_gap, c.view_noise == "new") if needs_teacher else None
+    modules: dict[str, nn.Module] = {"head": ProjectionHead(c.projection_dim, model.hidden_size)}
+    if c.predictor:
+        modules["predictor"] = ProjectionHead(c.projection_dim, model.hidden_size)
+    if c.keys == "latent":
+        modules["latent"] = LatentEncoder(
+            c.projection_dim, model.hidden_size, model.patch_size, c.pooling, c.pool_grid
+        )
+
+    def init(key: Array) -> Any:
+        num_tokens = (model.latent_size // model.patch_size) ** 2
+        tokens = jnp.zeros((1, num_tokens, model.hidden_size))
+        inputs = {
+            "head": pool(tokens, c.pooling, c.pool_grid),
+            "predictor": jnp.zeros((1, c.projection_dim)),
+            "latent": jnp.zeros((1, model.latent_size, model.latent_size, model.in_channels)),
+        }
+        # The head's key is the term's own, whatever other modules there are.
+        others = jax.random.split(jax.random.fold_in(key, 1), len(modules))
+        keys = {name: others[i] if i else key for i, name in enumerate(modules)}
+        return {
+            name: module.init(keys[name], inputs[name])["params"]
+            for name, module in modules.items()
+        }
+
+    def create_bank() -> MemoryBank:
+        slot = config.batch_size * num_rows
+        dtype = jnp.dtype(c.bank_dtype)
+        return memory_bank.create(c.bank_rows // slot, slot, c.projection_dim, dtype)
+
+    def apply(name: str, params: Any, x: Array) -> Any:
+        return modules[name].apply({"params": params[name]}, x)
+
+    def project(params: Any, tokens: Array) -> Array:
+        return apply("head", params, pool(tokens, c.pooling, c.pool_grid))
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: MemoryBank | None) -> tuple[Array, Rows]:
+        z = project(params, seen.tokens[block])
+        keys, rows = z, Rows(z, seen.t)
+        positives = z  # not read without positives
+        if view is not None:
+            view_time, tokens = seen.teacher[view]
+            positives = jax.lax.stop_gradient(project(ema, tokens[block]))
+            if c.keys == "teacher":
+                keys, rows = positives, Rows(positives, view_time)
+        if c.keys == "latent":
+            keys = positives = apply("latent", params, seen.data)
+            clean = jnp.ones_like(seen.t)
+            rows = Rows(jax.lax.stop_gradient(apply("latent", ema, seen.data)), clean)
+        if c.predictor:
+            z = apply("predictor", params, z)
+
+        def flat(x: Array) -> Array:
+            return x.reshape(-1, c.projection_dim)
+
+        if not has_negatives:
+            return paired_distances(flat(z), flat(positives), c.distance).mean(), rows
+        losses, count = log_mean_negatives(
+            flat(z),
+            bank,
+            row_tags(seen.tags, seen.t, num_rows),
+            contrast=contrast,
+            keys=Keys(flat(keys), row_tags(seen.tags, rows.times, num_rows)),
+            rows_per_sample=num_rows,
+        )
+        if has_positives:
+            losses = info_nce(contrast.paired_logits(flat(positives), flat(z)), losses, count)
+        return losses.mean(), rows
+
+    return Term(
+        name="repulsor",
+        weight=weight_schedule(c, config.total_steps),
+        loss=loss,
+        taps=(block,),
+        view=view,
+        teacher_taps=(block,) if view else (),
+        init=init,
+        has_ema=view is not None or c.keys == "latent",
+        create_bank=create_bank if c.bank_rows and has_negatives else None,
+        bank_start_step=c.bank_start_step,
+    )
+
+
+def row_tags(tags: Tags, times: Array, rows_per_image: int) -> Tags:
+    """Tags of `rows_per_image` rows for each image, seen at these times."""
+    tags = tags._replace(times=times)
+    return jax.tree.map(lambda x: jnp.repeat(x, rows_per_image), tags)

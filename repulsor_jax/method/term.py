@@ -1,0 +1,61 @@
+"""A term: what a train step needs to know of one loss that is added to the flow loss."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from repulsor_jax.method.memory_bank import MemoryBank, Tags
+
+Array = jax.Array
+
+
+class View(NamedTuple):
+    """What the EMA teacher is shown of the same images: at t' = min(1, t + time_gap u), u in U."""
+
+    time_gap: float
+    new_noise: bool  # noise of its own, or that of the student
+
+
+class Seen(NamedTuple):
+    """What the terms may read of one micro-batch of b rows; made once a step for all of them."""
+
+    data: Array  # [b, H, W, C] clean latents, as the model sees them
+    t: Array  # [b] times of the student
+    tags: Tags  # [b] image numbers, classes before label dropout, times of the student
+    output: Array  # [b, H, W, C] of the student, with gradient
+    tokens: Mapping[int, Array]  # block -> [b, N, D] of the student, with gradient
+    teacher: Mapping[View, tuple[Array, Mapping[int, Array]]]  # view -> its t [b], tokens by block
+    drawn: Any  # the term's own `draw`, [b, ...]
+
+
+class Rows(NamedTuple):
+    """What a term puts into the bank."""
+
+    features: Array  # [b, d], or [b, G, d] with G rows an image
+    times: Array  # [b]
+
+
+def _no_params(key: Array) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss beside the flow loss, with its parameters, its memory and what it has to see."""
+
+    name: str
+    weight: Callable[[Array], Array]  # optimizer step -> lambda
+    # (params, their EMA, seen, bank) -> the loss, a scalar, and rows for the bank or None.
+    loss: Callable[[Any, Any, Seen, MemoryBank | None], tuple[Array, Rows | None]]
+    taps: tuple[int, ...] = ()  # blocks of the student whose tokens it reads
+    view: View | None = None  # what the teacher is shown; None needs no teacher
+    teacher_taps: tuple[int, ...] = ()  # blocks of the teacher whose tokens it reads
+    init: Callable[[Array], Any] = _no_params  # key -> params, boxed with logical axis names
+    has_ema: bool = False  # it needs the EMA of its own parameters
+    # (target velocities [B, H, W, C], labels [B] after dropout) of the global batch -> arrays
+    # [B, ...] for `Seen.drawn`: what mixes rows must be found before the micro-batches.
+    draw: Callable[[Array, Array], Any] | None = None
+    create_bank: Callable[[], MemoryBank] | None = None  # None without a memory
+    bank_start_step: int = 0  # nothing is put into the bank before this step
