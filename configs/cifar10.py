@@ -15,7 +15,7 @@ pixels are far from what the autoencoder was made for.
 
 import ml_collections
 
-from configs import default
+from repulsor_jax.configs import default
 from repulsor_jax.models.dit import DIT_SIZES
 
 

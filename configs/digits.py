@@ -10,7 +10,7 @@ read by grain, trained by the sharded step.
 
 import ml_collections
 
-from configs import default
+from repulsor_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ that it does not state. What a run takes on a pod: `--mode=plan --topology=v5e:1
 
 import ml_collections
 
-from configs import default, objectives
+from repulsor_jax.configs import default, objectives
 from repulsor_jax.models.dit import DIT_SIZES
 
 

@@ -1,6 +1,6 @@
 """The program: one configuration, one working directory, one mode.
 
-python -m repulsor_jax.main --config=configs/digits.py --workdir=runs/digits
+python -m repulsor_jax.main --config=digits --workdir=runs/digits
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repulsor_jax import config as config_lib
+from repulsor_jax import configs
 from repulsor_jax import experiment as experiment_lib
 from repulsor_jax.checkpoints import places
 from repulsor_jax.checkpoints.checkpointer import CheckpointError, checkpoint_directory
@@ -39,8 +40,9 @@ from repulsor_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
-    help_string="Configuration file, as configs/digits.py; override one value by "
-    "--config.section.key=value. configs/default.py explains every key.",
+    help_string="Configuration file, as configs/digits.py, or the name of one that is shipped, as "
+    "digits or imagenet256:xl_2,repulsor; override one value by --config.section.key=value. "
+    "configs/default.py explains every key.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -260,10 +262,35 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
 }
 
 
+def _with_config_paths(argv: list[str]) -> list[str]:
+    """Puts the path of the configuration in the place of its name."""
+    found = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            found[i] = f"{flag}={_config_path(value)}"
+        elif argv[i - 1] in ("--config", "-config"):
+            found[i] = _config_path(argument)
+    return found
+
+
+def _config_path(text: str) -> str:
+    """The path of a configuration, and its variant: a file, or the name of one that is shipped."""
+    name, colon, variant = text.partition(":")
+    path = pathlib.Path(name).expanduser()
+    shipped = {p.stem: p for p in pathlib.Path(configs.__file__).parent.glob("[!_]*.py")}
+    if not path.is_file() and name not in shipped:
+        sys.exit(
+            f"error: --config={text}: found no file {path.absolute()}; expected the path of a "
+            f"configuration, or the name of one that is shipped: {', '.join(sorted(shipped))}"
+        )
+    return f"{path if path.is_file() else shipped[name]}{colon}{variant}"
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a key that the configuration lacks is one line that names it."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_config_paths(argv))
     except flags.Error as error:
         # Where a configuration file raises, the message holds a traceback before its own words.
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}; --help lists the flags")
@@ -281,7 +308,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         try:
             _CONFIG.value.to_dict()
         except Exception as error:
-            sys.exit(f"error: --config: {error}")
+            hint = ""
+            if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+                hint = "; the configurations that are shipped are the package repulsor_jax.configs"
+            sys.exit(f"error: --config: {error}{hint}")
     return rest
 
 

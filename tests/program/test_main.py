@@ -129,7 +129,13 @@ BAD_FLAGS = {
     "--config.optimizer.learning_rate=fast": "config.optimizer.learning_rate=fast: ",
     "--config.optimizer.learning_rate=inf": "config.optimizer.learning_rate: expected a finite",
     "--config.optimizer.lr=1": "error: config.optimizer.lr: unknown key",
-    "--config=absent.py": "error: ",
+    "--config=absent.py": f"error: --config=absent.py: found no file {ROOT / 'absent.py'};",
+    "--config=digit": "the name of one that is shipped: cifar10, default, digits, imagenet256",
+    "--config=imagenet256:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
+    "--config.data.dir=None": "error: config.data.dir: found the word 'None'; expected a text",
+    "--workdir=None": "error: --workdir: found the word 'None'; expected a path",
+    "--compilation_cache_dir=~nobody0/x": "error: --compilation_cache_dir: found '~nobody0/x'",
+    "--config.evaluation.cfg_intervals=(0.2,0.9)": "error: config.evaluation.cfg_intervals: expec",
     "--config=configs/imagenet256.py:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
     "--workdir=": "error: --workdir is empty",
     "--nope=1": "error: Unknown command line flag 'nope'",
@@ -183,6 +189,27 @@ def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
     assert status == "1"
     assert stderr.startswith(BAD_PLANS[argument]), stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("config", ["digits", "imagenet256:s_2,none"])
+def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, config):
+    """The run ends at what `--workdir=None` says, after the configuration was read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "repulsor_jax.main", "--config", config, "--workdir=None"],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stderr.startswith("error: --workdir: found the word 'None'")
+
+
+def test_the_configurations_are_part_of_the_package():
+    setuptools = pytest.importorskip("setuptools")
+    assert "repulsor_jax.configs" in setuptools.find_packages(ROOT, include=["repulsor_jax*"])
+    assert (ROOT / "repulsor_jax" / "configs").resolve() == ROOT / "configs"
 
 
 @pytest.mark.parametrize("held", ["run", "elsewhere"])
