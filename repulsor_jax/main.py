@@ -4,6 +4,7 @@ python -m repulsor_jax.main --config=digits --workdir=runs/digits
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import re
@@ -109,6 +110,9 @@ def main(argv: list[str]) -> None:
     """Runs one mode; a complaint about the user's input is one line, without a traceback."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may have letters it lacks
     logging.set_verbosity(logging.WARNING)  # of the libraries; what we say goes to the console
     # orbax logs the traceback of every error that it raises.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
@@ -192,6 +196,12 @@ def _one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     """Ends the program with one line where one of these errors, or an interruption, comes."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        _stop(
+            f"error: the locale's encoding, {error.encoding}, lacks letters of "
+            f"{error.object!a:.200}: set LC_ALL=C.UTF-8, or PYTHONUTF8=1",
+            1,
+        )
     except errors as error:
         _stop(f"error: {error}", 1)
     except preemption.Preempted as told:
@@ -278,7 +288,8 @@ def _config_path(text: str) -> str:
     """The path of a configuration, and its variant: a file, or the name of one that is shipped."""
     name, colon, variant = text.partition(":")
     path = pathlib.Path(name).expanduser()
-    shipped = {p.stem: p for p in pathlib.Path(configs.__file__).parent.glob("[!_]*.py")}
+    files = pathlib.Path(configs.__file__).parent.glob("*.py")
+    shipped = {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
     if not path.is_file() and name not in shipped:
         sys.exit(
             f"error: --config={text}: found no file {path.absolute()}; expected the path of a "
@@ -302,17 +313,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         ]
         sys.exit(f"error: {', '.join(wrong) or '--config'}: unknown key {hint}")
     except Exception as error:  # of the configuration file, which is a program
-        sys.exit(f"error: --config: {' '.join(str(error).split())}")
+        sys.exit(_of_config(error))
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         # ml_collections keeps the error of a file that it could not load for the first access.
         try:
             _CONFIG.value.to_dict()
         except Exception as error:
-            hint = ""
-            if isinstance(error, ModuleNotFoundError) and error.name == "configs":
-                hint = "; the configurations that are shipped are the package repulsor_jax.configs"
-            sys.exit(f"error: --config: {error}{hint}")
+            sys.exit(_of_config(error))
     return rest
+
+
+def _of_config(error: Exception) -> str:
+    """The message for an error that a configuration, which is a program, raised."""
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name == "configs":
+        hint = "; the shipped configurations are the package repulsor_jax.configs"
+    return f"error: --config: {' '.join(str(error).split())}{hint}"
 
 
 if __name__ == "__main__":

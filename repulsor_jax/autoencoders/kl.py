@@ -7,6 +7,7 @@ softmax in float32.
 
 import dataclasses
 import pathlib
+import re
 from typing import Annotated, Any
 
 import flax.linen as nn
@@ -64,6 +65,7 @@ def read_config(path: pathlib.Path) -> KLConfig:
         size; names the key.
     """
     if not path.is_file():
+        weight_files.refuse_pipeline(path.parent)
         raise FileNotFoundError(
             f"{path}: found no such file, expected the config.json of a diffusers AutoencoderKL"
         )
@@ -215,8 +217,8 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
 
     Args:
       name: a key of `REPOSITORIES`. "kl" reads the config.json in the folder of the weights.
-      weights: a folder in diffusers' layout, its `.safetensors` or `.bin` file, or a repository
-        "org/name"; empty is the published repository.
+      weights: a folder in diffusers' layout, its `.safetensors` or `.bin` file, a file of the
+        original latent-diffusion code, or a repository "org/name"; empty is the published one.
       dtype: of parameters and of the computation.
       abstract: reads no weights, and of "kl" the config.json in a local folder.
 
@@ -249,11 +251,50 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
     return build(name, module, image, tensors, file, stochastic=True, **facts)
 
 
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_FIRST_STAGE = "first_stage_model."
+_ORIGINAL = (  # names of the original code (CompVis/latent-diffusion), and diffusers' of today
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+
+
+def _with_diffusers_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames the tensors of the original code's files; those of diffusers stay as they are.
+
+    There the autoencoder may be a part of a whole model, beside its loss, and the decoder's blocks
+    are numbered from the image to the latents.
+    """
+    if any(name.startswith(_FIRST_STAGE) for name in tensors):
+        tensors = {k.removeprefix(_FIRST_STAGE): v for k, v in tensors.items() if _FIRST_STAGE in k}
+    if not any(".mid.block_1." in name for name in tensors):
+        return tensors
+    ups = [re.match(r"decoder\.up\.(\d+)\.", name) for name in tensors]
+    last = max((int(match[1]) for match in ups if match), default=0)
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(_PARTS):
+            continue
+        for old, new in _ORIGINAL:
+            name = re.sub(old, new, name)
+        name = re.sub(r"up_blocks\.(\d+)", lambda k: f"up_blocks.{last - int(k[1])}", name)
+        renamed[name] = tensor
+    return renamed
+
+
 def _with_current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Renames the attention's layers, which most published files name as before diffusers 0.17.
 
     Their weights may be those of 1 x 1 convolutions.
     """
+    tensors = _with_diffusers_names(tensors)
     renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     current = {}
     for name, tensor in tensors.items():

@@ -40,8 +40,8 @@ class Names:
 
     @classmethod
     def pack(cls, names: Iterable[str]) -> "Names":
-        """Packs paths, which may hold bytes that are not UTF-8."""
-        encoded = [os.fsencode(name) for name in names]
+        """Packs paths, which may hold bytes that are not UTF-8, and letters the locale lacks."""
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
         return cls(b"".join(encoded), np.cumsum([len(name) for name in encoded], dtype=np.int64))
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Names:
         if not 0 <= index < len(self.ends):
             raise IndexError(f"index {index} out of range for {len(self.ends)} items")
         start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.text[start : self.ends[index]])
+        return self.text[start : self.ends[index]].decode("utf-8", "surrogatepass")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from repulsor_jax.files.untrusted import refuse_pointer
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
 MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # how one begins
 # PIL also reads formats that run other programs (EPS) or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -83,6 +84,31 @@ def read_images(
 
 def _decode(data: bytes, name: str) -> Image.Image:
     """The RGB image in these bytes, upright."""
+    try:
+        return _decode_whole(data, name)
+    except BadImageError:
+        # PIL refuses a PNG whose colour profile or texts are large, whatever its pixels are.
+        pixels = _without_notes(data)
+        if len(pixels) == len(data):
+            raise
+        return _decode_whole(pixels, name)
+
+
+def _without_notes(data: bytes) -> bytes:
+    """A PNG without the chunks of its colour profile and its texts; other bytes as they are."""
+    if not data.startswith(_PNG):
+        return data
+    kept, place = [_PNG], len(_PNG)
+    while place < len(data):
+        size, kind = data[place : place + 4], data[place + 4 : place + 8]
+        end = place + 12 + int.from_bytes(size, "big")  # the size, the kind, and a CRC at the end
+        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt"):
+            kept.append(data[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def _decode_whole(data: bytes, name: str) -> Image.Image:
     if not data:
         raise BadImageError(f"{name}: the file is empty")
     try:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -20,22 +20,38 @@ _work: tuple[Any, int] | None = None  # of a worker process: source and image si
 
 
 def read_in_order(
-    source: Any, chunks: Iterable[Sequence[int]], size: int, *, num_workers: int, ahead: int
+    source: Any,
+    chunks: Iterable[Sequence[int]],
+    size: int,
+    *,
+    num_workers: int,
+    ahead: int,
+    executor: Callable[..., Any] = ProcessPoolExecutor,
 ) -> Iterator[tuple[Images, np.ndarray]]:
     """Yields what `preprocess.read_images` gives for each chunk of indices, in order.
 
     The processes are loky's: unlike the standard library's they do not import the main module, and
     JAX with it, so that they start in a fraction of a second. They end with their parent, however
     that ends. Each gets a copy of the `ImageSource`; with 0 workers the caller reads. `ahead`
-    chunks are read before they are asked for. Raises OSError where a process died.
+    chunks are read before they are asked for. Where the `executor` cannot be had, as in a container
+    without /dev/shm, a warning says so, and the caller reads. Raises OSError where a process died.
     """
-    if not num_workers:
+    pool = None
+    if num_workers:
+        begin = {"initializer": _start, "initargs": (source, size, os.getpid())}
+        try:
+            pool = executor(num_workers, **begin, timeout=None)
+        except OSError as error:
+            print(
+                f"warning: no worker processes ({error}): they need semaphores, for which /dev/shm "
+                "must be there and writable. Images are read in this process, more slowly; "
+                "config.data.encode_workers=0 does so without this warning",
+                flush=True,
+            )
+    if pool is None:
         for chunk in chunks:
             yield read_images(source, chunk, size)
         return
-    pool = ProcessPoolExecutor(
-        num_workers, initializer=_start, initargs=(source, size, os.getpid()), timeout=None
-    )
     pending: collections.deque[Any] = collections.deque()
     try:
         for chunk in chunks:

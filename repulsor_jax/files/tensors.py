@@ -62,6 +62,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     refuse_pointer(start, path)
     try:
         return _read_zip(path) if start.startswith(b"PK") else _read_legacy(path)
+    except _NestedError as error:
+        raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # damage and malice raise nearly anything
         reason = str(error)[:200] or type(error).__name__
         raise ValueError(
@@ -106,6 +108,15 @@ def check_tensors(
 
     The error names the file `source` and the first tensor at fault, and counts the others.
     """
+    first = next(iter(expected), "")
+    if first not in tensors:
+        for name in tensors:
+            if name.endswith(f".{first}"):
+                prefix = name.removesuffix(first)
+                raise ValueError(
+                    f"{source}: the names begin with {prefix!r}, as {name}, expected {first}: save "
+                    f"the tensors again without it, {{name.removeprefix({prefix!r}): tensor, ...}}"
+                )
     faults = []
     for name in [*expected, *sorted(set(tensors) - set(expected))]:
         found = f"shape {list(tensors[name].shape)}" if name in tensors else "no such tensor"
@@ -115,6 +126,10 @@ def check_tensors(
     if faults:
         others = f" (and {len(faults) - 1} more that do not fit)" if len(faults) > 1 else ""
         raise ValueError(f"{source}: {faults[0]}{others}")
+
+
+class _NestedError(ValueError):
+    """A dictionary of dictionaries of tensors."""
 
 
 class _Storage(NamedTuple):
@@ -199,6 +214,12 @@ def _load_tensors(stream: io.BytesIO) -> dict[str, _Tensor]:
     value = _load(stream)
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}, expected a dict of tensors")
+    if nested := [name for name, part in value.items() if isinstance(part, dict)]:
+        raise _NestedError(
+            f"found dictionaries under {nested[:5]!r:.100}, as in a checkpoint of training, "
+            "expected tensors: save the one of the weights, an average such as 'ema' where it is "
+            "there, by itself as .safetensors"
+        )
     for name, tensor in value.items():
         if type(name) is not str or not isinstance(tensor, _Tensor):
             shown = name if type(name) is str else type(name).__name__

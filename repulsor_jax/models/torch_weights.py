@@ -44,9 +44,10 @@ def from_torch_state_dict(
       `stack_blocks` for the other. The fixed `pos_embed` is checked and left out.
 
     Raises:
-      ValueError: a tensor is missing, superfluous or of another shape, or `pos_embed` is not the
-        sine-cosine table; names it.
+      ValueError: a tensor is missing, superfluous or of another shape, `pos_embed` is not the
+        sine-cosine table, or this is a whole checkpoint or has prefixed names; names it.
     """
+    _check_is_plain(state)
     arrays = {name: _to_float32(tensor) for name, tensor in state.items()}
     names = (
         *("x_embedder.proj.bias", "y_embedder.embedding_table.weight"),
@@ -58,6 +59,23 @@ def from_torch_state_dict(
     del arrays["pos_embed"]
     nested: dit.Params = traverse_util.unflatten_dict(_convert(arrays, entries), sep="/")
     return nested
+
+
+def _check_is_plain(state: Mapping[str, Any]) -> None:
+    """Raises ValueError for a checkpoint of training, and for names that a wrapper prefixed."""
+    if nested := [name for name, value in state.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"found dictionaries under {nested}, as in a checkpoint of training, expected tensors: "
+            "give one of them, such as state['ema'], the average"
+        )
+    known = "x_embedder.proj.bias"
+    for name in state:
+        if name != known and name.endswith(f".{known}"):
+            prefix = name.removesuffix(known)
+            raise ValueError(
+                f"found names that begin with {prefix!r}, as {name}, expected none: take it off, "
+                f"{{name.removeprefix({prefix!r}): tensor for name, tensor in state.items()}}"
+            )
 
 
 def to_torch_state_dict(

@@ -57,7 +57,7 @@ class Watchdog:
         print(f"warning: {text}; stacks: {self._path}", file=sys.stderr, flush=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {text}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -72,7 +72,8 @@ def test_no_network(monkeypatch, name, weights, repository, wanted):
         get_autoencoder(name, weights=weights)
     assert hub.asked == [(repository, wanted)]
     message = str(error.value)
-    assert f"{name!r}: its weights could not be downloaded (ConnectionError: no route)" in message
+    assert "its weights could not be downloaded (ConnectionError: no route)" in message
+    assert (f"there is no file or folder {weights} here, and as" in message) == bool(weights)
     assert f"Fetch {' and '.join(wanted)} from https://huggingface.co/{repository}/" in message
     assert "set config.data.autoencoder_weights to it" in message
 
@@ -93,7 +94,7 @@ def test_a_repository_becomes_a_folder(monkeypatch, tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"found nothing at .*absent\.pth, expected a file"):
+    with pytest.raises(FileNotFoundError, match=r"found nothing at .*absent\.pth in .* a file"):
         get_autoencoder("taesd", weights=str(tmp_path / "absent.pth"))
     with pytest.raises(FileNotFoundError, match=rf"found no weights in .*, expected {MODEL}, or"):
         get_autoencoder("sd-vae-ft-ema", weights=str(tmp_path))
@@ -105,6 +106,31 @@ def test_a_local_path_comes_before_a_repository(monkeypatch, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert str(weights.locate("taesd", "org/name", "", ["x"])) == "org/name"
+
+
+@pytest.mark.parametrize(
+    "name", ["weights/my-vae", "here/my-vae", "org/vae.safetensors", "a/b/c", "./vae", "vae"]
+)
+def test_what_looks_like_a_path_is_never_asked_for_elsewhere(monkeypatch, tmp_path, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(monkeypatch, ConnectionError("no route"))
+    with pytest.raises(FileNotFoundError, match=f"found nothing at {name} in {tmp_path}, expected"):
+        get_autoencoder("sd-vae-ft-ema", weights=name)
+    assert not hub.asked
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        get_autoencoder("sd-vae-ft-ema", weights="hf://here/my-vae")
+    assert hub.asked == [("here/my-vae", ["config.json", MODEL])]
+
+
+@pytest.mark.parametrize(
+    ("name", "abstract"), [("sd-vae-ft-ema", False), ("kl", False), ("taesd", False), ("kl", True)]
+)
+def test_a_whole_pipeline_is_called_one(tmp_path, name, abstract):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    message = f"{tmp_path}: is a whole pipeline of diffusers, .* its folder, {tmp_path / 'vae'}"
+    with pytest.raises(ValueError, match=message):
+        get_autoencoder(name, weights=str(tmp_path), abstract=abstract)
 
 
 class Layers(nn.Module):

@@ -44,6 +44,40 @@ def with_old_names(state, convolutions=False):
     return renamed
 
 
+def with_original_names(state, levels):
+    """The names of CompVis/latent-diffusion, whose attention is made of convolutions."""
+    attention = {
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
+    other = {
+        "mid_block.resnets.0": "mid.block_1",
+        "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0": "mid.attn_1",
+        "conv_norm_out": "norm_out",
+        "conv_shortcut": "nin_shortcut",
+        "downsamplers.0": "downsample",
+        "upsamplers.0": "upsample",
+        "resnets": "block",
+    }
+    renamed = {}
+    for name, tensor in state.items():
+        if ".attentions.0." in name:
+            for new, old in attention.items():
+                name = name.replace(f".{new}.", f".{old}.")
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        for new, old in other.items():
+            name = name.replace(new, old)
+        for level in range(levels):
+            name = name.replace(f"down_blocks.{level}", f"down.{level}")
+            name = name.replace(f"up_blocks.{level}", f"up.{levels - 1 - level}")
+        renamed[name] = np.ascontiguousarray(tensor)
+    return renamed
+
+
 @pytest.fixture(scope="module")
 def values():
     return dict(np.load(SMALL))
@@ -72,6 +106,25 @@ def test_recorded_values(small, values, config):
     assert relative_error(decoded, values["kl/decoded"]) < 1e-5
     assert (small.name, small.stochastic) == ("kl", True)
     assert (small.scale, small.shift) == (config["scaling_factor"], 0.0)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_a_file_of_the_original_code(small, tmp_path, config, state, prefix):
+    tensors = with_original_names(state, len(config["block_out_channels"]))
+    assert set(tensors).isdisjoint(name for name in state if "mid_block" in name)
+    beside = {"loss.logvar": np.zeros(1, np.float32)}
+    if prefix:
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+        beside["model.diffusion_model.out.0.bias"] = np.zeros(1, np.float32)
+    found = get_autoencoder("kl", weights=write_folder(tmp_path, config, tensors | beside))
+    jax.tree.map(np.testing.assert_array_equal, found.params, small.params)
+    assert found.weights_sha256 == small.weights_sha256
+
+
+def test_prefixed_names_are_said_to_be(tmp_path, config, state):
+    prefixed = {f"vae.{name}": tensor for name, tensor in state.items()}
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: the names begin with 'vae\.', as vae\."):
+        get_autoencoder("kl", weights=write_folder(tmp_path, config, prefixed))
 
 
 def test_bfloat16(small, tmp_path, config, state, values):

@@ -24,6 +24,7 @@ from repulsor_jax.data.encoder import encode_images
 from repulsor_jax.data.latents import decode_records, open_latent_dataset
 from repulsor_jax.data.preprocess import BadImageError
 from repulsor_jax.data.sources import open_source
+from repulsor_jax.data.workers import read_in_order
 from repulsor_jax.data.writer import open_writer
 from repulsor_jax.files import locks
 from repulsor_jax.files.shards import fill
@@ -173,6 +174,20 @@ def test_a_worker_that_dies_is_reported(tmp_path):
     autoencoder, _ = moments()
     with pytest.raises(OSError, match=r"worker process.*died.*config\.data\.encode_workers"):
         run(source, autoencoder, tmp_path / "d", num_workers=1)
+
+
+def test_without_worker_processes_this_one_reads(capsys):
+    def executor(*unused, **options):
+        raise OSError(30, "Read-only file system")
+
+    images = [np.full((4, 4, 3), k, np.uint8) for k in range(5)]
+    chunks = [range(2), range(2, 5)]
+    found = read_in_order(Images(images), chunks, 0, num_workers=2, ahead=1, executor=executor)
+    np.testing.assert_array_equal([image for part, _ in found for image in part], images)
+    said = capsys.readouterr().out
+    assert "warning: no worker processes ([Errno 30] Read-only file system)" in said
+    assert "/dev/shm" in said
+    assert "config.data.encode_workers=0" in said
 
 
 @pytest.fixture

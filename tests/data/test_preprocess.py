@@ -281,6 +281,30 @@ class Source:
         raise RuntimeError("a bug")
 
 
+def with_chunk(data, kind, content, *, at_the_end):
+    """A PNG with another chunk, after its header or before its end."""
+    place = len(data) - 12 if at_the_end else 33
+    chunk = struct.pack(">I", len(content)) + kind + content
+    return data[:place] + chunk + struct.pack(">I", zlib.crc32(kind + content)) + data[place:]
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [(b"iCCP", b"profile\0\0"), (b"zTXt", b"note\0\0"), (b"iTXt", b"note\0\1\0\0\0")],
+)
+def test_a_png_with_a_large_profile_or_text_is_its_pixels(kind, head, at_the_end):
+    pixels = noise(6, 5)
+    data = encode(Image.fromarray(pixels), "PNG")
+    large = head + zlib.compress(bytes(5 * 2**20))
+    data = with_chunk(data, kind, large, at_the_end=at_the_end)
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(data)).load()
+    np.testing.assert_array_equal(prepare_image(data, 0, "x.png"), pixels)
+    with pytest.raises(BadImageError, match=r"x\.png: .*(damaged|cut short)"):
+        prepare_image(data[:40], 0, "x.png")
+
+
 def test_read_images():
     images, labels = read_images(Source(), [2, 0, 1, 3], 4)
     assert labels.tolist() == [-1, 3, 4, -1]

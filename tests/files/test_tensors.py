@@ -107,12 +107,17 @@ def test_other_content(tmp_path):
     for value, complaint in [
         ([tensor("0", array)], "found a list, expected a dict"),
         ({"epoch": 3}, "'epoch': a int, expected only tensors"),
-        ({"state_dict": {"x": tensor("0", array)}}, "'state_dict': a dict, expected only tensors"),
     ]:
         path = write_zip(tmp_path / "x.pth", dumps(value), {"0": array})
         with pytest.raises(ValueError, match=r"x\.pth: .*holds objects that are not t") as error:
             tensor_files.read_tensors(path)
         assert complaint in str(error.value)
+    nested = {"ema": {"x": tensor("0", array)}, "step": 3}
+    path = write_zip(tmp_path / "x.pth", dumps(nested), {"0": array})
+    with pytest.raises(
+        ValueError, match=r"x\.pth: found dictionaries under \['ema'\], as in a chec"
+    ):
+        tensor_files.read_tensors(path)
 
 
 def test_a_storage_is_missing(tmp_path):

@@ -128,6 +128,20 @@ def test_a_misshapen_tensor_is_named(
     refused(state, f"^{name}: found shape {found}, expected {expected}")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_a_wrapper_prefixed(state: dict[str, np.ndarray], prefix: str) -> None:
+    wrapped = {prefix + name: array for name, array in state.items()}
+    with pytest.raises(ValueError, match=f"found names that begin with '{prefix}', as .* take it"):
+        torch_weights.from_torch_state_dict(wrapped, **SIZES)
+
+
+def test_a_whole_checkpoint_of_training(state: dict[str, np.ndarray]) -> None:
+    whole = {"model": state, "ema": state, "opt": {}, "args": None}
+    message = r"dictionaries under \['model', 'ema', 'opt'\].*such as state\['ema'\]"
+    with pytest.raises(ValueError, match=message):
+        torch_weights.from_torch_state_dict(whole, **SIZES)
+
+
 def test_arguments_that_do_not_fit_are_named(state: dict[str, np.ndarray]) -> None:
     refused(state, "num_heads: found 3, expected a divisor", num_heads=3)
     refused(state, r"final_layer\.linear\.bias: found 8 output channels", in_channels=3)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from repulsor_jax.files import locks
 
@@ -30,11 +31,13 @@ TINY = [
 SECRET = "not-to-be-found-anywhere"
 
 
-def program(*arguments, start=("repulsor_jax.main",)):
+def program(*arguments, start=("repulsor_jax.main",), environment=None):
     return subprocess.run(
         [sys.executable, "-m", *start, "--config=configs/digits.py", *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
+        | (environment or {}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -140,7 +143,7 @@ BAD_FLAGS = {
     "--workdir=": "error: --workdir is empty",
     "--nope=1": "error: Unknown command line flag 'nope'",
     "--config.model.patch_size=3": "error: config.model.patch_size: found 3, expected a divisor",
-    "--config.terms=attract": "error: config.terms: expected one",
+    "--config.terms=attract": "error: config.terms: expected none, or a sum of",
     "--config.data.source_path=https://me:hunter2@host/x": "error: config.data.source_path: f",
 }
 BAD_PLANS = {
@@ -189,6 +192,26 @@ def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
     assert status == "1"
     assert stderr.startswith(BAD_PLANS[argument]), stderr
     assert "Traceback" not in stderr
+
+
+def test_names_that_the_locale_cannot_write(tmp_path):
+    """In a folder one image is bad, and its name is printed; in a zip the names are UTF-8."""
+    for path in ("\u732b/a.png", "dog/a.png"):
+        (tmp_path / "in" / path).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / path)
+    shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")
+    (tmp_path / "in" / "\u732b" / "b.png").write_text("no image")
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for kind, path in (("folder", "in"), ("archive", "in.zip")):
+        done = program(
+            *(f"--workdir={tmp_path / kind}", "--mode=encode", f"--config.data.source={kind}"),
+            *(f"--config.data.source_path={tmp_path / path}", "--config.data.train_split=."),
+            *("--config.data.test_split=", "--config.data.on_bad_image=skip"),
+            environment=ascii_locale,
+        )
+        assert done.returncode == 0, done.stderr
+        (data,) = (tmp_path / kind).glob("data/train/dataset.json")
+        assert json.loads(data.read_bytes())["num_images"] == 2
 
 
 @pytest.mark.parametrize("config", ["digits", "imagenet256:s_2,none"])
