@@ -481,6 +481,19 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
         f"contrastive_flow compares velocities, but config.flow.prediction={c.flow.prediction!r}; "
         "set it to 'velocity'",
     )
+    # What each term compares a sample with, where that is the other samples alone.
+    micro_batch = c.batch_size // c.optimizer.accumulation_steps
+    has_bank = c.repulsor.bank_rows > 0 or c.repulsor.negatives == "none"
+    others = {"dispersive": micro_batch, "contrastive_flow": c.batch_size}
+    others |= {} if has_bank else {"repulsor": micro_batch}
+    for name in names:
+        yield (
+            getattr(c, name).weight > 0 and others.get(name, 2) < 2,
+            f"terms={c.terms!r}: {name} compares the samples of a batch, and "
+            f"config.batch_size={c.batch_size} with config.optimizer.accumulation_steps="
+            f"{c.optimizer.accumulation_steps} leaves {others.get(name)} at a time, with which its "
+            "loss says nothing: 2 or more are needed",
+        )
     if "repulsor" in names and c.repulsor.weight > 0:
         yield from _contradicting_repulsor(c)
 

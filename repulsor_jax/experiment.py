@@ -226,6 +226,15 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
             f"warning: the data have {len(dataset.class_names):,} of config.model.num_classes="
             f"{room:,} classes: is {dataset.directory} the data set that is meant?"
         )
+    r = config.repulsor
+    has_bank = "repulsor" in registry.parse_terms(config.terms) and r.weight > 0
+    images = r.bank_rows // (r.pool_grid**2 if r.pooling == "token" else 1)
+    if has_bank and r.negatives == "all" and images > dataset.num_images:
+        lines.append(
+            f"warning: config.repulsor.bank_rows={r.bank_rows:,} hold rows of {images:,} images, "
+            f"and the data set has {dataset.num_images:,}: each image is in the bank about "
+            f"{images / dataset.num_images:.1f} times, and the older copies are stale"
+        )
     if absent := latents.absent_classes(dataset):
         lines.append(f"warning: {absent}")
     return lines

@@ -63,6 +63,32 @@ def test_what_is_wrong_is_named_by_its_key(key, value, expected):
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "name", "left"),
+    [
+        ({"terms": "dispersive", "batch_size": 1}, "dispersive", 1),
+        ({"terms": "dispersive", "optimizer__accumulation_steps": 16}, "dispersive", 1),
+        (
+            {"repulsor__bank_rows": 0, "optimizer__accumulation_steps": 16},
+            "repulsor",
+            1,
+        ),
+        ({"terms": "contrastive_flow", "batch_size": 1}, "contrastive_flow", 1),
+    ],
+)
+def test_terms_that_compare_samples_need_two(values, name, left):
+    message = f"terms='.*': {name} compares the samples of a batch.* leaves {left} at a time"
+    with pytest.raises(config_lib.ConfigError, match=message):
+        tiny.config(**values)
+    tiny.config(**values | {f"{name}__weight": 0.0})
+
+
+def test_a_bank_gives_one_sample_others_to_be_compared_with():
+    tiny.config(batch_size=1)
+    tiny.config(terms="contrastive_flow", optimizer__accumulation_steps=16)
+    tiny.config(terms="dispersive", batch_size=2)
+
+
 PATHS = [
     *("data.dir", "data.source_path", "data.autoencoder_weights", "checkpoint.directory"),
     *("sampling.guiding_run", "evaluation.inception_weights", "evaluation.reference"),

@@ -116,9 +116,27 @@ def test_latents_of_another_spread_than_the_noise_are_refused(tmp_path, std, sca
     prepare(tmp_path / "good")
 
 
+def test_a_bank_larger_than_the_data_set_is_a_warning(workdir):
+    for values, numbers in {
+        (("repulsor.bank_rows", 16 * 200),): (
+            "3,200 hold rows of 3,200 images",
+            "1,300",
+            "2.5 times",
+        ),
+        (("repulsor.bank_rows", 16 * 400), ("repulsor.pooling", "token")): ("1,600 images", "1.2"),
+        (("repulsor.bank_rows", 16 * 80),): (),
+        (("repulsor.bank_rows", 16 * 200), ("terms", "none")): (),
+    }.items():
+        c = config_lib.parse(tiny.digits_dict(**dict(values)))
+        _, dataset = experiment_lib.prepare(c, workdir)
+        _, *warnings = experiment_lib.describe_data(c, dataset)
+        assert len(warnings) == bool(numbers)
+        assert all(number in warnings[0] for number in numbers)
+
+
 def test_training_shows_the_classes_and_room_that_is_left(workdir):
     c = config_lib.parse(tiny.digits_dict(**{"model.num_classes": 1000}))
     _, dataset = experiment_lib.prepare(c, workdir)
-    first, warning = experiment_lib.describe_data(c, dataset)
+    first, warning, *_ = experiment_lib.describe_data(c, dataset)
     assert first.endswith("data/train: 1,300 images of 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
     assert "10 of config.model.num_classes=1,000 classes" in warning
