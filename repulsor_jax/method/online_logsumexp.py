@@ -44,7 +44,7 @@ def online_logsumexp(
     num_slots, batch_size = jax.tree.leaves(rows)[0].shape[:2]
     groups = _groups(batch_size)
 
-    def value_and_gradient(z: Array) -> tuple[tuple[Array, Array], Array]:
+    def value_and_gradient(z: Array, about: Any, rows: Any) -> tuple[tuple[Array, Array], Array]:
         # The queries are gathered once, before the loop.
         queries, tags = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), (z, about))
 
@@ -95,12 +95,13 @@ def online_logsumexp(
         value = jnp.where(found, overall + jnp.log(total), -jnp.inf)
         return (value, count.sum(axis=0)), gradient / total[:, None]
 
+    # Everything that is traced is an argument: a closure would fail in the gradient of a jit.
     @jax.custom_vjp
-    def value(z: Array) -> tuple[Array, Array]:
-        return value_and_gradient(z)[0]
+    def value(z: Array, about: Any, rows: Any) -> tuple[Array, Array]:
+        return value_and_gradient(z, about, rows)[0]
 
-    value.defvjp(value_and_gradient, lambda gradient, g: (g[0][:, None] * gradient,))
-    return value(z)
+    value.defvjp(value_and_gradient, lambda gradient, g: (g[0][:, None] * gradient, None, None))
+    return value(z, about, rows)
 
 
 def slots_at_once(rows: Array, num_samples: int, max_logits: int) -> int:

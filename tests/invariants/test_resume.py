@@ -14,8 +14,11 @@ def test_resume_is_invisible(tmp_path, run, uninterrupted, stop):
     assert position(workdir, 12) == position(uninterrupted[0], 12)
 
 
-def test_resume_is_invisible_on_the_whole_mesh(tmp_path, run):
-    expected = run(tmp_path / "reference", whole_mesh=True)
-    run(tmp_path / "run", whole_mesh=True, total_steps=7)
-    state = run(tmp_path / "run", whole_mesh=True)
+def test_resume_with_a_teacher_is_invisible_on_the_whole_mesh(tmp_path, run):
+    """The bank holds the teacher's keys, and has wrapped around where the run stops."""
+    teacher = {"repulsor.positives": "view", "repulsor.keys": "teacher", "whole_mesh": True}
+    expected = run(tmp_path / "reference", **teacher)
+    assert {"head"} == expected.ema_terms["repulsor"].keys()
+    run(tmp_path / "run", total_steps=7, **teacher)
+    state = run(tmp_path / "run", **teacher)
     assert_same_run(tmp_path / "run", state, (tmp_path / "reference", on_host(expected)))

@@ -56,6 +56,19 @@ def test_an_invalid_batch_never_enters_even_as_nan():
     jax.tree.map(np.testing.assert_array_equal, refused, bank)
 
 
+def test_one_bad_row_costs_one_row():
+    bank = enqueue(memory_bank.create(3, 4, 2), np.ones((4, 2), np.float32))
+    z = np.full((4, 2), 2, np.float32)
+    z[1] = np.nan
+    ids = jnp.arange(4) + 7
+    after = enqueue(bank, z, np.isfinite(z).all(1), tags=memory_bank.tag(ids))
+    assert (int(after.cursor), int(after.filled)) == (2, 2)
+    np.testing.assert_array_equal(after.tags.ids[1], [7, memory_bank.EMPTY, 9, 10])
+    np.testing.assert_array_equal(after.features[1], [[2, 2], [0, 0], [2, 2], [2, 2]])
+    refused = enqueue(bank, z, np.zeros(4, bool))
+    jax.tree.map(np.testing.assert_array_equal, refused, bank)
+
+
 def test_rows_carry_no_gradient():
     def total(z):
         bank = memory_bank.enqueue(memory_bank.create(2, 2, 3), z)
@@ -87,11 +100,14 @@ def test_reslotted_it_keeps_the_newest_rows_and_goes_on_as_a_queue(old, new, bef
     def batch(size):
         return rng.standard_normal((size, dim)).astype(np.float32)
 
+    def row_ids(z):  # a number of its own for each row, and for its tag
+        return memory_bank.tag(jnp.asarray(1e6 * z[:, 0], jnp.int32))
+
     # The reference: a queue of rows, cut to whole new batches from its newest end.
     bank, rows = memory_bank.create(*old, dim), collections.deque(maxlen=old[0] * old[1])
     for _ in range(before):
         rows.extend(z := batch(old[1]))
-        bank = enqueue(bank, z)
+        bank = enqueue(bank, z, tags=row_ids(z))
     kept = min(len(rows) // new[1], new[0]) * new[1]
     rows = collections.deque(list(rows)[len(rows) - kept :], maxlen=new[0] * new[1])
 
@@ -104,10 +120,12 @@ def test_reslotted_it_keeps_the_newest_rows_and_goes_on_as_a_queue(old, new, bef
         np.testing.assert_array_equal(
             features[filled].reshape(-1, dim), np.array(rows).reshape(-1, dim)
         )
+        expected_ids = row_ids(features[filled].reshape(-1, dim)).ids
+        np.testing.assert_array_equal(np.asarray(bank.tags.ids)[filled].reshape(-1), expected_ids)
         assert not features[~mask].any()
         if step < after:
             rows.extend(z := batch(new[1]))
-            bank = enqueue(bank, z)
+            bank = enqueue(bank, z, tags=row_ids(z))
 
 
 def test_reslotting_split_by_feature_moves_each_row_once():

@@ -178,11 +178,89 @@ def test_a_bfloat16_bank_is_close_to_float32():
     np.testing.assert_allclose(jax.jit(repulsion.repulsion_loss)(z, half), exact, rtol=2e-3)
 
 
+@pytest.mark.parametrize("chunk_slots", [None, 1])
+@pytest.mark.parametrize("same_class_weight", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("time_window", [1.0, 0.4])
+def test_weights_of_negatives_and_info_nce(chunk_slots, same_class_weight, time_window):
+    """Own images, classes and times, sample by sample in float64; two rows an image."""
+    rng = np.random.default_rng(11)
+    rows_per_sample, images, dim, slots = 2, 4, 6, 3
+    size = images * rows_per_sample
+    contrast = repulsion.Contrast(0.4, "squared_l2", same_class_weight, time_window)
+
+    def some_tags():
+        ids = np.repeat(rng.integers(0, 6, images), rows_per_sample)
+        return ids, ids % 3, rng.uniform(size=size)
+
+    def as_tags(ids, labels, times):
+        return memory_bank.tag(jnp.asarray(ids), jnp.asarray(labels), jnp.asarray(times))
+
+    bank, stored = empty_bank(slots, size, dim), []
+    for _ in range(2):
+        stored.append((unit(rng, size, dim), some_tags()))
+        bank = enqueue(bank, stored[-1][0], tags=as_tags(*stored[-1][1]))
+    z, positives, keys = unit(rng, size, dim), unit(rng, size, dim), unit(rng, size, dim)
+    own, key_tags = some_tags(), None
+    key_tags = (own[0], own[1], rng.uniform(size=size))
+
+    def reference(z):
+        means, losses = [], []
+        for i in range(size):
+            logits, weights = [], []
+            for features, (ids, labels, times) in [(keys, key_tags), *stored]:
+                for j in range(size):
+                    same_row = features is keys and j // 2 == i // 2
+                    weight = same_class_weight if labels[j] == own[1][i] else 1.0
+                    weight *= ids[j] != own[0][i] and not same_row
+                    weight *= time_window == 1 or abs(times[j] - own[2][i]) <= time_window
+                    logits.append(-((features[j] - z[i]) ** 2).sum() / 0.4)
+                    weights.append(weight)
+            total = np.exp(logits) @ weights
+            means.append(np.log(total / np.sum(weights)))
+            positive = np.exp(-((positives[i] - z[i]) ** 2).sum() / 0.4)
+            losses.append(-np.log(positive / (positive + total)))
+        return np.array(means), np.array(losses)
+
+    @jax.jit
+    def found(z, positives, bank):
+        log_mean, count = repulsion.log_mean_negatives(
+            z,
+            bank,
+            as_tags(*own),
+            contrast=contrast,
+            keys=repulsion.Keys(jnp.asarray(keys), as_tags(*key_tags)),
+            rows_per_sample=rows_per_sample,
+            chunk_slots=chunk_slots,
+        )
+        losses = repulsion.info_nce(contrast.paired_logits(positives, z), log_mean, count)
+        return losses.mean(), (log_mean, losses)
+
+    gradient, (means, losses) = jax.grad(found, has_aux=True)(z, positives, bank)
+    expected = reference(z.astype(np.float64))
+    np.testing.assert_allclose(means, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, expected[1], rtol=1e-5)
+    numeric = differences(lambda x: reference(x)[1].mean(), z)
+    np.testing.assert_allclose(gradient, numeric, atol=2e-5)
+
+
+def test_the_library_s_info_nce_is_the_share_of_the_positive():
+    rng = np.random.default_rng(12)
+    z, positives = unit(rng, 5, 4), unit(rng, 5, 4)
+    bank, rows = filled_bank(rng, 3, 2, 5, 4)
+    squares = ((z - positives) ** 2).sum(1)
+    count = 4 + len(rows)
+    sums = count * np.exp(reference(z, rows, 0.5, "squared_l2"))
+    expected = -np.log(np.exp(-squares / 0.5) / (np.exp(-squares / 0.5) + sums))
+    found = jax.jit(repulsion.info_nce_loss)(z, positives, bank)
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-5)
+    assert float(jax.jit(repulsion.info_nce_loss)(z[:1], positives[:1])) == 0.0  # no negatives
+
+
 def test_unknown_distance_and_pooling_are_refused():
     z = np.ones((2, 2), np.float32)
     with pytest.raises(ValueError, match="squared_l2"):
         evaluate(z, distance="manhattan")
-    with pytest.raises(ValueError, match="flatten"):
+    with pytest.raises(ValueError, match="'mean', 'flatten' or 'token'"):
         head_lib.pool(jnp.ones((2, 2, 2)), "max")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         evaluate(z, empty_bank(3, 2, 2), chunk_slots=0)
@@ -366,6 +444,14 @@ def test_head_gives_unit_vectors_of_its_dense_silu_dense():
     out = hidden @ params["out"]["kernel"] + params["out"]["bias"]
     expected = out / np.linalg.norm(out, axis=-1, keepdims=True)
     np.testing.assert_allclose(z, expected, atol=1e-5)
+
+
+def test_token_pooling_is_the_mean_over_squares():
+    tokens = np.random.default_rng(13).standard_normal((2, 16, 3)).astype(np.float32)
+    grid = tokens.reshape(2, 4, 4, 3)
+    expected = [grid[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)]
+    found = head_lib.pool(tokens, "token", 2)
+    np.testing.assert_allclose(found, np.stack(expected, 1), rtol=1e-5, atol=1e-6)
 
 
 def _plain(params):

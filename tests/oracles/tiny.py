@@ -146,8 +146,10 @@ def trainer(c: config_lib.Config) -> Trainer:
     return make_trainer(c, mesh())
 
 
-def compile_only(c: config_lib.Config, on: Mesh) -> jax.stages.Compiled:
-    return compile_training(trainer(c), FORMAT, SHAPE, "float16", on).step
+def compile_only(
+    c: config_lib.Config, on: Mesh, shape: tuple[int, ...] = SHAPE
+) -> jax.stages.Compiled:
+    return compile_training(trainer(c), FORMAT, shape, "float16", on).step
 
 
 def build(c: config_lib.Config, on: Mesh) -> Step:

@@ -1,0 +1,327 @@
+"""Terms in the step: published values of whole networks, every mesh, micro-batches, their cost."""
+
+import ast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import objectives
+from repulsor_jax import config as config_lib
+from repulsor_jax.method.memory_bank import tag
+from repulsor_jax.method.term import View
+from repulsor_jax.models import dit
+from repulsor_jax.models.torch_weights import from_torch_state_dict
+from repulsor_jax.planning.cost import program_cost
+from repulsor_jax.train_step import Inputs, Teacher, make_loss
+from tests.oracles import fixtures, tiny
+
+
+def published(name):
+    path = fixtures.FOLDER / f"{name}_visible.npz"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    with np.load(path) as file:
+        return dict(file)
+
+
+def params_of(values, prefix, fields):
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix) and "ap_head" not in name
+    }
+    return from_torch_state_dict(
+        state,
+        num_heads=fields["num_heads"],
+        patch_size=fields["patch_size"],
+        in_channels=fields["in_channels"],
+    )
+
+
+def trainer_for(fields, **overrides):
+    c = tiny.config(
+        batch_size=4,
+        model__latent_size=fields["input_size"],
+        model__in_channels=fields["in_channels"],
+        model__hidden_size=fields["hidden_size"],
+        model__depth=fields["depth"],
+        model__num_heads=fields["num_heads"],
+        model__num_classes=fields["num_classes"],
+        model__learn_sigma=fields.get("learn_sigma", False),
+        repulsor__bank_rows=0,
+        **overrides,
+    )
+    return tiny.trainer(c)
+
+
+def last(x):
+    return jnp.asarray(np.moveaxis(x, 1, -1))
+
+
+def check_gradients(found, values, prefix, fields):
+    """Gradients of single tensors of the published network, relative to their norm."""
+    names = {
+        "x_embedder.proj.weight": ("patch_embed", "kernel"),
+        "blocks.0.mlp.fc1.weight": ("block_0", "mlp_in", "kernel"),
+        "blocks.2.mlp.fc1.weight": ("block_2", "mlp_in", "kernel"),
+        "final_layer.linear.weight": ("final", "kernel"),
+        "y_embedder.embedding_table.weight": ("label_embed", "embedding"),
+    }
+    checked = 0
+    for name, path in names.items():
+        expected = values.get(prefix + name)
+        if expected is None:
+            continue
+        leaf = found
+        for key in path:
+            leaf = leaf[key]
+        if name.startswith("x_embedder"):  # [D, C, p, p] -> [p * p * C, D]
+            expected = expected.transpose(2, 3, 1, 0).reshape(-1, len(expected))
+        elif path[-1] == "kernel":
+            expected = expected.T
+        error = np.linalg.norm(leaf - expected) / np.linalg.norm(expected)
+        assert error < 1e-4, name
+        checked += 1
+    assert checked >= 2
+
+
+def test_layersync_in_sit_is_the_published_program():
+    values = published("layersync")
+    fields = ast.literal_eval(str(values["sit/config"]))
+    student, teacher = values["sit/pair_1based"] - 1
+    trainer = trainer_for(
+        fields,
+        terms="layersync",
+        layersync__student_block=int(student),
+        layersync__teacher_block=int(teacher),
+    )
+    params = {"model": params_of(values, "state/", fields), "terms": {}}
+    t = jnp.asarray(values["sit/t"])
+    labels = jnp.asarray(values["sit/labels"])
+    inputs = Inputs(
+        last(values["sit/data"]), last(values["sit/noise"]), t, labels, tag(labels), {}, {}
+    )
+    loss_fn = make_loss(trainer)
+    teacher_of = Teacher(params["model"], {})
+
+    def loss(params, flow_weight, weight):
+        value, (metrics, _) = loss_fn(params, teacher_of, inputs, None, {"layersync": weight})
+        return value - (1 - flow_weight) * metrics["flow_loss"], metrics
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    grads, metrics = gradient(params, 1.0, values["sit/weight"])
+    np.testing.assert_allclose(metrics["flow_loss"], values["sit/flow"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["layersync_loss"], values["sit/reg"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], values["sit/total"], rtol=1e-5)
+    check_gradients(grads["model"], values, "sit/grad_total/", fields)
+
+    of_term, _ = gradient(params, 0.0, 1.0)
+    norms = [
+        np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(of_term["model"][f"block_{i}"])))
+        for i in range(fields["depth"])
+    ]
+    np.testing.assert_allclose(norms, values["sit/reg_grad_norm_per_block"], rtol=1e-4)
+    assert norms[student] > 0
+    assert not any(norms[student + 1 :])  # exactly: nothing after the student learns from it
+
+
+class Reversed(dit.DiT):
+    """A network that counts time from data to noise, and points the velocity to the noise."""
+
+    def __call__(self, x, t, labels, *, has_output=True, **options):
+        found = super().__call__(x, 1.0 - t, labels, has_output=has_output, **options)
+        return (-found[0], found[1]) if has_output else found
+
+
+def test_sra_in_sit_is_the_published_program():
+    values = published("sra")
+    fields = ast.literal_eval(str(values["sra/config"]))
+    student, teacher = values["sra/blocks_1based"] - 1
+    trainer = trainer_for(
+        fields, terms="sra", sra__student_block=int(student), sra__teacher_block=int(teacher)
+    )
+    shown = vars(trainer.model)
+    model = Reversed(**{name: shown[name] for name in dit.DiT.__annotations__ if name in shown})
+    trainer = trainer._replace(model=model)
+    head = {
+        ours: {
+            "kernel": values[f"student/ap_head.{theirs}.weight"].T,
+            "bias": values[f"student/ap_head.{theirs}.bias"],
+        }
+        for ours, theirs in (("hidden", "linear1"), ("out", "linear2"))
+    }
+    params = {"model": params_of(values, "student/", fields), "terms": {"sra": head}}
+    averaged = Teacher(params_of(values, "teacher/", fields), {})
+    noise, labels = last(values["sra/noise"]), jnp.asarray(values["sra/labels_after_dropout"])
+    view = View(float(values["sra/t_max"]), new_noise=False)
+    (only,) = trainer.objective.views
+    np.testing.assert_allclose(only.time_gap, view.time_gap)
+    seen = {only: (jnp.asarray(values["sra/t_teacher_ours"]), noise)}
+    t = jnp.asarray(values["sra/t_ours"])
+    inputs = Inputs(last(values["sra/data"]), noise, t, labels, tag(labels), seen, {})
+    loss_fn = make_loss(trainer)
+    weights = {"sra": jnp.float32(0.5)}
+    loss = lambda params: loss_fn(params, averaged, inputs, None, weights)
+    grads, (metrics, _) = jax.jit(jax.grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(metrics["flow_loss"], values["sra/flow"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["sra_loss"], values["sra/align_cos_published"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], values["sra/total"], rtol=1e-5)
+    check_gradients(grads["model"], values, "sra/grad_total/", fields)
+    expected = values["sra/grad_total/ap_head.linear1.weight"].T
+    error = np.linalg.norm(grads["terms"]["sra"]["hidden"]["kernel"] - expected)
+    assert error < 1e-4 * np.linalg.norm(expected)
+
+
+# Every preset in few sums: each term of the registry, each form of the bank's keys and negatives.
+SUMS = {
+    "repulsor_positives+layersync+sra+latent_alignment+contrastive_flow": {},
+    "repulsor_latent+dispersive": {},
+    "byol+sra_smooth_l1": {"contrastive_flow.labelled_only": True},
+    "repulsor": {
+        "repulsor.positives": "view",
+        "repulsor.view_noise": "new",
+        "repulsor.time_gap": 0.7,
+        "repulsor.pooling": "token",
+        "repulsor.same_class_weight": 0.3,
+        "repulsor.time_window": 0.6,
+        "repulsor.bank_rows": 4 * 48,
+        "repulsor.bank_start_step": 1,
+    },
+}
+IN_BATCH = {"repulsor", "dispersive"}  # compare samples of a micro-batch with each other
+
+
+def run(name, mesh, microbatches=1):
+    values = tiny.config_dict(
+        model__depth=4, model__scan_blocks=True, optimizer__accumulation_steps=microbatches
+    )
+    objectives.use(values, name)
+    values.update_from_flattened_dict(SUMS[name])
+    step = tiny.build(config_lib.parse(values), mesh)
+    rng = np.random.default_rng(0)
+
+    def shake(x):  # at the start all blocks are the identity, and LayerSync has no direction
+        noise = 0.1 * rng.standard_normal(x.shape).astype(np.float32)
+        return jax.device_put(np.asarray(x) + noise, x.sharding)
+
+    params = jax.tree.map(shake, step.state.params)
+    return step._replace(state=step.state.replace(params=params)).run(tiny.batches(tiny.SLOTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUMS)
+def test_every_term_on_meshes_and_in_micro_batches(name):
+    expected_state, expected = run(name, tiny.mesh())
+    for shape, microbatches in (((4, 2, 1), 1), ((2, 1, 1), 2)):
+        state, history = run(name, tiny.mesh(*shape), microbatches)
+        differ = microbatches > 1 and IN_BATCH & {m.removesuffix("_loss") for m in expected[0]}
+        if differ and SUMS[name].get("repulsor.negatives") != "none" and "byol" not in name:
+            # The first step has one bank and one network: only negatives within the batch differ.
+            means = [m for m in expected[0] if m.removesuffix("_loss") not in IN_BATCH]
+            means = [m for m in means if m not in ("loss", "grad_norm")]
+            found, wanted = history[:1], expected[:1]
+        else:
+            means, found, wanted = list(expected[0]), history, expected
+        for metric in means:
+            np.testing.assert_allclose(
+                [m[metric] for m in found], [m[metric] for m in wanted], rtol=5e-4, err_msg=metric
+            )
+        if expected_state.bank is not None:
+            jax.tree.map(np.testing.assert_array_equal, state.bank.tags, expected_state.bank.tags)
+            # Rows of the first step come from the first network; those of others have learnt.
+            slots = slice(0, 1 if differ else None)
+            if not (differ and "repulsor.bank_start_step" in SUMS[name]):
+                np.testing.assert_allclose(
+                    state.bank.features[slots], expected_state.bank.features[slots], atol=5e-4
+                )
+    assert all(np.isfinite(list(m.values())).all() for m in expected)
+
+
+def test_what_a_term_costs_is_what_it_runs():
+    """FLOPs of matrix products in the compiled step: a teacher costs its blocks, others little."""
+
+    def flops(name):
+        values = tiny.config_dict(
+            model__depth=8,
+            model__scan_blocks=True,
+            model__hidden_size=64,
+            model__latent_size=16,
+            batch_size=8,
+        )
+        values.repulsor.bank_rows = 64
+        objectives.use(values, name)
+        c = config_lib.parse(values)
+        compiled = tiny.compile_only(c, tiny.mesh(), shape=(16, 16, 2))
+        return program_cost(compiled.as_text()).matmul_flops
+
+    plain = flops("none")
+    for name, least, most in (
+        ("layersync", 1.0, 1.01),
+        ("contrastive_flow", 1.0, 1.01),
+        ("sra", 1 + 0.9 * 6 / 8 / 3, 1.4),  # six blocks of eight, forward alone, and a head
+        ("repulsor", 1.0, 1.02),
+        ("repulsor_positives", 1 + 0.9 * 3 / 8 / 3, 1 + 1.2 * 3 / 8 / 3),  # blocks 0 to 2
+    ):
+        assert least <= flops(name) / plain <= most, name
+
+
+def test_without_terms_nothing_of_them_is_in_the_state():
+    state = tiny.build(tiny.config(terms="none"), tiny.mesh()).state
+    assert (state.params["terms"], state.ema_terms, state.bank) == ({}, {}, None)
+
+
+def test_parameters_of_terms_are_boxed_with_names():
+    values = tiny.config_dict(model__depth=4)
+    objectives.use(values, "repulsor_latent+sra+latent_alignment")
+    for term in tiny.trainer(config_lib.parse(values)).objective.terms:
+        boxed = jax.eval_shape(term.init, jax.random.key(0))
+        leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+        assert leaves
+        assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"terms": "layersync", "layersync.student_block": 2, "layersync.teacher_block": 2},
+            "layersync.student_block=2 must be before config.layersync.teacher_block=2",
+        ),
+        (
+            {"terms": "contrastive_flow", "flow.prediction": "noise"},
+            "contrastive_flow compares velocities, but config.flow.prediction='noise'",
+        ),
+        ({"terms": "sra", "sra.teacher_block": 4}, "sra.teacher_block=4 is past the last block, 3"),
+        ({"repulsor.negatives": "none"}, "repulsor.positives='none' leaves nothing to pull"),
+        (
+            {"repulsor.pooling": "token", "repulsor.bank_rows": 32},
+            "repulsor.bank_rows=32 must be a multiple of 64, the rows of a batch",
+        ),
+        (
+            {"repulsor.pooling": "token", "repulsor.pool_grid": 3, "repulsor.bank_rows": 0},
+            "repulsor.pool_grid=3 must divide the 2 tokens along a side",
+        ),
+        (
+            {
+                "repulsor.positives": "view",
+                "repulsor.keys": "latent",
+                "repulsor.time_window": 0.5,
+            },
+            "repulsor.time_window=0.5 has no meaning for config.repulsor.keys='latent'",
+        ),
+    ],
+    ids=str,
+)
+def test_terms_that_contradict_themselves_are_refused(changes, message):
+    values = tiny.config_dict(model__depth=4)
+    values.update_from_flattened_dict(changes)
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.parse(values)
+
+
+def test_an_unknown_objective_is_named():
+    with pytest.raises(ValueError, match="objective 'magnet': expected none, or a sum of"):
+        objectives.use(tiny.config_dict(), "repulsor+magnet")
