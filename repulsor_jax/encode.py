@@ -197,15 +197,17 @@ def _make(
     dataset, seconds = writer.finish(), time.perf_counter() - started
     directory = dataset.directory
     size = sum((directory / shard.name).stat().st_size for shard in dataset.shards)
+    mirrored = " and their mirror images" if dataset.flipped else ""
+    classes = listing.describe_classes(dataset.class_names)
     tqdm.write(
-        f"{directory}: {dataset.num_images:,} images"
-        + (" and their mirror images" if dataset.flipped else "")
-        + f", latents {list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; "
-        f"{images_done:,} of them now, {images_done / seconds:,.1f} images/s"
+        f"{directory}: {dataset.num_images:,} images{mirrored} of {classes}; latents "
+        f"{list(dataset.shape)} {dataset.dtype}, {size / 1e6:,.1f} MB; {images_done:,} of them "
+        f"now, {images_done / seconds:,.1f} images/s"
     )
-    for problem in (absent_classes(dataset), spread_problem(dataset, data.normalization)):
-        if problem:
-            tqdm.write(f"warning: {problem}")
+    problems = [absent_classes(dataset), spread_problem(dataset, data.normalization)]
+    # The doubt was said at the start, hours ago perhaps.
+    for problem in filter(None, [*problems, getattr(source, "doubt", "")]):
+        tqdm.write(printable(f"warning: {problem}"))
     if dataset.skipped:
         where = directory / METADATA
         tqdm.write(f"{len(dataset.skipped):,} images could not be read, and are listed in {where}")

@@ -103,7 +103,7 @@ def write_latents(folder, std, **about):
     ("std", "scale", "seen", "remedy"),
     [
         (1.0, 0.18215, "0.18", "source='npy:scaled'.*normalization='statistics'"),
-        (5.5, 1.0, "5.5", "Else set config.data.normalization='statistics'"),
+        (5.5, 1.0, "5.5", "has: set config.data.normalization='statistics'"),
     ],
 )
 def test_latents_of_another_spread_than_the_noise_are_refused(tmp_path, std, scale, seen, remedy):

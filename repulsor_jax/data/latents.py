@@ -296,24 +296,25 @@ def latent_format(dataset: LatentDataset, normalization: str) -> LatentFormat:
 def spread_problem(dataset: LatentDataset, normalization: str) -> str:
     """What is wrong with the standard deviation that the model sees; "" where it is about 1.
 
-    Noise has 1, and the latents' must be of its size: between 1/3 and 3, over all channels.
+    Noise has 1, and the latents' must be of its size: between 1/4 and 4, over all channels.
     """
     if normalization == "statistics":
         return ""
     stored = math.sqrt(sum(std**2 for std in dataset.std) / len(dataset.std))
     found = stored * abs(dataset.scale)
-    if 1 / 3 <= found <= 3:
+    if 1 / 4 <= found <= 4:
         return ""
     message = (
         f"{dataset.directory}: normalised by the scale {dataset.scale:g}, the latents have the "
         f"standard deviation {found:.2g}, and about 1 is expected, as the noise has"
     )
-    if dataset.scale != 1 and 1 / 3 <= stored <= 3:
-        message += (
-            f". Stored is {stored:.2g}: if they were scaled before, encode them again with "
-            "config.data.source='npy:scaled'"
-        )
-    return f"{message}. Else set config.data.normalization='statistics'"
+    remedy = "set config.data.normalization='statistics'"
+    if dataset.scale == 1 or not 1 / 4 <= stored <= 4:
+        return f"{message}: {remedy}"
+    return (
+        f"{message}. Stored is {stored:.2g}: if they were scaled before, encode them again with "
+        f"config.data.source='npy:scaled'; else {remedy}"
+    )
 
 
 def normalize(latents: jax.Array, latent_format: LatentFormat) -> jax.Array:
