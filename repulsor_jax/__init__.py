@@ -23,6 +23,7 @@ _LAZY = {
     "dispersive_loss": ("dispersive", "dispersive_loss"),
     "enqueue": ("memory_bank", "enqueue"),
     "info_nce_loss": ("repulsion", "info_nce_loss"),
+    "l2_normalize": ("repulsion", "l2_normalize"),
     "repulsion_loss": ("repulsion", "repulsion_loss"),
     "tag": ("memory_bank", "tag"),
 }
