@@ -214,6 +214,13 @@ def check_dataset(config: Config, dataset: LatentDataset) -> None:
             f"{dataset.directory} has {len(dataset.class_names)} classes, but "
             f"config.model.num_classes={m.num_classes}"
         )
+    terms = registry.parse_terms(config.terms)
+    leaves_none = config.repulsor.same_class_weight == 0 and config.repulsor.negatives == "all"
+    if "repulsor" in terms and leaves_none and len(dataset.class_names) == 1:
+        raise ConfigError(
+            f"config.repulsor.same_class_weight=0 leaves no negatives: {dataset.directory} has one "
+            "class; raise it, up to 1"
+        )
 
 
 def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
@@ -234,6 +241,12 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
             f"warning: config.repulsor.bank_rows={r.bank_rows:,} hold rows of {images:,} images, "
             f"and the data set has {dataset.num_images:,}: each image is in the bank about "
             f"{images / dataset.num_images:.1f} times, and the older copies are stale"
+        )
+    _, block = registry.layersync_blocks(config)
+    if "layersync" in registry.parse_terms(config.terms) and block + 1 > 0.8 * config.model.depth:
+        lines.append(
+            f"warning: config.layersync.teacher_block={block} is in the last fifth of the "
+            f"{config.model.depth} blocks: these turn towards the output, and make poor references"
         )
     if absent := latents.absent_classes(dataset):
         lines.append(f"warning: {absent}")

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -140,3 +141,18 @@ def test_training_shows_the_classes_and_room_that_is_left(workdir):
     first, warning, *_ = experiment_lib.describe_data(c, dataset)
     assert first.endswith("data/train: 1,300 images of 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
     assert "10 of config.model.num_classes=1,000 classes" in warning
+
+
+def test_a_late_teacher_of_layersync_is_a_warning_and_no_negatives_are_refused(workdir):
+    values = {"terms": "layersync", "model.depth": 10, "layersync.student_block": 1}
+    for block, count in ((7, 0), (8, 1)):
+        c = config_lib.parse(tiny.digits_dict(**values | {"layersync.teacher_block": block}))
+        _, dataset = experiment_lib.prepare(c, workdir)
+        _, *warnings = experiment_lib.describe_data(c, dataset)
+        assert len(warnings) == count
+        assert all("layersync.teacher_block=8 is in the last fifth" in line for line in warnings)
+    one_class = dataclasses.replace(dataset, class_names=("digit",))
+    c = config_lib.parse(tiny.digits_dict(**{"repulsor.same_class_weight": 0.0}))
+    experiment_lib.check_dataset(c, dataset)
+    with pytest.raises(config_lib.ConfigError, match="same_class_weight=0 leaves no negatives"):
+        experiment_lib.check_dataset(c, one_class)

@@ -18,7 +18,12 @@ from repulsor_jax.sample import sample
 from repulsor_jax.train import train
 from tests.oracles import processes, tiny
 
-COMMON = {"total_steps": 6, "checkpoint.every_steps": 2}
+COMMON = {
+    "total_steps": 6,
+    "checkpoint.every_steps": 2,
+    "repulsor.positives": "view",
+    "repulsor.keys": "teacher",
+}
 
 
 def run_processes(folder, count, jobs):
