@@ -58,9 +58,10 @@ def training_iterator(
         try:
             records = source.__getitems__(indices.tolist())
         except RuntimeError as error:  # which the reader raises where a checksum is wrong
+            where = dataset.directory / _damaged_shard(dataset, source, indices)
             raise DamagedDataError(
-                f"{dataset.directory}: a record is damaged ({error}). Run with "
-                "config.data.verify=True to learn in which file, and restore it"
+                f"{where}: a record is damaged ({error}). Restore the file; "
+                "config.data.verify=True says whether it is the only one"
             ) from error
         ids = (indices // dataset.views).astype(np.int32)
         return decode_records(records, dataset.shape, dataset.dtype) | {"ids": ids}
@@ -68,6 +69,19 @@ def training_iterator(
     batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.map(read).to_iter_dataset(options))
+
+
+def _damaged_shard(
+    dataset: LatentDataset, source: grain.sources.ArrayRecordDataSource, indices: np.ndarray
+) -> str:
+    """The file of the first of these records that cannot be read; "" where each now can."""
+    ends = np.cumsum([shard.records for shard in dataset.shards])
+    for index in indices.tolist():
+        try:
+            source[index]
+        except RuntimeError:
+            return dataset.shards[int(np.searchsorted(ends, index, side="right"))].name
+    return ""
 
 
 def batch_records(

@@ -159,5 +159,6 @@ def test_a_damaged_record_is_one_clear_error(tmp_path):
     data[1000] ^= 1
     path.write_bytes(data)
     iterator = training_iterator(damaged, global_batch_size=COUNT, seed=0)
-    with pytest.raises(DamagedDataError, match=r"/d: a record is damaged .*config\.data\.verify"):
+    message = rf"/d/{damaged.shards[1].name}: a record is damaged .*config\.data\.verify"
+    with pytest.raises(DamagedDataError, match=message):
         next(iterator)
