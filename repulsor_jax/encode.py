@@ -54,7 +54,11 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
     # may wait for hours: one process may have more to encode than another.
     multihost_utils.sync_global_devices("connected")
     directory = data_directory(config, workdir)
-    if not _to_make(config, directory):
+    todo = _to_make(config, directory)
+    for folder, split in _splits(config).items():
+        if split and folder not in todo and jax.process_index() == 0:
+            tqdm.write(f"{directory / folder}: is there already, and is left as it is")
+    if not todo:
         return
     with locks.sole(directory, "encoding", "give this one another config.data.dir"):
         todo = _to_make(config, directory)  # another job may have made it just now
@@ -72,10 +76,14 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
             shutil.rmtree(cache, ignore_errors=True)
 
 
+def _splits(config: Config) -> dict[str, str]:
+    return {"train": config.data.train_split, "test": config.data.test_split}
+
+
 def _to_make(config: Config, directory: pathlib.Path) -> dict[str, str]:
     """The split of each folder, train and test, that is not complete yet."""
     todo = {}
-    for folder, split in {"train": config.data.train_split, "test": config.data.test_split}.items():
+    for folder, split in _splits(config).items():
         if split and (directory / folder / METADATA).exists():
             _check_is_the_configured(config, directory / folder, folder)
         elif split:

@@ -445,7 +445,7 @@ def marked(mark):
     return found
 
 
-def test_one_job_at_a_time_encodes_a_data_set(tmp_path, pictures):
+def test_one_job_at_a_time_encodes_a_data_set(tmp_path, pictures, capsys):
     data = tmp_path / "run" / "data"
     with (
         locks.sole(data, "encoding", ""),
@@ -457,6 +457,7 @@ def test_one_job_at_a_time_encodes_a_data_set(tmp_path, pictures):
     encode_lib.encode(config(pictures), tmp_path / "run")
     with locks.sole(data, "encoding", ""):
         encode_lib.encode(config(pictures), tmp_path / "run")  # all is there: nothing to hold
+    assert "data/train: is there already, and is left as it is" in capsys.readouterr().out
 
 
 def test_what_is_encoded_is_shown_with_its_classes_and_what_looks_wrong(tmp_path, capsys):
