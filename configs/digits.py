@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.scan_blocks = False
     c.model.dtype = "float32"
 
-    # The smallest lambda of docs/measurements.md: at this size the regulariser costs capacity.
+    # The smallest lambda that docs/evidence.md has: at this size the regulariser costs capacity.
     c.repulsor.weight = 0.05
     c.repulsor.projection_dim = 64
     c.repulsor.bank_rows = 8_192

@@ -1,0 +1,248 @@
+"""Does it help, how much, and is it the bank? Settings x seeds through the program, measured.
+
+    python -m benchmarks.evidence --bench=cifar16 --source=cifar10.tar.xz --arms=plain,control \\
+        --rates=1.5e-3,3e-3,6e-3 --seeds=3 --workers=2
+
+1. Pictures are read once; two small classifiers are trained on them.
+2. Each arm is trained at each learning rate, on a seed that counts for nothing else, and keeps the
+   rate with the smallest distance. With a single rate there is no search.
+3. Each arm is trained on every seed, which fixes parameters, order of the data, noise and times:
+   the runs of a seed are a pair.
+4. Every checkpoint is measured; the tables are printed, and drawn.
+
+Arms are those of configs/evidence.py. What is there already is not done again: a command that was
+stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One run
+takes one core, or --platform=cuda with --workers=1 the GPU. docs/evidence.md has results.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from benchmarks.evidence import report
+from benchmarks.evidence.report import SEARCH_SEED, run_folder
+from configs import evidence as configs
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a bench is made of, beside its configuration in configs/evidence.py."""
+
+    size: int  # side of the pictures
+    count: int  # training pictures that the runs see, the first
+    labelled: bool
+    classifier_steps: int
+    flips: bool  # for the classifiers
+
+
+BENCHES = {
+    "cifar16": Bench(16, 5_000, False, 2_600, True),
+    "cifar16_labels": Bench(16, 50_000, True, 2_600, True),
+    "digits": Bench(8, 1_300, False, 600, False),
+    "cifar32": Bench(32, 50_000, False, 8_000, True),
+}
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    arm: str
+    rate: float
+    seed: int
+    steps: int
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--bench", choices=BENCHES, default="cifar16")
+    parser.add_argument("--source", default="", help='archive, folder, "tfds:cifar10" or "digits"')
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/evidence"))
+    parser.add_argument("--arms", type=_arms, default=tuple(configs.ARMS), help="or all")
+    parser.add_argument("--rates", type=_rates, default=(1.5e-3, 3e-3, 6e-3), help="to search")
+    parser.add_argument(
+        "--stretches", type=_rates, default=(1.05, 1.1, 1.15), help="velocity scales to sample at"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="0 searches alone")
+    parser.add_argument("--steps", type=int, default=0, help="0: those of the configuration")
+    parser.add_argument("--search_steps", type=int, default=0, help="0: half of the steps")
+    parser.add_argument("--every", type=int, default=0, help="steps between checkpoints")
+    parser.add_argument("--samples", type=int, default=1_000, help="drawn for each distance")
+    parser.add_argument("--classifier_steps", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--platform", default="cpu", help="cpu, cuda or tpu")
+    parser.add_argument("--report", action="store_true", help="print what is there, and stop")
+    args = parser.parse_args(argv)
+    config = configs.get_config(f"{args.bench},plain")
+    args.steps = args.steps or config.total_steps
+    args.search_steps = args.search_steps or args.steps // 2
+    args.batch_size = config.batch_size
+    args.every = args.every or min(config.checkpoint.every_steps, args.steps)
+    args.source = args.source or ("digits" if args.bench == "digits" else "tfds:cifar10")
+    args.root = (args.workdir / args.bench).absolute()
+    return args
+
+
+def _arms(text: str) -> tuple[str, ...]:
+    arms = tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
+    if unknown := [arm for arm in arms if arm not in configs.ARMS]:
+        expected = ", ".join(configs.ARMS)
+        raise argparse.ArgumentTypeError(f"found {', '.join(unknown)}, expected {expected}")
+    return ("plain", *(arm for arm in arms if arm != "plain"))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(sorted(map(float, text.split(","))))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if not args.report:
+        # A stopped command ends as by Ctrl-C: its runs are told, and save.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        os.environ["JAX_PLATFORMS"] = args.platform
+        prepare(args)
+        search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
+        if len(args.rates) > 1:
+            train_all(args, search)
+            measure(args, search, ())
+        rates = report.best_rates(args.root, args.arms, args.rates)
+        jobs = [Job(a, rates[a], s, args.steps) for s in range(args.seeds) for a in args.arms]
+        train_all(args, jobs)
+        measure(args, jobs, args.stretches)
+    print(report.write(args))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Pictures, classifiers and the data set that the runs read."""
+    from benchmarks.evidence import classifier, pictures
+
+    bench, root = BENCHES[args.bench], args.root
+    found = pictures.load_pictures(root / "pictures.npz", args.source, bench.size)
+    steps = args.classifier_steps or bench.classifier_steps
+    for name, seed, part in (("metric", 0, 1.0), ("control", 1, 0.5)):
+        path = root / f"classifier_{name}.npz"
+        classifier.train_classifier(
+            path, found, seed=seed, steps=round(steps * part), flips=bench.flips
+        )
+        accuracy = classifier.load_classifier(path).accuracy
+        print(f"classifier {name}: accuracy {accuracy:.3f} on held-out pictures", flush=True)
+    if not (root / "data" / "train" / "dataset.json").is_file():
+        pictures.write_latents(root / "latents", found, bench.count, bench.labelled)
+        arguments = ["--mode=encode", f"--config.data.source_path={root / 'latents'}"]
+        _program(args, "repulsor_jax.main", "plain", root, arguments)
+
+
+def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Trains what is not trained yet, several at a time, each on a core of its own."""
+    jobs = [job for job in jobs if steps_done(_folder(args, job)) < job.steps]
+    cores: queue.Queue[int | None] = queue.Queue()
+    for core in sorted(os.sched_getaffinity(0))[: args.workers] * args.workers:
+        cores.put(core if args.platform == "cpu" else None)
+    started, done = time.monotonic(), 0
+
+    def run(job: Job) -> None:
+        nonlocal done
+        core = cores.get()
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # of this thread, from which the run inherits it
+        try:
+            train(args, job)
+        finally:
+            cores.put(core)
+        done += 1
+        spent = time.monotonic() - started
+        left = spent / done * (len(jobs) - done)
+        print(
+            f"{done}/{len(jobs)} runs, {spent / 60:.0f} min, {left / 60:.0f} min left: {job.arm} "
+            f"at {job.rate:g}, seed {job.seed}",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        try:
+            list(pool.map(run, jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def train(args: argparse.Namespace, job: Job) -> None:
+    """One run, through the program; it goes on from its newest checkpoint."""
+    arguments = [f"--config.seed={job.seed}", f"--config.optimizer.learning_rate={job.rate}"]
+    arguments += [f"--config.total_steps={job.steps}"]
+    arguments += [f"--config.checkpoint.every_steps={args.every}"]
+    module = "repulsor_jax.main"
+    if job.arm == "control":
+        module = "benchmarks.evidence.train_control"
+        arguments.append(f"--classifier={args.root / 'classifier_control.npz'}")
+    _program(args, module, job.arm, _folder(args, job), arguments)
+
+
+def steps_done(workdir: pathlib.Path) -> int:
+    """The newest checkpoint of a run; 0 where there is none."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
+
+
+def measure(args: argparse.Namespace, jobs: Sequence[Job], scales: Sequence[float]) -> None:
+    """Measures every checkpoint of these runs that was not measured yet."""
+    from benchmarks.evidence import classifier, pictures
+    from benchmarks.evidence.measure import Yardstick, measure_run
+    from repulsor_jax import config as config_lib
+
+    yardstick = Yardstick(
+        pictures.load_pictures(args.root / "pictures.npz", args.source, BENCHES[args.bench].size),
+        BENCHES[args.bench].count,
+        classifier.load_classifier(args.root / "classifier_metric.npz"),
+        args.samples,
+    )
+    about = yardstick.floor() | {"accuracy": yardstick.classifier.accuracy, "samples": args.samples}
+    (args.root / "floor.json").write_text(json.dumps(about) + "\n")
+    for number, job in enumerate(jobs, 1):
+        config = config_lib.parse(configs.get_config(f"{args.bench},{job.arm}"))
+        measure_run(config, _folder(args, job), yardstick, scales)
+        print(f"measured {number}/{len(jobs)}", end="\r", flush=True)
+
+
+def _folder(args: argparse.Namespace, job: Job) -> pathlib.Path:
+    return run_folder(args.root, job.arm, job.rate, job.seed)
+
+
+def _program(
+    args: argparse.Namespace,
+    module: str,
+    arm: str,
+    workdir: pathlib.Path,
+    arguments: Sequence[str],
+) -> None:
+    command = [sys.executable, "-m", module, f"--config=configs/evidence.py:{args.bench},{arm}"]
+    command += [f"--workdir={workdir}", f"--config.data.dir={args.root / 'data'}"]
+    command += [f"--compilation_cache_dir={args.root / 'cache'}", *arguments]
+    workdir.mkdir(parents=True, exist_ok=True)
+    log = workdir / "log.txt"
+    with log.open("a") as file:
+        code = subprocess.call(command, stdout=file, stderr=subprocess.STDOUT)
+    if code:
+        sys.exit(f"error: a run ended with {code}; its last words are in {log}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

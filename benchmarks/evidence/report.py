@@ -1,0 +1,290 @@
+"""Tables and curves of what was measured, partial where runs are missing."""
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.evidence.statistics import Ratio, mean_and_spread, paired_ratio
+from repulsor_jax.files import atomic
+from repulsor_jax.files.pictures import Curve, save_curves
+from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
+
+SEARCH_SEED = 100  # of the search for learning rates; never among those that count
+MEASURES = {"features@1": "features", "pixels@1": "pixels", "flow_loss": "held-out flow loss"}
+
+Numbers = Mapping[int, dict[str, Any]]  # step -> numbers by name
+
+
+class Run(NamedTuple):
+    """A measured run."""
+
+    measures: Numbers
+    seconds_per_step: float  # nan where it is not known
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Reads what `measure_run` wrote, and the time of a step: the 10th percentile of the log.
+
+    A low percentile, because other programs on the machine can only slow a step down.
+    """
+    measures = {
+        int(path.stem.partition("_")[2]): json.loads(path.read_text())
+        for path in workdir.glob("measure_*.json")
+    }
+    lines = read_jsonl(workdir / JSONL_NAME)
+    times = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    fast = float(np.quantile(times, 0.1)) if times else math.nan
+    return Run(dict(sorted(measures.items())), fast)
+
+
+def run_folder(root: pathlib.Path, arm: str, rate: float, seed: int) -> pathlib.Path:
+    """Where a run lies."""
+    return root / "runs" / arm / f"lr_{rate:g}" / f"seed_{seed}"
+
+
+def read_search(
+    root: pathlib.Path, arms: Sequence[str], rates: Sequence[float]
+) -> dict[str, dict[float, dict[str, Any]]]:
+    """arm -> rate -> numbers of the search, at the newest step that all its runs have."""
+    runs = {
+        a: {r: read_run(run_folder(root, a, r, SEARCH_SEED)).measures for r in rates} for a in arms
+    }
+    found = {}
+    for arm, by_rate in runs.items():
+        measured = {rate: numbers for rate, numbers in by_rate.items() if numbers}
+        shared = set.intersection(*map(set, measured.values())) if measured else set()
+        if shared:
+            found[arm] = {rate: numbers[max(shared)] for rate, numbers in measured.items()}
+    return found
+
+
+def best_rates(root: pathlib.Path, arms: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
+    """arm -> the rate whose run of the search has the smallest distance in features.
+
+    Arms without a search have the only rate, or are left out.
+    """
+    if len(rates) == 1:
+        return dict.fromkeys(arms, rates[0])
+    search = read_search(root, arms, rates)
+    return {
+        arm: min(by_rate, key=lambda rate: by_rate[rate]["features@1"])
+        for arm, by_rate in search.items()
+    }
+
+
+def write(args: argparse.Namespace) -> str:
+    """Returns the tables as Markdown; writes them to `report.md`, and `curves.png`.
+
+    Args:
+      args: `root` of a bench, `arms`, `rates`, `seeds`, `steps`, `batch_size`.
+    """
+    rates = best_rates(args.root, args.arms, args.rates)
+    runs: dict[str, dict[int, Run]] = {}
+    for arm, rate in rates.items():
+        by_seed = {s: read_run(run_folder(args.root, arm, rate, s)) for s in range(args.seeds)}
+        runs[arm] = {seed: run for seed, run in by_seed.items() if args.steps in run.measures}
+    missing = sum(args.seeds - len(runs.get(arm, ())) for arm in args.arms)
+    parts = [_floor(args), _search(args, rates)]
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    if runs.get("plain"):
+        sections = (_arms, _seeds, _stretched, _times, _against_no_bank, _seconds)
+        parts += [section(args, runs, rates) for section in sections]
+        _draw(args, runs)
+    if missing:
+        parts.insert(0, f"PARTIAL: {missing} of {len(args.arms) * args.seeds} runs are missing.")
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    atomic.write_text(args.root / "report.md", text)
+    return text
+
+
+Runs = Mapping[str, Mapping[int, Run]]
+Rates = Mapping[str, float]
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _floor(args: argparse.Namespace) -> str:
+    path = args.root / "floor.json"
+    if not path.is_file():
+        return ""
+    f = json.loads(path.read_text())
+    return (
+        f"Distances of {f['samples']:,} samples to all held-out pictures; as many real pictures "
+        f"get {f['features']:.2f} (features) and {f['pixels']:.2f} (pixels). The classifier's "
+        f"accuracy on held-out pictures is {f['accuracy']:.3f}."
+    )
+
+
+def _search(args: argparse.Namespace, rates: Rates) -> str:
+    search = read_search(args.root, args.arms, args.rates)
+    if len(args.rates) == 1 or not search:
+        return ""
+
+    def cell(arm: str, rate: float) -> str:
+        found = search[arm].get(rate)
+        if not found:
+            return "-"
+        text = f"{found['features@1']:.2f} / {found['pixels@1']:.2f} / {found['flow_loss']:.4f}"
+        return f"**{text}**" if rates[arm] == rate else text
+
+    rows = [[arm, *(cell(arm, rate) for rate in args.rates)] for arm in search]
+    title = (
+        f"Search, seed {SEARCH_SEED}, {args.search_steps:,} steps: features / pixels / flow loss"
+    )
+    return _table(title, ["arm", *(f"{rate:g}" for rate in args.rates)], rows)
+
+
+def _values(by_seed: Mapping[int, Run], step: int, name: str) -> dict[int, float]:
+    return {seed: run.measures[step][name] for seed, run in by_seed.items()}
+
+
+def _ratio(r: Ratio, digits: int = 2) -> str:
+    text = f"{r.ratio:.{digits}f}"
+    return text if math.isnan(r.low) else f"{text} [{r.low:.{digits}f}, {r.high:.{digits}f}]"
+
+
+def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    """Every arm beside plain at equal steps."""
+    head = ["arm", "rate", "seeds"]
+    head += [f"{what}{of}" for what in MEASURES.values() for of in ("", ", of plain")]
+    head += ["best probe", "near copies", "ms/step"]
+    rows = []
+    for arm, by_seed in runs.items():
+        row = [arm, f"{rates[arm]:g}", str(len(by_seed))]
+        for name in MEASURES:
+            own, plain = (_values(each, args.steps, name) for each in (by_seed, runs["plain"]))
+            row.append(mean_and_spread(list(own.values())))
+            shared = own.keys() & plain.keys()
+            digits = 3 if name == "flow_loss" else 2
+            row.append(_ratio(paired_ratio(own, plain), digits) if shared else "-")
+        last = [run.measures[args.steps] for run in by_seed.values()]
+        row.append(f"{np.mean([max(m['probe_by_block']) for m in last]):.3f}")
+        row.append(f"{np.mean([m['near_copies@1'] for m in last]):.3f}")
+        row.append(f"{1e3 * np.nanmin([r.seconds_per_step for r in by_seed.values()]):.1f}")
+        rows.append(row)
+    title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images)"
+    return _table(title, head, rows)
+
+
+def _seeds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    def cell(run: Run | None) -> str:
+        if run is None:
+            return "-"
+        m = run.measures[args.steps]
+        return f"{m['features@1']:.2f} / {m['pixels@1']:.2f} / {m['flow_loss']:.4f}"
+
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    rows = [[arm, *(cell(by_seed.get(s)) for s in seeds)] for arm, by_seed in runs.items()]
+    return _table(
+        "By seed: features / pixels / flow loss", ["arm", *(f"seed {s}" for s in seeds)], rows
+    )
+
+
+def _stretched(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    """Every arm sampled with a stretched velocity, each at its own best."""
+    scales = (1.0, *args.stretches)
+    chosen, means = {}, {}
+    for arm, by_seed in runs.items():
+        found = {s: _values(by_seed, args.steps, f"features@{s:g}") for s in scales}
+        means[arm] = {s: float(np.mean(list(v.values()))) for s, v in found.items()}
+        best = min(scales, key=means[arm].__getitem__)
+        chosen[arm] = found[best]
+    rows = []
+    for arm in runs:
+        row = [arm, *(f"{means[arm][s]:.2f}" for s in scales)]
+        shared = chosen[arm].keys() & chosen["plain"].keys()
+        row.append(_ratio(paired_ratio(chosen[arm], chosen["plain"])) if shared else "-")
+        rows.append(row)
+    head = ["arm", *(f"x {s:g}" for s in scales), "best, of plain's best"]
+    return _table("Features, the velocity stretched in sampling", head, rows)
+
+
+def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    """Held-out flow loss by bins of t, in per cent of plain."""
+    plain = runs["plain"]
+    bins = len(next(iter(plain.values())).measures[args.steps]["flow_loss_by_t"])
+
+    def row(arm: str, by_seed: Mapping[int, Run]) -> list[str]:
+        changes = [
+            np.array(by_seed[s].measures[args.steps]["flow_loss_by_t"])
+            / plain[s].measures[args.steps]["flow_loss_by_t"]
+            - 1
+            for s in by_seed.keys() & plain.keys()
+        ]
+        return [arm, *(f"{100 * x:+.1f}" for x in np.mean(changes, axis=0))] if changes else [arm]
+
+    own = [r.measures[args.steps]["flow_loss_by_t"] for r in plain.values()]
+    rows = [["plain itself", *(f"{x:.3f}" for x in np.mean(own, axis=0))]]
+    rows += [row(arm, by_seed) for arm, by_seed in runs.items() if arm != "plain"]
+    head = ["arm", *(f"{b / bins:.1f}" for b in range(bins))]
+    return _table("Held-out flow loss from t = ... on, change against plain in %", head, rows)
+
+
+def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    """Contrast with positives at every K against itself without a bank."""
+    arms = [arm for arm in runs if arm.startswith("positives_") and arm != "positives_0"]
+    if "positives_0" not in runs or not arms:
+        return ""
+    rows = []
+    for arm in arms:
+        row = [arm]
+        for name in MEASURES:
+            own, base = (_values(runs[a], args.steps, name) for a in (arm, "positives_0"))
+            digits = 3 if name == "flow_loss" else 2
+            shared = own.keys() & base.keys()
+            row.append(_ratio(paired_ratio(own, base), digits) if shared else "-")
+        rows.append(row)
+    return _table("Is it the bank? Ratio to K = 0", ["arm", *MEASURES.values()], rows)
+
+
+def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
+    """Every arm after the seconds that plain takes for all steps."""
+    fastest = {
+        arm: float(np.nanmin([r.seconds_per_step for r in by_seed.values()]))
+        for arm, by_seed in runs.items()
+    }
+    rows = []
+    for arm, by_seed in runs.items():
+        step = min(args.steps, args.steps * fastest["plain"] / fastest[arm])
+        own = {seed: _at(run.measures, step, "features@1") for seed, run in by_seed.items()}
+        plain = _values(runs["plain"], args.steps, "features@1")
+        shared = own.keys() & plain.keys()
+        rows.append([arm, f"{step:,.0f}", _ratio(paired_ratio(own, plain)) if shared else "-"])
+    title = f"Features after the {args.steps * fastest['plain']:.0f} s that plain takes"
+    return _table(title, ["arm", "steps in that time", "of plain"], rows)
+
+
+def _at(measures: Numbers, step: float, name: str) -> float:
+    """A measure between checkpoints, its logarithm interpolated."""
+    logs = [math.log(numbers[name]) for numbers in measures.values()]
+    return math.exp(float(np.interp(step, list(measures), logs)))
+
+
+def _draw(args: argparse.Namespace, runs: Runs) -> None:
+    """Mean distance over seeds against images seen and against seconds."""
+
+    def curves(x_of: Callable[[int, float], float]) -> dict[str, Curve]:
+        found: dict[str, Curve] = {}
+        for arm, by_seed in runs.items():
+            seconds = float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
+            steps = sorted(set.intersection(*(set(run.measures) for run in by_seed.values())))
+            means = [
+                float(np.mean(list(_values(by_seed, s, "features@1").values()))) for s in steps
+            ]
+            found[arm] = [x_of(s, seconds) for s in steps], means
+        return found
+
+    for name, label, x_of in (
+        ("images", "images seen", lambda step, seconds: step * args.batch_size),
+        ("seconds", "seconds of training", lambda step, seconds: step * seconds),
+    ):
+        panels = {"distance in features, mean over seeds": curves(x_of)}
+        save_curves(args.root / f"curves_{name}.png", panels, label)

@@ -1,0 +1,168 @@
+"""The bench of docs/evidence.md: its pure parts, and a short form of the whole."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.evidence import __main__ as bench
+from benchmarks.evidence import report
+from benchmarks.evidence.classifier import Classifier, Trained
+from benchmarks.evidence.control import control_term
+from benchmarks.evidence.measure import nearest
+from benchmarks.evidence.statistics import paired_ratio
+from configs import evidence as configs
+from repulsor_jax import config as config_lib
+from repulsor_jax.method.term import Seen
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_the_interval_of_a_paired_ratio():
+    rng = np.random.default_rng(0)
+    arm, base = ({s: float(v) for s, v in enumerate(rng.uniform(5, 9, 5))} for _ in range(2))
+    found = paired_ratio(arm | {7: 1.0}, base | {8: 1.0})  # seeds without a partner do not count
+    expected = stats.ttest_rel(np.log([*arm.values()]), np.log([*base.values()]))
+    low, high = expected.confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], np.exp([low, high]), rtol=1e-6)
+    assert found.ratio == pytest.approx(np.sqrt(found.low * found.high))
+    assert found.seeds == 5
+
+
+def test_two_seeds_and_one():
+    two = paired_ratio({0: 1.0, 1: np.e**2}, {0: 1.0, 1: 1.0})
+    # The mean of 0 and 2 is 1, their standard error 1, and t is 12.706 with one degree of freedom.
+    np.testing.assert_allclose(np.log(two[:3]), [1.0, -11.706, 13.706], rtol=1e-4)
+    one = paired_ratio({0: 3.0}, {0: 4.0})
+    assert one.ratio == pytest.approx(0.75)
+    assert np.isnan(one.low)
+    with pytest.raises(ValueError, match="none is in both"):
+        paired_ratio({0: 1.0}, {1: 1.0})
+
+
+def test_the_nearest_picture():
+    rng = np.random.default_rng(1)
+    images, others = (rng.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8) for n in (3, 5))
+    pairs = (images[:, None].astype(float) - others) / 127.5
+    expected = np.sqrt((pairs**2).mean((2, 3, 4))).min(1)
+    np.testing.assert_allclose(nearest(images, others), expected, rtol=1e-6)
+    np.testing.assert_allclose(nearest(others[1:2], others), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(bench.BENCHES))
+def test_every_arm_of_every_bench_is_a_configuration(name):
+    for arm in configs.ARMS:
+        config = config_lib.parse(configs.get_config(f"{name},{arm}"))
+        assert config.model.latent_size == bench.BENCHES[name].size
+        assert (config.model.num_classes > 1) == bench.BENCHES[name].labelled
+    assert config_lib.parse(configs.get_config(f"{name},positives_256")).repulsor.bank_rows == 256
+
+
+def test_words_that_are_no_setting(capsys):
+    with pytest.raises(ValueError, match="cifar16,pain: expected BENCH,ARM with a bench of"):
+        configs.get_config("cifar16,pain")
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["--arms=pain,plain"])
+    assert "found pain, expected plain, logit_normal" in capsys.readouterr().err
+
+
+def test_the_command_line():
+    args = bench.parse_arguments(["--bench=digits", "--arms=sra,plain", "--rates=2e-3,1e-3"])
+    assert args.arms == ("plain", "sra")  # whatever is compared is compared with plain
+    assert args.rates == (1e-3, 2e-3)
+    assert (args.source, args.steps, args.search_steps, args.every) == ("digits", 4000, 2000, 1000)
+
+
+def _measured(args, arm, rate, seed, step, distance):
+    workdir = report.run_folder(args.root, arm, rate, seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        f"{name}@{scale:g}": distance
+        for name in ("features", "pixels", "near_copies")
+        for scale in (1.0, *args.stretches)
+    }
+    numbers |= {"flow_loss": 0.3, "flow_loss_by_t": [0.3, 0.2], "probe_by_block": [0.4, 0.5]}
+    (workdir / f"measure_{step}.json").write_text(json.dumps(numbers))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "seconds_per_step": 0.02}) + "\n")
+
+
+def test_the_tables_of_what_is_there(tmp_path):
+    words = ["--arms=positives_0,positives_256", "--rates=1e-3,2e-3", "--seeds=2", "--steps=10"]
+    args = bench.parse_arguments([f"--workdir={tmp_path}", *words])
+    for arm, best in (("plain", 1e-3), ("positives_0", 2e-3)):
+        for rate in args.rates:
+            _measured(args, arm, rate, 100, 5, 10.0 if rate == best else 11.0)
+    rates = report.best_rates(args.root, args.arms, args.rates)
+    assert rates == {"plain": 1e-3, "positives_0": 2e-3}  # the third was not searched yet
+
+    for seed, distances in enumerate([(8.0, 4.0), (6.0, 3.0)]):
+        _measured(args, "plain", 1e-3, seed, 10, distances[0])
+        _measured(args, "positives_0", 2e-3, seed, 10, distances[1])
+    text = report.write(args)
+    assert text.startswith("PARTIAL: 2 of 6 runs are missing.")
+    assert "| plain | **10.00 / 10.00 / 0.3000** | 11.00 / 11.00 / 0.3000 |" in text
+    row = "| positives_0 | 0.002 | 2 | 3.5 ± 0.71 | 0.50 [0.50, 0.50] | 3.5 ± 0.71 |"
+    assert row in text
+    assert (args.root / "report.md").read_text() == text
+    assert (args.root / "curves_images.png").is_file()
+
+
+def test_the_control_is_a_cosine_with_the_features_of_the_clean_picture():
+    config = config_lib.parse(configs.get_config("digits,control"))
+    net, rng = Classifier(10), np.random.default_rng(2)
+    data = jnp.asarray(rng.uniform(-1, 1, (2, 8, 8, 1)), jnp.float32)
+    weights = net.init(jax.random.key(0), data)["params"]
+    term = control_term(config, Trained(net, weights, 0.0))
+    params = jax.device_get(nn.unbox(term.init(jax.random.key(1))))
+    tokens = jnp.asarray(rng.standard_normal((2, 16, 64)), jnp.float32)
+    (block,) = term.taps
+    seen = Seen(data, None, None, None, {block: tokens}, {}, None)
+    value, rows = term.loss(params, None, seen, None)
+
+    hidden = np.asarray(tokens) @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+    ours = hidden / (1 + np.exp(-hidden)) @ params["out"]["kernel"] + params["out"]["bias"]
+    theirs = np.asarray(net.apply({"params": weights}, data)[2]).reshape(2, 16, -1)
+    norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+    assert float(value) == pytest.approx(1 - ((ours * theirs).sum(-1) / norms).mean(), rel=1e-4)
+    assert rows is None
+
+
+def _run(workdir, *arguments):
+    command = [sys.executable, "-m", "benchmarks.evidence", "--bench=digits", "--rates=1e-3"]
+    command += [f"--workdir={workdir}", "--seeds=1", "--samples=100", "--classifier_steps=4"]
+    command += ["--stretches=1.1"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_an_empty_folder_to_the_table_and_on(tmp_path):
+    said = _run(tmp_path, "--arms=control", "--steps=4", "--every=2", "--workers=2")
+    assert "2/2 runs" in said
+    assert "After 4 steps (256 images)" in said
+    assert "| control | 0.001 | 1 |" in said
+    assert "PARTIAL" not in said
+
+    said = _run(tmp_path, "--arms=plain", "--steps=6", "--every=2")
+    assert "1/1 runs" in said
+    assert "After 6 steps (384 images)" in said
+    log = tmp_path / "digits" / "runs" / "plain" / "lr_0.001" / "seed_0" / "log.txt"
+    assert "step 4 of 6" in log.read_text()
