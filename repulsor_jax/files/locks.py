@@ -1,6 +1,7 @@
 """Who may write here: locks among jobs, of which none outlives its holder."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -79,13 +80,17 @@ def _held(
     file = folder / _FOLDER / work
     note = file.with_name(f"{work}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(file)
-    with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=0)
     with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
+        # Not a FileLock, which on storage without locks makes one of a file that outlives a crash.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except BlockingIOError:
+            is_locked = False
         holder = _read(note)
-        if not lock.is_locked or (_is_elsewhere(holder, me) and _beats(note, watch)):
+        if not is_locked or (_is_elsewhere(holder, me) and _beats(note, watch)):
             who = "process {process} on {machine}, since {since}".format_map(holder)
             raise BusyError(f"{folder}: another job is {work} here ({who}): {remedy}, or wait")
         atomic.write_text(note, json.dumps(me))

@@ -33,6 +33,18 @@ def test_a_folder_where_no_lock_can_be_made_is_a_warning(tmp_path, capsys):
     assert "warning: no lock on" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_one_job_where_storage_has_no_locks_is_a_warning(tmp_path, capsys, monkeypatch, number):
+    def flock(file, operation):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with train_in(tmp_path):
+        pass
+    assert "no lock for training in" in capsys.readouterr().out
+    assert not (tmp_path / ".locks" / "training.json").exists()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_storage_without_locks_is_a_warning(tmp_path, capsys, monkeypatch, number):
     """As NFS without its lock service, or object storage that is mounted."""
