@@ -90,6 +90,7 @@ def _measured(args, arm, rate, seed, step, distance):
         for scale in (1.0, *args.stretches)
     }
     numbers |= {"flow_loss": 0.3, "flow_loss_by_t": [0.3, 0.2], "probe_by_block": [0.4, 0.5]}
+    numbers["rank_by_block"] = [9.0, 8.0]
     (workdir / f"measure_{step}.json").write_text(json.dumps(numbers))
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "seconds_per_step": 0.02}) + "\n")

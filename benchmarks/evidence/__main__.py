@@ -75,7 +75,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", type=_arms, default=tuple(configs.ARMS), help="or all")
     parser.add_argument("--rates", type=_rates, default=(1.5e-3, 3e-3, 6e-3), help="to search")
     parser.add_argument(
-        "--stretches", type=_rates, default=(1.05, 1.1, 1.15), help="velocity scales to sample at"
+        "--stretches",
+        type=_rates,
+        default=(1.05, 1.1, 1.15, 1.2),
+        help="velocity scales to sample at",
     )
     parser.add_argument("--seeds", type=int, default=5, help="0 searches alone")
     parser.add_argument("--steps", type=int, default=0, help="0: those of the configuration")
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
         if len(args.rates) > 1:
             train_all(args, search)
-            measure(args, search, ())
+            measure(args, search, args.stretches)
         rates = report.best_rates(args.root, args.arms, args.rates)
         jobs = [Job(a, rates[a], s, args.steps) for s in range(args.seeds) for a in args.arms]
         train_all(args, jobs)

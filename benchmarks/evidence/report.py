@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.evidence.statistics import Ratio, mean_and_spread, paired_ratio
+from benchmarks.evidence.statistics import mean_and_spread, paired_ratio
 from repulsor_jax.files import atomic
 from repulsor_jax.files.pictures import Curve, save_curves
 from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
 
 SEARCH_SEED = 100  # of the search for learning rates; never among those that count
-MEASURES = {"features@1": "features", "pixels@1": "pixels", "flow_loss": "held-out flow loss"}
+MEASURES = {"features": "features", "pixels": "pixels", "flow_loss": "held-out flow loss"}
 
 Numbers = Mapping[int, dict[str, Any]]  # step -> numbers by name
 
@@ -66,13 +66,14 @@ def read_search(
 def best_rates(root: pathlib.Path, arms: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
     """arm -> the rate whose run of the search has the smallest distance in features.
 
-    Arms without a search have the only rate, or are left out.
+    The velocity is stretched as suits the run best: otherwise the search would choose the rate that
+    undershoots the least. Arms without a search have the only rate, or are left out.
     """
     if len(rates) == 1:
         return dict.fromkeys(arms, rates[0])
     search = read_search(root, arms, rates)
     return {
-        arm: min(by_rate, key=lambda rate: by_rate[rate]["features@1"])
+        arm: min(by_rate, key=lambda rate: _smallest(by_rate[rate], "features"))
         for arm, by_rate in search.items()
     }
 
@@ -132,7 +133,8 @@ def _search(args: argparse.Namespace, rates: Rates) -> str:
         found = search[arm].get(rate)
         if not found:
             return "-"
-        text = f"{found['features@1']:.2f} / {found['pixels@1']:.2f} / {found['flow_loss']:.4f}"
+        text = f"{_smallest(found, 'features'):.2f} / {_smallest(found, 'pixels'):.2f}"
+        text += f" / {found['flow_loss']:.4f}"
         return f"**{text}**" if rates[arm] == rate else text
 
     rows = [[arm, *(cell(arm, rate) for rate in args.rates)] for arm in search]
@@ -142,11 +144,31 @@ def _search(args: argparse.Namespace, rates: Rates) -> str:
     return _table(title, ["arm", *(f"{rate:g}" for rate in args.rates)], rows)
 
 
+def _smallest(numbers: Mapping[str, Any], measure: str) -> float:
+    """A distance of a run at the stretch of the velocity that is the best for it."""
+    return min(value for name, value in numbers.items() if name.startswith(f"{measure}@"))
+
+
 def _values(by_seed: Mapping[int, Run], step: int, name: str) -> dict[int, float]:
     return {seed: run.measures[step][name] for seed, run in by_seed.items()}
 
 
-def _ratio(r: Ratio, digits: int = 2) -> str:
+def _at_best(
+    args: argparse.Namespace, by_seed: Mapping[int, Run], measure: str
+) -> dict[int, float]:
+    """seed -> a measure after all steps; a distance at one stretch for all seeds, the best."""
+    if measure == "flow_loss":
+        return _values(by_seed, args.steps, measure)
+    scales = (1.0, *args.stretches)
+    found = [_values(by_seed, args.steps, f"{measure}@{scale:g}") for scale in scales]
+    return min(found, key=lambda values: float(np.mean(list(values.values()))))
+
+
+def _compared(own: Mapping[int, float], base: Mapping[int, float], digits: int = 2) -> str:
+    """The paired ratio as text; "-" where no seed is in both."""
+    if not own.keys() & base.keys():
+        return "-"
+    r = paired_ratio(own, base)
     text = f"{r.ratio:.{digits}f}"
     return text if math.isnan(r.low) else f"{text} [{r.low:.{digits}f}, {r.high:.{digits}f}]"
 
@@ -155,22 +177,24 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Every arm beside plain at equal steps."""
     head = ["arm", "rate", "seeds"]
     head += [f"{what}{of}" for what in MEASURES.values() for of in ("", ", of plain")]
-    head += ["best probe", "near copies", "ms/step"]
+    head += ["best probe", "rank", "near copies", "ms/step"]
     rows = []
     for arm, by_seed in runs.items():
         row = [arm, f"{rates[arm]:g}", str(len(by_seed))]
         for name in MEASURES:
-            own, plain = (_values(each, args.steps, name) for each in (by_seed, runs["plain"]))
+            own, plain = (_at_best(args, each, name) for each in (by_seed, runs["plain"]))
             row.append(mean_and_spread(list(own.values())))
-            shared = own.keys() & plain.keys()
-            digits = 3 if name == "flow_loss" else 2
-            row.append(_ratio(paired_ratio(own, plain), digits) if shared else "-")
+            row.append(_compared(own, plain, 3 if name == "flow_loss" else 2))
         last = [run.measures[args.steps] for run in by_seed.values()]
         row.append(f"{np.mean([max(m['probe_by_block']) for m in last]):.3f}")
+        # Of the block that most terms act on.
+        ranks = [m["rank_by_block"][len(m["rank_by_block"]) // 4] for m in last]
+        row.append(f"{np.mean(ranks):.1f}")
         row.append(f"{np.mean([m['near_copies@1'] for m in last]):.3f}")
         row.append(f"{1e3 * np.nanmin([r.seconds_per_step for r in by_seed.values()]):.1f}")
         rows.append(row)
-    title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images)"
+    title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images), "
+    title += "each arm at the stretch of the velocity that is the best for it"
     return _table(title, head, rows)
 
 
@@ -179,32 +203,26 @@ def _seeds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         if run is None:
             return "-"
         m = run.measures[args.steps]
-        return f"{m['features@1']:.2f} / {m['pixels@1']:.2f} / {m['flow_loss']:.4f}"
+        stretched = f"{_smallest(m, 'features'):.2f} ({m['features@1']:.2f})"
+        stretched += f" / {_smallest(m, 'pixels'):.2f} ({m['pixels@1']:.2f})"
+        return f"{stretched} / {m['flow_loss']:.4f}"
 
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     rows = [[arm, *(cell(by_seed.get(s)) for s in seeds)] for arm, by_seed in runs.items()]
-    return _table(
-        "By seed: features / pixels / flow loss", ["arm", *(f"seed {s}" for s in seeds)], rows
-    )
+    title = "By seed: features / pixels / flow loss; in brackets without a stretch"
+    return _table(title, ["arm", *(f"seed {s}" for s in seeds)], rows)
 
 
 def _stretched(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Every arm sampled with a stretched velocity, each at its own best."""
-    scales = (1.0, *args.stretches)
-    chosen, means = {}, {}
+    """Every arm at every stretch of the velocity, and without one beside plain without one."""
+    scales, rows = (1.0, *args.stretches), []
     for arm, by_seed in runs.items():
-        found = {s: _values(by_seed, args.steps, f"features@{s:g}") for s in scales}
-        means[arm] = {s: float(np.mean(list(v.values()))) for s, v in found.items()}
-        best = min(scales, key=means[arm].__getitem__)
-        chosen[arm] = found[best]
-    rows = []
-    for arm in runs:
-        row = [arm, *(f"{means[arm][s]:.2f}" for s in scales)]
-        shared = chosen[arm].keys() & chosen["plain"].keys()
-        row.append(_ratio(paired_ratio(chosen[arm], chosen["plain"])) if shared else "-")
-        rows.append(row)
-    head = ["arm", *(f"x {s:g}" for s in scales), "best, of plain's best"]
-    return _table("Features, the velocity stretched in sampling", head, rows)
+        found = [_values(by_seed, args.steps, f"features@{scale:g}") for scale in scales]
+        plain = _values(runs["plain"], args.steps, "features@1")
+        means = [f"{np.mean(list(values.values())):.2f}" for values in found]
+        rows.append([arm, *means, _compared(found[0], plain)])
+    head = ["arm", *(f"x {scale:g}" for scale in scales), "x 1, of plain's"]
+    return _table("Features by the stretch of the velocity", head, rows)
 
 
 def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
@@ -237,10 +255,8 @@ def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     for arm in arms:
         row = [arm]
         for name in MEASURES:
-            own, base = (_values(runs[a], args.steps, name) for a in (arm, "positives_0"))
-            digits = 3 if name == "flow_loss" else 2
-            shared = own.keys() & base.keys()
-            row.append(_ratio(paired_ratio(own, base), digits) if shared else "-")
+            own, base = (_at_best(args, runs[a], name) for a in (arm, "positives_0"))
+            row.append(_compared(own, base, 3 if name == "flow_loss" else 2))
         rows.append(row)
     return _table("Is it the bank? Ratio to K = 0", ["arm", *MEASURES.values()], rows)
 
@@ -256,9 +272,10 @@ def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         step = min(args.steps, args.steps * fastest["plain"] / fastest[arm])
         own = {seed: _at(run.measures, step, "features@1") for seed, run in by_seed.items()}
         plain = _values(runs["plain"], args.steps, "features@1")
-        shared = own.keys() & plain.keys()
-        rows.append([arm, f"{step:,.0f}", _ratio(paired_ratio(own, plain)) if shared else "-"])
-    title = f"Features after the {args.steps * fastest['plain']:.0f} s that plain takes"
+        rows.append([arm, f"{step:,.0f}", _compared(own, plain)])
+    title = (
+        f"Features, no stretch, after the {args.steps * fastest['plain']:.0f} s that plain takes"
+    )
     return _table(title, ["arm", "steps in that time", "of plain"], rows)
 
 
