@@ -194,6 +194,7 @@ def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
     shapes: set[tuple[int, ...]] = {(slots, n, dim) for n in counts} | {(slots, n) for n in counts}
     # With at most B rows an array may hold the queries.
     shapes |= {(slots * n, dim) for n in counts if slots * n > batch_size}
+    shapes -= {(batch_size, dim), (dim, batch_size)}  # the queries, which are gathered
     # Parameters and their gradients, whole or in shards, are sent too.
     for leaf in jax.tree.leaves(params):
         shapes -= {leaf.shape, leaf.sharding.shard_shape(leaf.shape)}

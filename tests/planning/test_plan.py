@@ -363,3 +363,12 @@ def test_an_encoder_is_planned_for_one_of_several_hosts():
     assert (found.mesh.size, found.images) == (4, 8)
     assert found.cost.collectives == []
     assert found.memory["batch"] == 2 * 32 * 32 * 3  # 4 latents of 8 pixels each way
+
+
+def test_queries_that_look_like_tags_are_no_bank():
+    """With as many slots as samples the queries [B, d] have the shape of d rows of tags."""
+    c = tiny.config(batch_size=16, repulsor__bank_rows=16 * 16, repulsor__projection_dim=8)
+    found = program("train", open_topology("local"), c)
+    assert any((16, 8) in [a.shape for a in each.arrays] for each, _ in found.cost.collectives)
+    assert (16, 4) in found.bank_shapes
+    assert not found.carries_the_bank
