@@ -89,8 +89,8 @@ def _measured(args, arm, rate, seed, step, distance):
         for name in ("features", "pixels", "near_copies")
         for scale in (1.0, *args.stretches)
     }
-    numbers |= {"flow_loss": 0.3, "flow_loss_by_t": [0.3, 0.2], "probe_by_block": [0.4, 0.5]}
-    numbers["rank_by_block"] = [9.0, 8.0]
+    numbers |= {"flow_loss": distance / 40, "flow_loss_by_t": [0.3, 0.2]}
+    numbers |= {"probe_by_block": [0.4, 0.5], "rank_by_block": [9.0, 8.0]}
     (workdir / f"measure_{step}.json").write_text(json.dumps(numbers))
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "seconds_per_step": 0.02}) + "\n")
@@ -110,7 +110,7 @@ def test_the_tables_of_what_is_there(tmp_path):
         _measured(args, "positives_0", 2e-3, seed, 10, distances[1])
     text = report.write(args)
     assert text.startswith("PARTIAL: 2 of 6 runs are missing.")
-    assert "| plain | **10.00 / 10.00 / 0.3000** | 11.00 / 11.00 / 0.3000 |" in text
+    assert "| plain | **10.00 / 10.00 / 0.2500** | 11.00 / 11.00 / 0.2750 |" in text
     row = "| positives_0 | 0.002 | 2 | 3.5 ± 0.71 | 0.50 [0.50, 0.50] | 3.5 ± 0.71 |"
     assert row in text
     assert (args.root / "report.md").read_text() == text

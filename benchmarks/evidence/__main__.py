@@ -5,7 +5,7 @@
 
 1. Pictures are read once; two small classifiers are trained on them.
 2. Each arm is trained at each learning rate, on a seed that counts for nothing else, and keeps the
-   rate with the smallest distance. With a single rate there is no search.
+   rate with the smallest held-out flow loss. With a single rate there is no search.
 3. Each arm is trained on every seed, which fixes parameters, order of the data, noise and times:
    the runs of a seed are a pair.
 4. Every checkpoint is measured; the tables are printed, and drawn.
