@@ -115,7 +115,7 @@ def _rates(text: str) -> tuple[float, ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if not args.report:
-        # A stopped command ends as by Ctrl-C: its runs are told, and save.
+        # SIGTERM is taken as Ctrl-C is: the runs are told to stop, and save.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         os.environ["JAX_PLATFORMS"] = args.platform
         prepare(args)
@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace) -> None:
     if not (root / "data" / "train" / "dataset.json").is_file():
         pictures.write_latents(root / "latents", found, bench.count, bench.labelled)
         arguments = ["--mode=encode", f"--config.data.source_path={root / 'latents'}"]
-        _program(args, "repulsor_jax.main", "plain", root, arguments)
+        _program(args, "repulsor_jax.main", "plain", root, arguments, [])
 
 
 def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
@@ -156,6 +156,7 @@ def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     cores: queue.Queue[int | None] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0))[: args.workers] * args.workers:
         cores.put(core if args.platform == "cpu" else None)
+    running: list[subprocess.Popen] = []
     started, done = time.monotonic(), 0
 
     def run(job: Job) -> None:
@@ -164,7 +165,7 @@ def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})  # of this thread, from which the run inherits it
         try:
-            train(args, job)
+            train(args, job, running)
         finally:
             cores.put(core)
         done += 1
@@ -180,12 +181,17 @@ def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         try:
             list(pool.map(run, jobs))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # a run that is told to stop saves first
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-def train(args: argparse.Namespace, job: Job) -> None:
-    """One run, through the program; it goes on from its newest checkpoint."""
+def train(args: argparse.Namespace, job: Job, running: list[subprocess.Popen]) -> None:
+    """One run, through the program; it goes on from its newest checkpoint.
+
+    Its process is in `running` as long as it runs.
+    """
     arguments = [f"--config.seed={job.seed}", f"--config.optimizer.learning_rate={job.rate}"]
     arguments += [f"--config.total_steps={job.steps}"]
     arguments += [f"--config.checkpoint.every_steps={args.every}"]
@@ -193,7 +199,7 @@ def train(args: argparse.Namespace, job: Job) -> None:
     if job.arm == "control":
         module = "benchmarks.evidence.train_control"
         arguments.append(f"--classifier={args.root / 'classifier_control.npz'}")
-    _program(args, module, job.arm, _folder(args, job), arguments)
+    _program(args, module, job.arm, _folder(args, job), arguments, running)
 
 
 def steps_done(workdir: pathlib.Path) -> int:
@@ -232,14 +238,20 @@ def _program(
     arm: str,
     workdir: pathlib.Path,
     arguments: Sequence[str],
+    running: list[subprocess.Popen],
 ) -> None:
     command = [sys.executable, "-m", module, f"--config=configs/evidence.py:{args.bench},{arm}"]
     command += [f"--workdir={workdir}", f"--config.data.dir={args.root / 'data'}"]
     command += [f"--compilation_cache_dir={args.root / 'cache'}", *arguments]
     workdir.mkdir(parents=True, exist_ok=True)
     log = workdir / "log.txt"
-    with log.open("a") as file:
-        code = subprocess.call(command, stdout=file, stderr=subprocess.STDOUT)
+    with (
+        log.open("a") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        running.append(process)
+        code = process.wait()
+        running.remove(process)
     if code:
         sys.exit(f"error: a run ended with {code}; its last words are in {log}")
 
