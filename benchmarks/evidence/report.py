@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ def best_rates(root: pathlib.Path, arms: Sequence[str], rates: Sequence[float]) 
 
 
 def write(args: argparse.Namespace) -> str:
-    """Returns the tables as Markdown; writes them to `report.md`, and `curves.png`.
+    """Returns the tables as Markdown; writes them to `report.md`, and curves beside it.
 
     Args:
       args: `root` of a bench, `arms`, `rates`, `seeds`, `steps`, `batch_size`.
@@ -286,22 +286,23 @@ def _at(measures: Numbers, step: float, name: str) -> float:
 
 
 def _draw(args: argparse.Namespace, runs: Runs) -> None:
-    """Mean distance over seeds against images seen and against seconds."""
+    """Means over seeds, no stretch, against images seen and against seconds."""
 
-    def curves(x_of: Callable[[int, float], float]) -> dict[str, Curve]:
-        found: dict[str, Curve] = {}
-        for arm, by_seed in runs.items():
-            seconds = float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
-            steps = sorted(set.intersection(*(set(run.measures) for run in by_seed.values())))
-            means = [
-                float(np.mean(list(_values(by_seed, s, "features@1").values()))) for s in steps
-            ]
-            found[arm] = [x_of(s, seconds) for s in steps], means
-        return found
+    def curve(by_seed: Mapping[int, Run], name: str, scale: float) -> Curve:
+        steps = sorted(set.intersection(*(set(run.measures) for run in by_seed.values())))
+        means = [float(np.mean(list(_values(by_seed, s, name).values()))) for s in steps]
+        return [step * scale for step in steps], means
 
-    for name, label, x_of in (
-        ("images", "images seen", lambda step, seconds: step * args.batch_size),
-        ("seconds", "seconds of training", lambda step, seconds: step * seconds),
-    ):
-        panels = {"distance in features, mean over seeds": curves(x_of)}
-        save_curves(args.root / f"curves_{name}.png", panels, label)
+    def seconds(by_seed: Mapping[int, Run]) -> float:
+        return float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
+
+    quantities = {"features": "features@1", "pixels": "pixels@1", "flow loss": "flow_loss"}
+    for file, label in (("images", "images seen"), ("seconds", "seconds of training")):
+        panels = {
+            quantity: {
+                arm: curve(by_seed, name, args.batch_size if file == "images" else seconds(by_seed))
+                for arm, by_seed in runs.items()
+            }
+            for quantity, name in quantities.items()
+        }
+        save_curves(args.root / f"curves_{file}.png", panels, label)
