@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     # The smallest lambda that docs/evidence.md has: at this size the regulariser costs capacity.
     c.repulsor.weight = 0.05
     c.repulsor.projection_dim = 64
-    c.repulsor.bank_rows = 8_192
+    c.repulsor.bank_rows = 1_024  # fewer than the 1,300 images: an image is there once at most
     c.repulsor.bank_dtype = "float32"
 
     c.optimizer.learning_rate = 1e-3
