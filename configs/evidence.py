@@ -34,6 +34,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for keys in ("online", "latent")
     },
+    # A view with the student's noise can be told by its noise; with its own, by its picture alone.
+    "positives_new_noise_1024": (
+        "repulsor_positives",
+        {"repulsor.view_noise": "new", "repulsor.bank_rows": 1_024},
+    ),
     "positives_layersync": ("repulsor_positives+layersync", {"repulsor.bank_rows": 1_024}),
     "layersync": ("layersync", {}),
     "sra": ("sra", {"sra.weight": 0.2}),
