@@ -246,6 +246,7 @@ class DivergenceConfig:
 @checked
 class LogConfig:
     every_steps: Count
+    diagnostics_every_steps: Natural
     profile_steps: tuple[Count, ...]
     watchdog_minutes: NonNegative
 

@@ -56,8 +56,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
     check_dataset(config, dataset)
     if problem := latents.spread_problem(dataset, config.data.normalization):
         raise ConfigError(problem)
-    has_held_out = (data_dir / "test").exists()
-    held_out = latents.open_latent_dataset(data_dir / "test") if has_held_out else None
+    held_out = open_held_out(config, workdir)
     if held_out is None and config.evaluation.every_steps and config.evaluation.reference == "test":
         raise ConfigError(
             f"config.evaluation needs a reference, and {data_dir / 'test'} is absent: encode a "
@@ -164,6 +163,12 @@ def checked_mesh(
 def data_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Folder of the latent data sets `train` and `test`."""
     return pathlib.Path(config.data.dir) if config.data.dir else workdir / "data"
+
+
+def open_held_out(config: Config, workdir: pathlib.Path) -> LatentDataset | None:
+    """The data set of images that are not trained on, or None where there is none."""
+    directory = data_directory(config, workdir) / "test"
+    return latents.open_latent_dataset(directory) if directory.exists() else None
 
 
 def load_autoencoder(config: Config, *, abstract: bool = False) -> Autoencoder:

@@ -16,6 +16,7 @@ from repulsor_jax.checkpoints.checkpointer import CheckpointError, open_for_trai
 from repulsor_jax.checkpoints.manifest import not_finite
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
+from repulsor_jax.evaluation.inspector import make_inspector
 from repulsor_jax.evaluation.monitor import Monitor, is_due
 from repulsor_jax.experiment import Experiment, describe_data, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
@@ -74,6 +75,7 @@ def train(
         say(line)
     program = program or compile_step(experiment, dataset)
     feed = feed or open_feed(experiment, dataset)
+    inspector = make_inspector(experiment, dataset) if config.log.diagnostics_every_steps else None
     with (
         Watchdog(workdir, config.log.watchdog_minutes) as watchdog,
         Preemption() as preemption,
@@ -171,7 +173,8 @@ def train(
                 saves = told or is_due(config.checkpoint.every_steps, step, total_steps)
                 saves = saves or checkpointer.retry_due(step)
                 looks = monitor is not None and monitor.is_due(step)
-                if refused or saves or looks:
+                inspects = is_due(config.log.diagnostics_every_steps, step, total_steps)
+                if refused or saves or looks or inspects:
                     refused += recorder.settle()
                 step -= len(refused)
 
@@ -198,6 +201,10 @@ def train(
                 if monitor and looks:  # after saving: a look may take longer than is left
                     with recorder.pause():
                         monitor.look(step, state.ema_params, writer, watchdog.beat)
+                if inspector and inspects:
+                    watchdog.beat("diagnostics", step)
+                    with recorder.pause():
+                        inspector.look(step, state, batch, writer)
         watchdog.beat("save", step)
     return state
 

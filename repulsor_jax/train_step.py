@@ -4,7 +4,7 @@ It carries the memory bank as sharded state. Everything here is traced once and 
 as one program; the caller jits it with the state donated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from repulsor_jax.method import memory_bank
 from repulsor_jax.method.alignment import teacher_time
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.repulsor import row_tags
-from repulsor_jax.method.term import Rows, Seen, View
+from repulsor_jax.method.term import Rows, Seen, Term, View
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.train_state import (
     Objective,
@@ -130,12 +130,10 @@ def make_loss(trainer: Trainer) -> Callable:
     """Builds the loss that a step differentiates.
 
     Returns:
-      `(params, teacher, inputs, bank, weights, nudges=()) -> (loss, (metrics, rows))`: `weights`
-      are the terms' by name, `nudges` is added to the tokens of `objective.taps` (see `DiT`), and
-      `rows` are for the bank, or None.
+      `(params, teacher, inputs, bank, weights) -> (loss, (metrics, rows))`: `weights` are the
+      terms' by name, and `rows` are for the bank, or None.
     """
-    model, objective = trainer.model, trainer.objective
-    taps = objective.taps
+    forward, terms = make_forward(trainer), trainer.objective.terms
 
     def loss_fn(
         params: dict,
@@ -143,8 +141,35 @@ def make_loss(trainer: Trainer) -> Callable:
         inputs: Inputs,
         bank: MemoryBank | None,
         weights: dict[str, Array],
-        nudges: tuple[Array, ...] = (),
     ) -> tuple[Array, tuple[Metrics, Rows | None]]:
+        loss, seen = forward(params, teacher, inputs)
+        metrics, rows = {"flow_loss": loss}, None
+        for term in terms:
+            value, own_rows = term_loss(term, params, teacher, inputs, seen, bank)
+            rows = own_rows if term.create_bank else rows
+            loss += weights[term.name] * value
+            metrics[f"{term.name}_loss"] = value
+        return loss, (metrics | {"loss": loss}, rows)
+
+    return loss_fn
+
+
+def make_forward(trainer: Trainer) -> Callable:
+    """Builds the networks' part of the loss.
+
+    Returns:
+      `(params, teacher, inputs, nudges=None) -> (flow loss, seen)`: the mean flow loss of a
+      micro-batch, and what its terms may read, `Seen.drawn` apart. For the nudges see `DiT`.
+    """
+    model, objective = trainer.model, trainer.objective
+    taps = objective.taps
+
+    def forward(
+        params: dict,
+        teacher: Teacher,
+        inputs: Inputs,
+        nudges: Mapping[int, Array] | None = None,
+    ) -> tuple[Array, Seen]:
         data, noise, t, labels = inputs.data, inputs.noise, inputs.t, inputs.labels
         x_t = interpolate(objective.path, data, noise, t)
         found: Any = model.apply(
@@ -152,7 +177,6 @@ def make_loss(trainer: Trainer) -> Callable:
         )
         output, tokens = found if taps else (found, ())
         loss = objective.flow_loss(output, data, noise, t).mean()
-        metrics, rows = {"flow_loss": loss}, None
 
         shown = {}
         for view, blocks in objective.views.items():
@@ -160,20 +184,27 @@ def make_loss(trainer: Trainer) -> Callable:
             x = interpolate(objective.path, data, view_noise, view_time)
             seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
-        seen = Seen(data, t, inputs.tags, output, dict(zip(taps, tokens, strict=True)), shown, None)
-        for term in objective.terms:
-            value, own_rows = term.loss(
-                params["terms"].get(term.name),
-                teacher.terms.get(term.name),
-                seen._replace(drawn=inputs.drawn.get(term.name)),
-                bank if term.create_bank else None,
-            )
-            rows = own_rows if term.create_bank else rows
-            loss += weights[term.name] * value
-            metrics[f"{term.name}_loss"] = value
-        return loss, (metrics | {"loss": loss}, rows)
+        tapped = dict(zip(taps, tokens, strict=True))
+        return loss, Seen(data, t, inputs.tags, output, tapped, shown, None)
 
-    return loss_fn
+    return forward
+
+
+def term_loss(
+    term: Term,
+    params: dict,
+    teacher: Teacher,
+    inputs: Inputs,
+    seen: Seen,
+    bank: MemoryBank | None,
+) -> tuple[Array, Rows | None]:
+    """The loss of one term on a micro-batch, and its rows for the bank or None."""
+    return term.loss(
+        params["terms"].get(term.name),
+        teacher.terms.get(term.name),
+        seen._replace(drawn=inputs.drawn.get(term.name)),
+        bank if term.create_bank else None,
+    )
 
 
 def _within(value: Array, limit: float) -> Array:
@@ -222,8 +253,7 @@ def draw_inputs(
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:
     """Averages gradients and metrics over micro-batches run one after the other.
 
-    Micro-batch a is rows a, a + A, a + 2A, ...: with the batch axis sharded, every device keeps
-    its own rows, and nothing moves.
+    See `split_batch` for which rows are in which.
 
     Args:
       gradients: `inputs -> (grads, (metrics, rows))`.
@@ -236,9 +266,6 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     if num_microbatches == 1:
         return gradients(inputs)
 
-    def split(x: Array) -> Array:
-        return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-
     def join(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
@@ -246,13 +273,24 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
         grads, (metrics, rows) = gradients(part)
         return jax.tree.map(jnp.add, total, (grads, metrics)), rows
 
-    micro = jax.tree.map(split, inputs)
+    micro = split_batch(inputs, num_microbatches)
     first = jax.tree.map(lambda x: x[0], micro)
     abstract_grads, (abstract_metrics, _) = jax.eval_shape(gradients, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (abstract_grads, abstract_metrics))
     total, rows = jax.lax.scan(add, zeros, micro)
     grads, metrics = jax.tree.map(lambda x: x / num_microbatches, total)
     return grads, (metrics, jax.tree.map(join, rows))
+
+
+def split_batch(tree: Any, num_microbatches: int) -> Any:
+    """Arrays `[B, ...]` as micro-batches `[A, B / A, ...]`.
+
+    Micro-batch a is rows a, a + A, a + 2A, ...: with the batch axis sharded, every device keeps
+    its own rows, and nothing moves.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), tree
+    )
 
 
 class TrainingProgram(NamedTuple):

@@ -52,23 +52,38 @@ def training_iterator(
     source, order = dataset.open(), _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:
-        # One call into the reader per batch: grain's own shuffle and batch read record by record,
-        # at half the speed.
-        indices = order(batch * global_batch_size + own)
-        try:
-            records = source.__getitems__(indices.tolist())
-        except RuntimeError as error:  # which the reader raises where a checksum is wrong
-            where = dataset.directory / _damaged_shard(dataset, source, indices)
-            raise DamagedDataError(
-                f"{where}: a record is damaged ({error}). Restore the file; "
-                "config.data.verify=True says whether it is the only one"
-            ) from error
-        ids = (indices // dataset.views).astype(np.int32)
-        return decode_records(records, dataset.shape, dataset.dtype) | {"ids": ids}
+        return read_records(dataset, source, order(batch * global_batch_size + own))
 
     batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(batches.map(read).to_iter_dataset(options))
+
+
+def read_records(
+    dataset: LatentDataset, source: grain.sources.ArrayRecordDataSource, numbers: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Reads records by their numbers `[b]`: what `training_iterator` gives, row by row.
+
+    Args:
+      dataset: the data set.
+      source: `dataset.open()`.
+      numbers: of the records; image i is the records from `i * dataset.views` on.
+
+    Raises:
+      DamagedDataError: a checksum is wrong.
+    """
+    # One call into the reader: grain's own shuffle and batch read record by record, at half the
+    # speed.
+    try:
+        records = source.__getitems__(numbers.tolist())
+    except RuntimeError as error:  # which the reader raises where a checksum is wrong
+        where = dataset.directory / _damaged_shard(dataset, source, numbers)
+        raise DamagedDataError(
+            f"{where}: a record is damaged ({error}). Restore the file; "
+            "config.data.verify=True says whether it is the only one"
+        ) from error
+    ids = (numbers // dataset.views).astype(np.int32)
+    return decode_records(records, dataset.shape, dataset.dtype) | {"ids": ids}
 
 
 def _damaged_shard(

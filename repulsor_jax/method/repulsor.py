@@ -21,7 +21,7 @@ from repulsor_jax.method.repulsion import (
     paired_distances,
 )
 from repulsor_jax.method.schedule import weight_schedule
-from repulsor_jax.method.term import Rows, Seen, Term, View
+from repulsor_jax.method.term import Compared, Rows, Seen, Term, View
 
 Array = jax.Array
 
@@ -87,7 +87,7 @@ def build(config: Any) -> Term:
     def project(params: Any, tokens: Array) -> Array:
         return apply("head", params, pool(tokens, c.pooling, c.pool_grid))
 
-    def loss(params: Any, ema: Any, seen: Seen, bank: MemoryBank | None) -> tuple[Array, Rows]:
+    def compare(params: Any, ema: Any, seen: Seen) -> tuple[Compared, Rows]:
         z = project(params, seen.tokens[block])
         keys, rows = z, Rows(z, seen.t)
         positives = z  # not read without positives
@@ -106,18 +106,26 @@ def build(config: Any) -> Term:
         def flat(x: Array) -> Array:
             return x.reshape(-1, c.projection_dim)
 
-        if not has_negatives:
-            return paired_distances(flat(z), flat(positives), c.distance).mean(), rows
-        losses, count = log_mean_negatives(
+        compared = Compared(
+            contrast,
+            num_rows,
             flat(z),
-            bank,
             row_tags(seen.tags, seen.t, num_rows),
-            contrast=contrast,
-            keys=Keys(flat(keys), row_tags(seen.tags, rows.times, num_rows)),
-            rows_per_sample=num_rows,
+            flat(positives) if has_positives else None,
+            Keys(flat(keys), row_tags(seen.tags, rows.times, num_rows)) if has_negatives else None,
         )
-        if has_positives:
-            losses = info_nce(contrast.paired_logits(flat(positives), flat(z)), losses, count)
+        return compared, rows
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: MemoryBank | None) -> tuple[Array, Rows]:
+        (_, _, z, tags, positives, keys), rows = compare(params, ema, seen)
+        if keys is None:
+            assert positives is not None, "the configuration refuses a contrast with nothing"
+            return paired_distances(z, positives, c.distance).mean(), rows
+        losses, count = log_mean_negatives(
+            z, bank, tags, contrast=contrast, keys=keys, rows_per_sample=num_rows
+        )
+        if positives is not None:
+            losses = info_nce(contrast.paired_logits(positives, z), losses, count)
         return losses.mean(), rows
 
     return Term(
@@ -131,6 +139,7 @@ def build(config: Any) -> Term:
         has_ema=view is not None or c.keys == "latent",
         create_bank=create_bank if c.bank_rows and has_negatives else None,
         bank_start_step=c.bank_start_step,
+        compare=lambda *shown: compare(*shown)[0],
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
+from repulsor_jax.method.repulsion import Contrast, Keys
 
 Array = jax.Array
 
@@ -37,6 +38,17 @@ class Rows(NamedTuple):
     times: Array  # [b]
 
 
+class Compared(NamedTuple):
+    """What a contrast compares, one row per projection; G rows an image, one after the other."""
+
+    contrast: Contrast
+    rows_per_image: int  # G
+    z: Array  # [b G, d] projections of the student's tokens
+    tags: Tags  # [b G], of z
+    positives: Array | None  # [b G, d], row by row those of z
+    keys: Keys | None  # [b G], the rows of the batch among the negatives; None without negatives
+
+
 def _no_params(key: Array) -> dict[str, Any]:
     return {}
 
@@ -59,3 +71,5 @@ class Term:
     draw: Callable[[Array, Array], Any] | None = None
     create_bank: Callable[[], MemoryBank] | None = None  # None without a memory
     bank_start_step: int = 0  # nothing is put into the bank before this step
+    # (params, their EMA, seen) -> what the loss compares, for the diagnostics of a contrast.
+    compare: Callable[[Any, Any, Seen], Compared] | None = None

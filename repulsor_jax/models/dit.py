@@ -9,7 +9,7 @@ Every parameter carries logical axis names; a caller maps them to mesh axes with
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -324,7 +324,7 @@ class DiT(nn.Module):
         labels: Array,
         *,
         taps: tuple[int, ...] = (),
-        nudges: tuple[Array, ...] = (),
+        nudges: Mapping[int, Array] | None = None,
         has_output: bool = True,
     ) -> Any:
         """Predicts the output (a velocity, say) at `x` and time `t`.
@@ -334,8 +334,8 @@ class DiT(nn.Module):
           t: [B] times in [0, 1], 0 noise and 1 data.
           labels: [B] int32 classes in [0, num_classes].
           taps: indices of blocks whose output tokens to return as well.
-          nudges: [B, N, D] for each of the taps, added to its tokens, so that a gradient with
-            respect to tokens can be taken; () adds nothing.
+          nudges: block -> [B, N, D] to add to its tokens, so that a gradient with respect to
+            tokens can be taken; None adds nothing.
           has_output: False returns the taps alone, see `tokens_after`.
 
         Returns:
@@ -363,8 +363,7 @@ class DiT(nn.Module):
         positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
         tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
         condition = self._condition(t, labels)
-        nudged = dict(zip(taps, nudges, strict=True)) if nudges else {}
-        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), taps, nudged)
+        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), taps, nudges or {})
         if not has_output:
             return tapped
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
@@ -392,7 +391,7 @@ class DiT(nn.Module):
         return nn.silu(h + label)
 
     def _run_blocks(
-        self, tokens: Array, condition: Array, taps: tuple[int, ...], nudges: dict[int, Array]
+        self, tokens: Array, condition: Array, taps: tuple[int, ...], nudges: Mapping[int, Array]
     ) -> tuple[Array, tuple[Array, ...]]:
         """Runs all blocks; the second result are the outputs of the blocks `taps`."""
         block_class: Any = Block

@@ -11,6 +11,9 @@ from repulsor_jax.files import atomic
 
 PREFIX = "diagnostics/"
 
+# Unlike the blocks', which go from violet through green to yellow.
+TERM_COLOURS = ("tab:red", "tab:orange", "tab:pink", "tab:brown", "tab:gray")
+
 Curve = tuple[list[float], list[float]]  # steps, values
 
 
@@ -33,14 +36,15 @@ PANELS = (
     Panel("Collapse: cosine of tokens", ("cosine_tokens",), 0, 1),
     Panel("Collapse: isotropy of tokens", ("isotropy",), 0, 1),
     Panel("Collapse: effective rank", ("effective_rank",), low=1),
-    Panel("Alignment and uniformity", ("alignment", "uniformity"), high=0),
+    Panel("Alignment and uniformity", ("alignment", "uniformity"), -4, 2),
     Panel("Probe: held-out accuracy", ("probe_accuracy",), low=0),
     Panel("Negatives: effective number", ("perplexity",), low=0),
-    Panel("Negatives: share of the positive", ("positive_share",), 0, 1),
+    Panel("Negatives: share of the positive", ("positive_share",), low=0),
     Panel("Bank: own copies", ("copies_found", "copies_expected"), low=0),
     Panel("Bank: rows in use", ("filled",), low=0),
     Panel("Bank: age in steps", ("age",), low=0),
-    Panel("Bank: cosine to today", ("drift",), 0, 1),
+    Panel("Bank: cosine of its rows", ("cosine_bank",), 0, 1),
+    Panel("Bank: cosine to today", ("drift", "drift_newest"), 0, 1),
     Panel("Gradient: share of the term", ("gradient_share",), 0, 1),
     Panel("Gradient: cosine to the flow", ("gradient_cosine",), -1, 1),
 )
@@ -111,7 +115,8 @@ def _colours(places: set[str]) -> dict[str, Any]:
     blocks = sorted((p for p in places if re.search(r"\d+$", p)), key=_number)
     terms = sorted(places.difference(blocks))
     found: dict[str, Any] = {
-        term: "black" if not term else f"C{i % 10}" for i, term in enumerate(terms)
+        term: TERM_COLOURS[i % len(TERM_COLOURS)] if term else "black"
+        for i, term in enumerate(terms)
     }
     for i, block in enumerate(blocks):
         found[block] = colormaps["viridis"](0.9 * i / max(len(blocks) - 1, 1))

@@ -28,7 +28,11 @@ REPOSITORY = FOLDER.parents[2]
 NUM_LOSSES, NUM_SAMPLES = 20, 4
 SAVED, LAST = 3, 6  # steps of the small run
 
-_NO_PICTURES = ["--config.sampling.grid_every_steps=0", "--config.evaluation.every_steps=0"]
+_NO_PICTURES = [
+    "--config.sampling.grid_every_steps=0",
+    "--config.evaluation.every_steps=0",
+    "--config.log.diagnostics_every_steps=0",
+]
 DIGITS = [
     "--config=configs/digits.py",
     f"--config.total_steps={NUM_LOSSES}",

@@ -1,4 +1,4 @@
-"""Invariant 7: with weight 0 the compiled step holds no head, no bank and no extra FLOP."""
+"""Invariant 7: what is off is not in the compiled step: no head, no bank, no extra FLOP."""
 
 import re
 
@@ -6,13 +6,20 @@ from repulsor_jax.train_state import abstract_train_state
 from tests.oracles import tiny
 
 
-def test_weight_zero_compiles_to_the_program_without_a_regulariser():
-    def program(**overrides):
-        compiled = tiny.compile_only(tiny.config(**overrides), tiny.mesh(data=2))
-        text = re.sub(r"metadata={[^}]*}", "", compiled.as_text())
-        # Only names of the tables of source lines differ; the instructions must not.
-        return compiled, [line for line in text.splitlines() if " = " in line]
+def program(**overrides):
+    compiled = tiny.compile_only(tiny.config(**overrides), tiny.mesh(data=2))
+    text = re.sub(r"metadata={[^}]*}", "", compiled.as_text())
+    # Only names of the tables of source lines differ; the instructions must not.
+    return compiled, [line for line in text.splitlines() if " = " in line]
 
+
+def test_the_step_of_a_run_with_diagnostics_is_that_of_a_run_without():
+    _, looking = program(log__diagnostics_every_steps=1)
+    _, blind = program(log__diagnostics_every_steps=0)
+    assert looking == blind
+
+
+def test_weight_zero_compiles_to_the_program_without_a_regulariser():
     zero, zero_lines = program(repulsor__weight=0.0)
     none, none_lines = program(terms="none")
     on, _ = program()

@@ -260,8 +260,7 @@ def test_a_nudge_is_added_to_the_tokens_of_its_tap(tiny: Reference, scan: bool) 
 
     @jax.jit
     def value(scale: Any, direction: Any) -> Any:
-        nudges = (jnp.zeros_like(direction), scale * direction)
-        out, _ = model.apply(variables, *tiny.inputs, taps=(1, 0), nudges=nudges)
+        out = model.apply(variables, *tiny.inputs, nudges={0: scale * direction})
         return jnp.square(out).sum()
 
     _, (tokens, first) = jax.jit(lambda: model.apply(variables, *tiny.inputs, taps=(1, 0)))()
@@ -269,10 +268,8 @@ def test_a_nudge_is_added_to_the_tokens_of_its_tap(tiny: Reference, scan: bool) 
     slope = (value(1e-2, direction) - value(-1e-2, direction)) / 2e-2
     np.testing.assert_allclose(jax.grad(value)(0.0, direction), slope, rtol=1e-3)
     nudged = jax.jit(
-        lambda: model.apply(variables, *tiny.inputs, taps=(1,), nudges=(jnp.ones_like(tokens),))[1][
-            0
-        ]
-    )()
+        lambda: model.apply(variables, *tiny.inputs, taps=(1,), nudges={1: jnp.ones_like(tokens)})
+    )()[1][0]
     np.testing.assert_allclose(nudged, tokens + 1, atol=1e-5)
 
 

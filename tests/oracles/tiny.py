@@ -81,6 +81,7 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "data.dir": str(data_dir),
         "checkpoint.every_steps": 5,
         "log.every_steps": 1,
+        "log.diagnostics_every_steps": 0,
         "sampling.num_steps": 2,
         "sampling.batch_size": 16,
         "sampling.num_samples": 20,

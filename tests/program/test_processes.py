@@ -91,7 +91,7 @@ def test_four_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     """
     one, relay, alone = (tmp_path / name for name in ("one", "relay", "alone"))
     data_dir = relay / "data"  # the four encode the digits for themselves
-    measured = {"evaluation.every_steps": 4}
+    measured = {"evaluation.every_steps": 4, "log.diagnostics_every_steps": 4}
     train_here(one, one / "data", 8, **measured)
     copy_checkpoint(2, one, relay)
     mesh = {"mesh.fsdp": 2, "mesh.tensor": 2}
@@ -110,6 +110,12 @@ def test_four_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     np.testing.assert_allclose(list(found.values()), list(expected.values())[2:], rtol=1e-5)
     distances = [read(run, "frechet_pixels_32")[4] for run in (relay, one)]
     np.testing.assert_allclose(*distances, rtol=1e-5)
+    names = {name for line in read_jsonl(one / "metrics.jsonl") for name in line}
+    names = {name for name in names if name.startswith("diagnostics/")}
+    assert "diagnostics/repulsor/drift" in names
+    for name in names:  # the four read the images of the bank each for itself
+        found = [read(run, name)[4] for run in (relay, one)]
+        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-4, err_msg=name)
     for run in (one, relay):
         position = json.loads((run / "checkpoints" / "6" / "data" / "metadata").read_text())
         assert position == {"next_index": 6}

@@ -390,6 +390,20 @@ def test_samples_that_are_not_finite_do_not_stop_training(tmp_path, run, capsys)
     assert "step 12: not evaluated: sample 0 is not finite" in said
 
 
+def test_diagnostics_change_nothing_of_a_run(tmp_path, run, uninterrupted):
+    state = run(tmp_path, log__diagnostics_every_steps=5)
+    assert_same_run(tmp_path, state, uninterrupted)
+    found = {
+        line["step"]: {name.removeprefix("diagnostics/") for name in line}
+        for line in read_jsonl(tmp_path / "metrics.jsonl")
+        if "loss" not in line
+    }
+    assert list(found) == [5, 10, 12]
+    expected = {"repulsor/drift", "repulsor/gradient_share", "block_0/probe_accuracy"}
+    assert all(expected <= names for names in found.values())
+    assert (tmp_path / "diagnostics.png").is_file()
+
+
 def test_a_profile_holds_the_steps_asked_for(tmp_path, run):
     run(tmp_path, log__profile_steps=(4, 5), total_steps=6)
     (path,) = (tmp_path / "profile").rglob("*.xplane.pb")
