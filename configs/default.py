@@ -160,7 +160,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.log = ml_collections.ConfigDict()
     c.log.every_steps = 100  # scalars are means over this many steps
     # What the terms do to the representation, as numbers and as <workdir>/diagnostics.png
-    # (docs/training.md). One look takes as long as 5 to 10 steps; other steps cost what they did.
+    # (docs/training.md). A look takes as long as a few steps; no other step is slower for it.
     c.log.diagnostics_every_steps = 10_000  # and at the end; 0 is never
     c.log.profile_steps = ()  # (first, last) steps to profile, into <workdir>/profile; () is none
     c.log.watchdog_minutes = 30.0  # without progress before a warning with all stacks; 0: none

@@ -7,6 +7,7 @@ micro-batch, so that it needs no more memory than a step.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,9 @@ def make_measure(
         for block, tokens, pooled in zip(blocks, *found, strict=True):
             cosine = diagnostics.mean_cosine_between_tokens(tokens)
             values |= {
-                f"block_{block}/effective_rank": diagnostics.effective_rank(pooled[:MOST_ROWS]),
+                f"block_{block}/effective_rank": diagnostics.effective_rank(
+                    _first(pooled, MOST_ROWS)
+                ),
                 f"block_{block}/isotropy": 1.0 - cosine,
                 f"block_{block}/cosine_tokens": cosine,
                 f"block_{block}/cosine_samples": diagnostics.mean_cosine_between_samples(pooled),
@@ -204,7 +207,7 @@ def written_slots(bank: MemoryBank) -> tuple[Array, Array]:
 def _contrast(compared: Compared, bank: MemoryBank | None, num_images: int) -> Values:
     """What a contrast compares: how its projections lie, and how much its negatives count."""
     values = {
-        "uniformity": diagnostics.uniformity(compared.z[:MOST_ROWS]),
+        "uniformity": diagnostics.uniformity(_first(compared.z, MOST_ROWS)),
         "cosine_samples": diagnostics.mean_cosine_between_samples(
             compared.z[:: compared.rows_per_image]
         ),
@@ -214,13 +217,18 @@ def _contrast(compared: Compared, bank: MemoryBank | None, num_images: int) -> V
     if compared.keys is not None:
         values |= _negatives(compared, bank)
     if bank is not None:
-        values |= _bank(compared, bank, num_images)
+        values |= _bank(_first(compared.tags.ids, MOST_QUERIES), bank, num_images)
     return values
+
+
+def _first(tree: Any, count: int) -> Any:
+    """The first rows, on every device: split over them, they would have the bank sent around."""
+    return jax.tree.map(lambda x: nn.with_logical_constraint(x[:count], (None,) * x.ndim), tree)
 
 
 def _negatives(compared: Compared, bank: MemoryBank | None) -> Values:
     contrast, rows_per_image, z, tags, positives, keys = compared
-    z, tags = jax.tree.map(lambda x: x[:MOST_QUERIES], (z, tags))
+    z, tags = _first((z, tags), MOST_QUERIES)
     assert keys is not None
     image = jnp.arange(len(keys.features)) // rows_per_image
     others = image[:, None] != image[: len(z)]
@@ -242,20 +250,20 @@ def _negatives(compared: Compared, bank: MemoryBank | None) -> Values:
     perplexity = diagnostics.negatives_perplexity(sums, axis=0) * jnp.exp(inside)
     values = {"perplexity": perplexity.mean()}
     if positives is not None:
-        logits = contrast.paired_logits(positives[: len(z)], z)
+        logits = contrast.paired_logits(_first(positives, MOST_QUERIES), z)
         values["positive_share"] = diagnostics.positive_share(logits, total).mean()
     return values
 
 
-def _bank(compared: Compared, bank: MemoryBank, num_images: int) -> Values:
-    """How full the bank is, how alike its rows are, and how often it holds the sample itself.
+def _bank(queries: Array, bank: MemoryBank, num_images: int) -> Values:
+    """How full the bank is, how alike its rows are, and how often it holds images `queries`.
 
     Copies are counted in the slots of earlier batches: the newest slot holds this batch itself.
     """
     newest, _ = written_slots(bank)
     written = bank.tags.ids != EMPTY
-    earlier = bank.tags.ids.at[newest].set(EMPTY)
-    queries = compared.tags.ids[:MOST_QUERIES]
+    slots = jnp.arange(len(bank.tags.ids))[:, None]
+    earlier = jnp.where(slots == newest, EMPTY, bank.tags.ids)
     copies = (earlier[..., None] == queries) & (queries >= 0)
     total = l2_normalize(bank.features.astype(jnp.float32)).sum((0, 1))  # unwritten rows are zero
     count = written.sum(dtype=jnp.float32)

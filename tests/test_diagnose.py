@@ -1,5 +1,7 @@
 """The diagnostics of a state against NumPy, on tokens that the model gives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,9 @@ from repulsor_jax.diagnose import HeldOut, make_measure, watched_blocks
 from repulsor_jax.method import diagnostics, memory_bank
 from repulsor_jax.train_state import abstract_train_state, create_train_state
 from repulsor_jax.train_step import draw_inputs
-from tests.oracles import tiny
+from tests.oracles import tiny, traffic
 
-IMAGES, TAP, DEPTH = 20, 1, 3
+IMAGES, TAP, DEPTH = 20, 0, 2
 TEMPERATURE, WEIGHT, STEP = 0.4, 0.1, 7
 SLOTS, NEWEST, OLDEST = 4, 1, 0  # two of them are written
 CLASSES = 2  # of the probe
@@ -85,6 +87,7 @@ def inputs_of_a_look(bank):
     return read(bank.tags.ids[NEWEST]), oldest, held_out
 
 
+@functools.cache
 def look(c, on):
     state = made_state(c, on)
     measure = make_measure(tiny.trainer(c), tiny.FORMAT, IMAGES, CLASSES)
@@ -111,10 +114,10 @@ class Expected:
         drawn = draw_inputs(self.keys[number], batch, self.trainer.objective, tiny.FORMAT)
         return jax.tree.map(lambda x: np.asarray(x)[self.part], drawn)
 
-    def tokens(self, params, data, noise, t, labels, taps=(0, 1, 2)):
+    def tokens(self, params, data, noise, t, labels, taps=range(DEPTH)):
         ts = t[:, None, None, None]
         _, found = self.trainer.model.apply(
-            {"params": params}, ts * data + (1 - ts) * noise, t, labels, taps=taps
+            {"params": params}, ts * data + (1 - ts) * noise, t, labels, taps=tuple(taps)
         )
         return np.asarray(found, np.float64)
 
@@ -152,7 +155,12 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if "one" in name else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+    ],
+)
 def case(request):
     c, on = CASES[request.param]
     return look(c, on), Expected(c)
@@ -265,9 +273,10 @@ def test_the_probe(case):
         assert_close(found, f"block_{block}/probe_accuracy", accuracy, atol=0.5 / tests.sum())
 
 
+@pytest.mark.slow
 def test_any_mesh_says_the_same():
-    c, _ = CASES["one device"]
-    one, eight = (look(c, on) for on in (tiny.mesh(), tiny.mesh(data=4, fsdp=2)))
+    c, on = CASES["one device"]
+    one, eight = look(c, on), look(c, tiny.mesh(data=4, fsdp=2))
     assert one.keys() == eight.keys()
     for name, value in one.items():
         assert_close(eight, name, value, atol=1e-5)
@@ -292,3 +301,23 @@ def test_the_blocks_of_a_deep_model_are_the_taps_and_eight_evenly_spaced():
     assert watched_blocks(28, (7, 8)) == (0, 4, 7, 8, 12, 15, 19, 23, 27)
     assert watched_blocks(3, (1,)) == (0, 1, 2)
     assert watched_blocks(1, ()) == (0,)
+
+
+@pytest.mark.slow
+def test_no_collective_of_a_look_grows_with_the_bank():
+    def sent(rows):
+        c = config_lib.parse(tiny.config_dict(batch_size=64, repulsor__bank_rows=rows))
+        on = tiny.mesh(data=4, fsdp=2)
+        state = abstract_train_state(tiny.trainer(c), on)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((64, *x.shape[1:]), x.dtype), read(np.arange(1))
+        )
+        batch = sharding.abstract_arrays(
+            batch, jax.tree.map(lambda x: sharding.batch_sharding(on), batch)
+        )
+        measure = make_measure(tiny.trainer(c), tiny.FORMAT, IMAGES, CLASSES)
+        with sharding.use_mesh(on):
+            compiled = jax.jit(measure).lower(state, batch, batch, None).compile()
+        return [x.num_bytes for x in traffic.collectives(compiled.as_text())]
+
+    assert sum(sent(1024)) == sum(sent(65_536)) > 0

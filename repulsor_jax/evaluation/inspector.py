@@ -72,7 +72,10 @@ class Inspector:
             tqdm.write(f"step {step}: no picture of the diagnostics: {error}")
 
     def _oldest_images(self, bank: MemoryBank) -> Batch:
-        """The images whose rows are in the oldest written slot, row by row, read again."""
+        """The images whose rows are in the oldest written slot, row by row, read again.
+
+        A row does not say whether it is of the image or its mirror image: the image is read.
+        """
         mesh, dataset = self.experiment.mesh, self.dataset
         ids = jax.device_get(self._oldest_ids(bank))
         own = ids[sharding.local_row_numbers(mesh, len(ids))]
