@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.repulsor.temperature = 0.5  # tau
     c.repulsor.distance = "squared_l2"  # "squared_l2" or "cosine"
     c.repulsor.pooling = "mean"  # over tokens: "mean", "flatten", or "token": a row for each square
-    c.repulsor.pool_grid = 2  # "token": squares along a side; rows and logits of the batch x 4
+    c.repulsor.pool_grid = 2  # "token": squares along a side, 4 rows an image
     c.repulsor.projection_dim = 128  # d, length of the projected vectors
     # Memory of the bank and time of the loss grow with the rows; memory of the loss does not: the
     # loss goes through a large bank in chunks.

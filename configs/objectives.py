@@ -50,10 +50,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Published blocks, counted from 1: (student, teacher) by model size. LayerSync: XL its README, L a
-# reviewer's note, B our guess by their rule. SRA: B and XL its code, L a secondary source.
+# reviewer's note, B our guess by their rule. SRA: B and XL its code, L a secondary source. S has
+# the depth of B.
 _BLOCKS = {
-    "layersync": {"XL": (8, 16), "L": (8, 18), "B": (4, 8)},
-    "sra": {"XL": (8, 20), "L": (6, 16), "B": (3, 8)},
+    "layersync": {"XL": (8, 16), "L": (8, 18), "B": (4, 8), "S": (4, 8)},
+    "sra": {"XL": (8, 20), "L": (6, 16), "B": (3, 8), "S": (3, 8)},
 }
 
 

@@ -127,7 +127,7 @@ class RepulsorConfig(TermConfig):
     view_noise: Literal["same", "new"]
     predictor: bool
     same_class_weight: Fraction
-    time_window: Fraction
+    time_window: Annotated[float, Field(gt=0, le=1)]
     temperature: Positive
     distance: Annotated[str, _one_of(DISTANCES)]
     pooling: Annotated[str, _one_of(repulsor.POOLINGS)]
@@ -171,6 +171,7 @@ class LatentAlignmentConfig(TermConfig):
 
 @checked
 class ContrastiveFlowConfig(TermConfig):
+    weight: Annotated[float, Field(ge=0, lt=1)]  # from 1 on the loss has no minimum
     labelled_only: bool
 
 
@@ -464,8 +465,12 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
     names = registry.parse_terms(c.terms)
     for name in names:
         section: Any = getattr(c, name)
-        for field in ("block", "student_block", "teacher_block"):
-            block = getattr(section, field, -1)
+        blocks = {"block": getattr(section, "block", -1)}
+        if name in registry.PAIRS:
+            blocks = dict(
+                zip(("student_block", "teacher_block"), registry.PAIRS[name](c), strict=True)
+            )
+        for field, block in blocks.items():
             yield (
                 block >= c.model.depth,
                 f"{name}.{field}={block} is past the last block, {c.model.depth - 1} "
@@ -476,6 +481,11 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
         "layersync" in names and student >= teacher,
         f"layersync.student_block={student} must be before "
         f"config.layersync.teacher_block={teacher}: a block agrees with itself, and learns nothing",
+    )
+    student, teacher = registry.sra_blocks(c)
+    yield (
+        "sra" in names and student > teacher,
+        f"sra.student_block={student} must not be after config.sra.teacher_block={teacher}",
     )
     yield (
         "contrastive_flow" in names and c.flow.prediction != "velocity",
@@ -516,6 +526,16 @@ def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
         r.positives == "none" and (r.negatives == "none" or r.predictor or r.keys == "latent"),
         "repulsor.positives='none' leaves nothing to pull towards, which "
         "config.repulsor.negatives='none', predictor=True and keys='latent' need: set it to 'view'",
+    )
+    yield (
+        r.keys == "latent" and r.negatives == "none",
+        "repulsor.negatives='none' would let the encoder of config.repulsor.keys='latent' "
+        "collapse; set it to 'all'",
+    )
+    yield (
+        r.bank_start_step > 0 and (r.bank_rows == 0 or r.bank_start_step >= c.total_steps),
+        f"repulsor.bank_start_step={r.bank_start_step} leaves nothing for the bank: "
+        f"config.repulsor.bank_rows={r.bank_rows}, config.total_steps={c.total_steps}",
     )
     yield (
         r.keys == "latent" and r.time_window < 1,

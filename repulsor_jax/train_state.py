@@ -1,5 +1,6 @@
 """What a step reads and writes, the parts that it is made of, and its start on the mesh."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,9 +98,9 @@ def _init(trainer: Trainer, key: Array) -> TrainState:
     model_key, terms_key, rng = jax.random.split(key, 3)
     params: dict[str, Any] = {"model": init_model_params(model, model_key), "terms": {}}
     ema_terms, bank = {}, None
-    for number, term in enumerate(trainer.objective.terms):
-        own_key = jax.random.fold_in(terms_key, number) if number else terms_key
-        own = term.init(own_key)
+    for term in trainer.objective.terms:
+        # By its name, so that what else is in the sum makes no difference.
+        own = term.init(jax.random.fold_in(terms_key, zlib.crc32(term.name.encode())))
         if own:
             params["terms"][term.name] = own
         if own and term.has_ema:

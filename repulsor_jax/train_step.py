@@ -238,16 +238,21 @@ def draw_inputs(
     ids = batch.get("ids", jnp.full_like(classes, memory_bank.UNKNOWN))
 
     views = {}
-    for number, view in enumerate(objective.views, start=4):  # 0 to 3 give the keys of the split
+    for view in objective.views:
+        # A number of the view's own, so that what else is in the sum makes no difference; 0 to 3
+        # give the keys of the split above.
+        number = 4 + 2 * round(1e6 * view.time_gap) + view.new_noise
         gap_key, view_noise_key = jax.random.split(jax.random.fold_in(rng, number))
         u = jax.random.uniform(gap_key, t.shape)
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
         views[view] = teacher_time(t, u, view.time_gap), own
-    drawn = {}
+    tags, drawn = Tags(ids, classes, t), {}
     if any(term.draw for term in objective.terms):
         target = target_velocity(objective.path, data, noise, t)
-        drawn = {term.name: term.draw(target, labels) for term in objective.terms if term.draw}
-    return Inputs(data, noise, t, labels, Tags(ids, classes, t), views, drawn)
+        drawn = {
+            term.name: term.draw(target, labels, tags) for term in objective.terms if term.draw
+        }
+    return Inputs(data, noise, t, labels, tags, views, drawn)
 
 
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:

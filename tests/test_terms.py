@@ -10,6 +10,7 @@ import pytest
 
 from configs import objectives
 from repulsor_jax import config as config_lib
+from repulsor_jax.method import registry
 from repulsor_jax.method.memory_bank import tag
 from repulsor_jax.method.term import View
 from repulsor_jax.models import dit
@@ -175,7 +176,7 @@ def test_sra_in_sit_is_the_published_program():
     assert error < 1e-4 * np.linalg.norm(expected)
 
 
-# Every preset in few sums: each term of the registry, each form of the bank's keys and negatives.
+# Each term of the registry, and each form of the bank's keys and negatives, in few sums.
 SUMS = {
     "repulsor_positives+layersync+sra+latent_alignment+contrastive_flow": {},
     "repulsor_latent+dispersive": {},
@@ -268,6 +269,11 @@ def test_what_a_term_costs_is_what_it_runs():
         assert least <= flops(name) / plain <= most, name
 
 
+def test_every_term_is_in_a_sum():
+    names = {name for total in SUMS for name in total.split("+")}
+    assert {objectives.PRESETS[name][0] for name in names} == {*registry.TERMS}
+
+
 def test_without_terms_nothing_of_them_is_in_the_state():
     state = tiny.build(tiny.config(terms="none"), tiny.mesh()).state
     assert (state.params["terms"], state.ema_terms, state.bank) == ({}, {}, None)
@@ -304,6 +310,20 @@ def test_parameters_of_terms_are_boxed_with_names():
             {"repulsor.pooling": "token", "repulsor.pool_grid": 3, "repulsor.bank_rows": 0},
             "repulsor.pool_grid=3 must divide the 2 tokens along a side",
         ),
+        (
+            {
+                "repulsor.positives": "view",
+                "repulsor.keys": "latent",
+                "repulsor.negatives": "none",
+            },
+            "repulsor.negatives='none' would let the encoder of config.repulsor.keys='latent'",
+        ),
+        ({"repulsor.bank_start_step": 10}, "repulsor.bank_start_step=10 leaves nothing"),
+        (
+            {"terms": "sra", "sra.student_block": 3, "sra.teacher_block": 1},
+            "sra.student_block=3 must not be after config.sra.teacher_block=1",
+        ),
+        ({"contrastive_flow.weight": 1.0}, "contrastive_flow.weight: expected .*less than 1"),
         (
             {
                 "repulsor.positives": "view",

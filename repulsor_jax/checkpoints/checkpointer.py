@@ -299,7 +299,7 @@ class Checkpointer:
         about, found = self._storage.read_records(step)
         notes = check(found["config"], found["latents"]) if check else []
         wanted: Any = _with_saved_bank(about, abstract_state)
-        is_older = older.is_older(about)
+        is_older = older.is_older(found["config"])
         if is_older:
             wanted = older.to_older(wanted)
         self._check_fits(step, about, wanted)

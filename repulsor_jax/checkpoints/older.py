@@ -11,21 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from repulsor_jax.checkpoints.manifest import Manifest
+from repulsor_jax.checkpoints.manifest import CheckpointError
 from repulsor_jax.method.memory_bank import EMPTY, UNKNOWN, MemoryBank, Tags, unknown_tags
 from repulsor_jax.train_state import TrainState
 
 _BANK = ("features", "cursor", "filled")
 
 
-def is_older(about: Manifest) -> bool:
-    """Whether a checkpoint has the first layout."""
-    untagged = "bank/features" in about.arrays and "bank/tags/ids" not in about.arrays
-    return untagged or any(name.startswith("params/regularizer/") for name in about.arrays)
+def is_older(saved_config: Mapping[str, Any]) -> bool:
+    """Whether the run of this configuration saved its checkpoints in the first layout."""
+    return "regularizer" in saved_config and "terms" not in saved_config
 
 
 def to_older(state: TrainState) -> dict[str, Any]:
-    """The same arrays (or shapes) by the names of the first layout."""
+    """The same arrays (or shapes) by the names of the first layout.
+
+    Raises:
+      CheckpointError: the first layout has no place for all of them.
+    """
+    kept = {name: {*params} for name, params in state.params["terms"].items()}
+    if kept not in ({}, {"repulsor": {"head"}}) or state.ema_terms:
+        raise CheckpointError(
+            "an older version saved this run, with a head for config.terms='repulsor' alone, "
+            "without positives, a predictor or keys of a teacher: use the run's own config"
+        )
 
     def rename(params: dict[str, Any]) -> dict[str, Any]:
         head = params["terms"].get("repulsor", {}).get("head", {})
@@ -58,9 +67,13 @@ def config_record(saved: Mapping[str, Any]) -> dict[str, Any]:
         return found
     values = dict(section)
     name = values.pop("name", "none")
+    # What the first layout did, in the words of this version.
+    values |= {"positives": "none", "keys": "online", "negatives": "all", "predictor": False}
+    values |= {"same_class_weight": 1.0, "time_window": 1.0, "bank_start_step": 0}
+    values |= {"decay_from": 1.0, "stop_step": 0}
     only_dispersive = {key: values.pop(key) for key in ("variant", "margin") if key in values}
     if name == "dispersive":
-        kept = ("weight", "warmup_steps", "block", "temperature")
+        kept = ("weight", "warmup_steps", "block", "temperature", "decay_from", "stop_step")
         values = {key: values[key] for key in kept if key in values} | only_dispersive
     return found | {"terms": name} | ({} if name == "none" else {name: values})
 

@@ -82,6 +82,9 @@ def check(
     """
     changes: dict[str, list[str]] = {FREE: [], NOTED: [], FORCED: [], FIXED: []}
     saved, present = _flat(older.config_record(saved_config)), _flat(config)
+    for values in (saved, present):  # a sum has no order
+        if "terms" in values:
+            values["terms"] = "+".join(sorted(values["terms"].split("+")))
     in_use = {*parse_terms(present["terms"]), *saved.get("terms", "").split("+")}
     for key in sorted(saved.keys() | present.keys()):
         pair = saved.get(key, "absent"), present.get(key, "absent")
@@ -97,7 +100,7 @@ def check(
             changes[kind].append(f"config.{key}: {pair[0]!r} -> {pair[1]!r}")
     fixed, forced = changes[FIXED], changes[FORCED]
     forced += [
-        f"data set: {key}: {saved_latents['dataset'].get(key)!r} -> {value!r}"
+        f"data set: {key}: {saved_latents.get('dataset', {}).get(key)!r} -> {value!r}"
         for key, value in latents.get("dataset", {}).items()
         if saved_latents.get("dataset", {}).get(key) != value
     ]

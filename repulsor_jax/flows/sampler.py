@@ -150,6 +150,22 @@ def guided_prediction(
     return jnp.where(active, guide(strong, weak), strong)
 
 
+def scale_velocity(velocity: Array, scale: float, mean: Array) -> Array:
+    """The velocity made longer or shorter about its mean: scale * v + (1 - scale) * mean.
+
+    With scale = 1 - lambda it is what plain flow matching would have learned, where training was
+    contrastive with weight lambda (arXiv 2506.05350). The published sampler computes
+    0.95 v - 0.05 w with a stored vector w, which is this with mean = -w.
+
+    Args:
+      velocity: [B, ...].
+      scale: s.
+      mean: E[v], broadcast against `velocity`; on the linear path with centred noise the mean
+        latent.
+    """
+    return scale * velocity + (1.0 - scale) * mean
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerSpec:
     """The choices that make a sampler, apart from the model.
@@ -255,7 +271,7 @@ def make_sampler(
             )
             if spec.velocity_scale != 1.0:
                 mean = jnp.asarray(spec.mean_velocity, found.dtype)
-                found = spec.velocity_scale * found + (1.0 - spec.velocity_scale) * mean
+                found = scale_velocity(found, spec.velocity_scale, mean)
             convert = functools.partial(paths.convert, spec.path, found, x, t)
             return [convert(source=spec.prediction, to=quantity) for quantity in quantities]
 

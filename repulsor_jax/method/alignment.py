@@ -65,7 +65,7 @@ def sra_loss(
     teacher: Array,
     *,
     distance: str = "cosine",
-    axis: str = "channels",
+    axis: str = "tokens",
     beta: float = 0.05,
 ) -> Array:
     """SRA (arXiv 2505.02831): distance of the student's tokens to those of the EMA network.

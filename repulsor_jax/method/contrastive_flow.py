@@ -5,8 +5,8 @@ batch and lambda = 0.05. Its first part is the flow loss, so that only the secon
 jax alone.
 
 With j at random the best prediction is (u_i - lambda E[u]) / (1 - lambda) instead of u_i: the
-field points away from the mean velocity and is longer by 1 / (1 - lambda). `undo_scale` takes both
-back where samples are drawn.
+field points away from the mean velocity and is longer by 1 / (1 - lambda). `scale_velocity` of
+flows/sampler.py takes both back where samples are drawn.
 """
 
 import jax
@@ -53,18 +53,3 @@ def contrast(prediction: Array, negatives: Array, weights: Array | None = None) 
     difference = prediction.astype(jnp.float32) - jax.lax.stop_gradient(negatives)
     rows = jnp.mean(difference**2, axis=tuple(range(1, difference.ndim)))
     return -jnp.mean(rows if weights is None else weights * rows)
-
-
-def undo_scale(velocity: Array, weight: float, mean_target: Array) -> Array:
-    """The velocity that plain flow matching would have learned: (1 - lambda) v + lambda E[u].
-
-    The published sampler computes 0.95 v - 0.05 w with a stored vector w, which is
-    `undo_scale(v, 0.05, -w)`. On the linear path with centred noise E[u] is the mean latent.
-
-    Args:
-      velocity: [B, ...] predicted by a network trained with `contrast`.
-      weight: lambda of the training. With `row_weights` a row with a label has had
-        lambda / (1 - p) at label dropout p, and a row without has had 0.
-      mean_target: the mean of the target velocities, broadcast against `velocity`.
-    """
-    return (1.0 - weight) * velocity + weight * mean_target

@@ -32,7 +32,10 @@ class Tags(NamedTuple):
 
 
 def tag(ids: jax.Array, labels: jax.Array | None = None, times: jax.Array | None = None) -> Tags:
-    """Tags of rows whose images, and perhaps classes and noise levels, are known."""
+    """Tags of rows whose images, and perhaps classes and noise levels, are known.
+
+    Image numbers are not negative: UNKNOWN stands for an image that is not known.
+    """
     unknown = unknown_tags(ids.shape)
     return Tags(
         ids.astype(jnp.int32),

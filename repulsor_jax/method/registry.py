@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from repulsor_jax.method import alignment, contrastive_flow, repulsor
 from repulsor_jax.method.dispersive import dispersive_loss
+from repulsor_jax.method.memory_bank import Tags
 from repulsor_jax.method.schedule import weight_schedule
 from repulsor_jax.method.term import Seen, Term, View
 from repulsor_jax.method.token_heads import TokenHead
@@ -131,21 +132,23 @@ def _build_latent_alignment(config: Any) -> Term:
 def _build_contrastive_flow(config: Any) -> Term:
     c, null_class = config.contrastive_flow, config.model.num_classes
 
-    def draw(target: Array, labels: Array) -> dict[str, Array]:
-        drawn = {"negatives": contrastive_flow.negative_targets(target)}
+    def draw(target: Array, labels: Array, tags: Tags) -> dict[str, Array]:
+        other = contrastive_flow.negative_targets(tags.ids)
+        weights = ((tags.ids != other) | (tags.ids < 0)).astype(jnp.float32)
         if c.labelled_only:
-            drawn["weights"] = contrastive_flow.row_weights(labels, null_class)
-        return drawn
+            weights *= contrastive_flow.row_weights(labels, null_class)
+        return {"negatives": contrastive_flow.negative_targets(target), "weights": weights}
 
     def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
         drawn = seen.drawn
-        return contrastive_flow.contrast(
-            seen.output, drawn["negatives"], drawn.get("weights")
-        ), None
+        return contrastive_flow.contrast(seen.output, drawn["negatives"], drawn["weights"]), None
 
     weight = weight_schedule(c, config.total_steps)
     return Term("contrastive_flow", weight, loss, draw=draw)
 
+
+# The terms with a student and a teacher, and how their blocks are found.
+PAIRS = {"layersync": layersync_blocks, "sra": sra_blocks}
 
 # Each name is that of a section of the configuration.
 TERMS: dict[str, Callable[[Any], Term]] = {

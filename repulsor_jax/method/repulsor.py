@@ -40,10 +40,14 @@ def build(config: Any) -> Term:
     - with a positive k_i, InfoNCE; or the mean distance to k_i where negatives are "none".
 
     The positive is the same image seen by the EMA teacher at another noise level, or, with
-    keys="latent", the projection of the clean latent. The negatives among the batch and the rows
-    that go into the bank are of one kind: z ("online", those of the batch with gradient), the
-    teacher's projections ("teacher", no gradient), or the latents' projections ("latent": those of
-    the batch with gradient, which trains their encoder; the bank's by its EMA).
+    keys="latent", the projection of the clean latent by an encoder's EMA. The negatives among the
+    batch and the rows that go into the bank are of one kind: z ("online", those of the batch with
+    gradient), the teacher's projections ("teacher"), or those of the latents ("latent"). Encoder
+    and teacher must be the same for all that a sample is compared with: two networks that differ
+    can be told apart, and the positive then is found without a look at the image.
+
+    The latents' encoder learns by InfoNCE the other way round: its projection of image i is to
+    find z_i, stopped, among those of the batch. This adds its gradient to the loss, not its value.
     """
     c, model = config.repulsor, config.model
     block = model.depth // 4 if c.block == -1 else c.block
@@ -97,9 +101,8 @@ def build(config: Any) -> Term:
             if c.keys == "teacher":
                 keys, rows = positives, Rows(positives, view_time)
         if c.keys == "latent":
-            keys = positives = apply("latent", params, seen.data)
-            clean = jnp.ones_like(seen.t)
-            rows = Rows(jax.lax.stop_gradient(apply("latent", ema, seen.data)), clean)
+            keys = positives = jax.lax.stop_gradient(apply("latent", ema, seen.data))
+            rows = Rows(keys, jnp.ones_like(seen.t))
         if c.predictor:
             z = apply("predictor", params, z)
 
@@ -126,7 +129,18 @@ def build(config: Any) -> Term:
         )
         if positives is not None:
             losses = info_nce(contrast.paired_logits(positives, z), losses, count)
-        return losses.mean(), rows
+        value = losses.mean()
+        if c.keys == "latent":
+            of_encoder = encoder_loss(params, seen, jax.lax.stop_gradient(z), tags)
+            value += of_encoder - jax.lax.stop_gradient(of_encoder)
+        return value, rows
+
+    def encoder_loss(params: Any, seen: Seen, z: Array, tags: Tags) -> Array:
+        own = apply("latent", params, seen.data).reshape(z.shape)
+        log_mean, count = log_mean_negatives(
+            own, None, tags, contrast=contrast, keys=Keys(z, tags), rows_per_sample=num_rows
+        )
+        return info_nce(contrast.paired_logits(z, own), log_mean, count).mean()
 
     return Term(
         name="repulsor",

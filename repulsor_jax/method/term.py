@@ -13,14 +13,14 @@ Array = jax.Array
 
 
 class View(NamedTuple):
-    """What the EMA teacher is shown of the same images: at t' = min(1, t + time_gap u), u in U."""
+    """What the EMA teacher is shown of the same images: at min(1, t + time_gap u), u in [0, 1)."""
 
     time_gap: float
     new_noise: bool  # noise of its own, or that of the student
 
 
 class Seen(NamedTuple):
-    """What the terms may read of one micro-batch of b rows; made once a step for all of them."""
+    """What the terms may read of one micro-batch of b rows; made once for all of them."""
 
     data: Array  # [b, H, W, C] clean latents, as the model sees them
     t: Array  # [b] times of the student
@@ -66,9 +66,9 @@ class Term:
     teacher_taps: tuple[int, ...] = ()  # blocks of the teacher whose tokens it reads
     init: Callable[[Array], Any] = _no_params  # key -> params, boxed with logical axis names
     has_ema: bool = False  # it needs the EMA of its own parameters
-    # (target velocities [B, H, W, C], labels [B] after dropout) of the global batch -> arrays
-    # [B, ...] for `Seen.drawn`: what mixes rows must be found before the micro-batches.
-    draw: Callable[[Array, Array], Any] | None = None
+    # (target velocities [B, H, W, C], labels [B] after dropout, tags [B]) of the global batch ->
+    # arrays [B, ...] for `Seen.drawn`: what pairs rows must be found before the micro-batches.
+    draw: Callable[[Array, Array, Tags], Any] | None = None
     create_bank: Callable[[], MemoryBank] | None = None  # None without a memory
     bank_start_step: int = 0  # nothing is put into the bank before this step
     # (params, their EMA, seen) -> what the loss compares, for the diagnostics of a contrast.

@@ -41,8 +41,8 @@ def test_layersync_as_published(reference_fixtures):
     ("name", "options"),
     [
         ("smooth_l1_beta0.05", {"distance": "smooth_l1"}),
-        ("cos_over_channels", {}),
-        ("cos_published_over_tokens", {"axis": "tokens"}),
+        ("cos_over_channels", {"axis": "channels"}),
+        ("cos_published_over_tokens", {}),
     ],
 )
 def test_sra_as_published(reference_fixtures, name, options):
@@ -73,6 +73,14 @@ def test_sra_times_weights_and_head_as_published(reference_fixtures):
     width = values["head/in"].shape[-1]
     found = TokenHead(2 * width, width).apply({"params": params}, values["head/in"])
     np.testing.assert_allclose(found, values["head/out"], rtol=1e-5, atol=2e-6)
+
+
+def test_sra_on_features_of_dual_times_as_published(reference_fixtures):
+    values = np.load(reference_fixtures / "sra_dts_as_visible.npz")
+    features = values["dts/student_feature_after_head"], values["dts/teacher_feature"]
+    for axis, name in (("tokens", "cos_published_over_tokens"), ("channels", "cos_over_channels")):
+        found = alignment.sra_loss(*features, axis=axis)
+        np.testing.assert_allclose(found, values[f"dts/align_{name}"], rtol=1e-5)
 
 
 def test_cosine_distance_over_each_axis():

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from repulsor_jax.flows.sampler import scale_velocity
 from repulsor_jax.method import contrastive_flow
 
 
@@ -31,7 +32,7 @@ def test_as_published(reference_fixtures, rows):
 def test_interference_as_published(reference_fixtures):
     values = np.load(reference_fixtures / "contrastive_fm_visible.npz")
     vector = values["interference/vector"]
-    found = contrastive_flow.undo_scale(values["prediction"], 0.05, -vector)
+    found = scale_velocity(values["prediction"], 0.95, -vector)
     expected = values["interference/reduced_0.95_0.05"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -60,7 +61,7 @@ def test_the_negatives_get_no_gradient():
     np.testing.assert_array_equal(gradient, np.zeros_like(b))
 
 
-def test_undo_scale_takes_back_what_the_contrast_does_to_the_best_prediction():
+def test_a_shorter_velocity_takes_back_what_the_contrast_does_to_the_best_prediction():
     """For one row whose negatives are all rows alike, the minimiser v has zero gradient."""
     weight = 0.3
     targets = np.random.default_rng(0).standard_normal((5, 4))
@@ -72,5 +73,5 @@ def test_undo_scale_takes_back_what_the_contrast_does_to_the_best_prediction():
         return ((v - targets[0]) ** 2).mean() + weight * negatives
 
     np.testing.assert_allclose(jax.grad(loss_fn)(best), np.zeros(4), atol=1e-6)
-    found = contrastive_flow.undo_scale(best, weight, mean)
+    found = scale_velocity(best, 1 - weight, mean)
     np.testing.assert_allclose(found, targets[0], rtol=1e-6)
