@@ -1,6 +1,8 @@
 import pathlib
 import re
 
+import numpy as np
+
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 
 
@@ -9,13 +11,16 @@ def test_the_code_of_the_readme_runs_and_does_what_it_says():
     names = {}
     exec(block, names)
     assert int(names["bank"].filled) == 1
-    before = names["w"]
-    for _ in range(3):
-        names["w"], names["bank"] = names["train_step"](
-            names["w"], names["bank"], names["jax"].numpy.eye(32, 384)
-        )
-    assert int(names["bank"].filled) == 4
-    assert (names["w"] != before).any()
+    np.testing.assert_array_equal(names["bank"].tags.ids[0], np.arange(32))
+    before = names["bank"]
+    first = names["train_step"](np.eye(384, 128), before, names["h"], names["views"], np.arange(32))
+    assert int(first[1].filled) == 2
+    assert (first[0] != np.eye(384, 128)).any()
+    # The rows of the bank are those of the same 32 images: without their numbers they would count.
+    others = names["train_step"](
+        np.eye(384, 128), before, names["h"], names["views"], np.arange(32) + 32
+    )
+    assert np.abs(first[0] - others[0]).max() > 1e-6
     assert (
         len([line for line in block.splitlines() if line.strip()]) <= 16
     )  # "ten lines", and set-up
