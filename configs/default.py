@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.repulsor.positives = "none"  # or "view": InfoNCE with the same image at another noise level
     # What the bank holds: projections of the "online" network, of the EMA "teacher" (slow; needs a
     # forward pass of its first blocks), or of the clean "latent" (no pass; needs positives).
-    c.repulsor.keys = "online"  # "online", "teacher" or "latent"
+    c.repulsor.bank_keys = "online"  # "online", "teacher" or "latent"
     c.repulsor.negatives = "all"  # "none": positives alone, a control
     c.repulsor.time_gap = 0.2  # the teacher sees the image at min(1, t + U(0, time_gap))
     c.repulsor.view_noise = "same"  # of what the teacher sees: the student's, or "new"

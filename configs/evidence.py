@@ -30,7 +30,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"positives_{keys}_1024": (
             "repulsor_positives",
-            {"repulsor.keys": keys, "repulsor.bank_rows": 1_024},
+            {"repulsor.bank_keys": keys, "repulsor.bank_rows": 1_024},
         )
         for keys in ("online", "latent")
     },

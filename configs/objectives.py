@@ -14,15 +14,15 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "repulsor": ("repulsor", {}),  # repulsion alone
     "repulsor_positives": (
         "repulsor",
-        {"positives": "view", "keys": "teacher", "temperature": 0.4, "weight": 0.1},
+        {"positives": "view", "bank_keys": "teacher", "temperature": 0.4, "weight": 0.1},
     ),
     "repulsor_latent": (
         "repulsor",
-        {"positives": "view", "keys": "latent", "temperature": 0.4, "weight": 0.1},
+        {"positives": "view", "bank_keys": "latent", "temperature": 0.4, "weight": 0.1},
     ),
     "byol": (  # the control without negatives: a predictor and a teacher
         "repulsor",
-        {"positives": "view", "keys": "teacher", "negatives": "none", "predictor": True},
+        {"positives": "view", "bank_keys": "teacher", "negatives": "none", "predictor": True},
     ),
     # Dispersive Loss (arXiv 2506.09027). Its JAX form: B/2 32.35 unguided, XL/2 5.09 guided; its
     # PyTorch form: the last block, B/2 32.64, XL/2 4.74.

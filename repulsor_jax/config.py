@@ -121,7 +121,7 @@ class TermConfig:
 class RepulsorConfig(TermConfig):
     block: CountOrFill
     positives: Annotated[str, _one_of(repulsor.POSITIVES)]
-    keys: Annotated[str, _one_of(repulsor.KEYS)]
+    bank_keys: Annotated[str, _one_of(repulsor.KEYS)]
     negatives: Annotated[str, _one_of(repulsor.NEGATIVES)]
     time_gap: Fraction
     view_noise: Literal["same", "new"]
@@ -523,13 +523,14 @@ def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
         f"repulsor.pool_grid={r.pool_grid} must divide the {side} tokens along a side",
     )
     yield (
-        r.positives == "none" and (r.negatives == "none" or r.predictor or r.keys == "latent"),
+        r.positives == "none" and (r.negatives == "none" or r.predictor or r.bank_keys == "latent"),
         "repulsor.positives='none' leaves nothing to pull towards, which "
-        "config.repulsor.negatives='none', predictor=True and keys='latent' need: set it to 'view'",
+        "config.repulsor.negatives='none', predictor=True and bank_keys='latent' need: set it to "
+        "'view'",
     )
     yield (
-        r.keys == "latent" and r.negatives == "none",
-        "repulsor.negatives='none' would let the encoder of config.repulsor.keys='latent' "
+        r.bank_keys == "latent" and r.negatives == "none",
+        "repulsor.negatives='none' would let the encoder of config.repulsor.bank_keys='latent' "
         "collapse; set it to 'all'",
     )
     yield (
@@ -538,9 +539,9 @@ def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
         f"config.repulsor.bank_rows={r.bank_rows}, config.total_steps={c.total_steps}",
     )
     yield (
-        r.keys == "latent" and r.time_window < 1,
-        f"repulsor.time_window={r.time_window} has no meaning for config.repulsor.keys='latent': "
-        "a clean latent has no noise level; set it to 1",
+        r.bank_keys == "latent" and r.time_window < 1,
+        f"repulsor.time_window={r.time_window} has no meaning for "
+        "config.repulsor.bank_keys='latent': a clean latent has no noise level; set it to 1",
     )
 
 

@@ -187,3 +187,10 @@ def test_every_knob_of_the_default_has_a_comment():
             keys.add(section.name)
     assert keys - explained <= plain  # names that are the field's own need no words
     assert explained <= keys
+
+
+def test_no_key_is_a_method_of_the_dictionary_that_holds_it():
+    """Such a key cannot be given on the command line."""
+    for name, section in default.get_config().items():
+        for key in (name, *(section if isinstance(section, ml_collections.ConfigDict) else ())):
+            assert not hasattr(ml_collections.ConfigDict, key), key

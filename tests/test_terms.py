@@ -313,10 +313,10 @@ def test_parameters_of_terms_are_boxed_with_names():
         (
             {
                 "repulsor.positives": "view",
-                "repulsor.keys": "latent",
+                "repulsor.bank_keys": "latent",
                 "repulsor.negatives": "none",
             },
-            "repulsor.negatives='none' would let the encoder of config.repulsor.keys='latent'",
+            "repulsor.negatives='none' would let the encoder of config.repulsor.bank_keys='latent'",
         ),
         ({"repulsor.bank_start_step": 10}, "repulsor.bank_start_step=10 leaves nothing"),
         (
@@ -327,10 +327,10 @@ def test_parameters_of_terms_are_boxed_with_names():
         (
             {
                 "repulsor.positives": "view",
-                "repulsor.keys": "latent",
+                "repulsor.bank_keys": "latent",
                 "repulsor.time_window": 0.5,
             },
-            "repulsor.time_window=0.5 has no meaning for config.repulsor.keys='latent'",
+            "repulsor.time_window=0.5 has no meaning for config.repulsor.bank_keys='latent'",
         ),
     ],
     ids=str,

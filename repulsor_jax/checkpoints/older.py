@@ -68,7 +68,7 @@ def config_record(saved: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(section)
     name = values.pop("name", "none")
     # What the first layout did, in the words of this version.
-    values |= {"positives": "none", "keys": "online", "negatives": "all", "predictor": False}
+    values |= {"positives": "none", "bank_keys": "online", "negatives": "all", "predictor": False}
     values |= {"same_class_weight": 1.0, "time_window": 1.0, "bank_start_step": 0}
     values |= {"decay_from": 1.0, "stop_step": 0}
     only_dispersive = {key: values.pop(key) for key in ("variant", "margin") if key in values}

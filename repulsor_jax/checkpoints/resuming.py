@@ -33,7 +33,7 @@ CHANGES = {
     "terms": FORCED,
     **dict.fromkeys(TERMS, NOTED),
     "repulsor.block": FORCED,
-    "repulsor.keys": FORCED,
+    "repulsor.bank_keys": FORCED,
     "repulsor.negatives": FORCED,
     "repulsor.pooling": FORCED,
     "repulsor.positives": FORCED,

@@ -40,11 +40,11 @@ def build(config: Any) -> Term:
     - with a positive k_i, InfoNCE; or the mean distance to k_i where negatives are "none".
 
     The positive is the same image seen by the EMA teacher at another noise level, or, with
-    keys="latent", the projection of the clean latent by an encoder's EMA. The negatives among the
-    batch and the rows that go into the bank are of one kind: z ("online", those of the batch with
-    gradient), the teacher's projections ("teacher"), or those of the latents ("latent"). Encoder
-    and teacher must be the same for all that a sample is compared with: two networks that differ
-    can be told apart, and the positive then is found without a look at the image.
+    bank_keys="latent", the projection of the clean latent by an encoder's EMA. The negatives among
+    the batch and the rows that go into the bank are of one kind: z ("online", those of the batch
+    with gradient), the teacher's projections ("teacher"), or those of the latents ("latent"). One
+    network must make all that a sample is compared with: two that differ can be told apart, and
+    the positive is then found without a look at the image.
 
     The latents' encoder learns by InfoNCE the other way round: its projection of image i is to
     find z_i, stopped, among those of the batch. This adds its gradient to the loss, not its value.
@@ -54,12 +54,12 @@ def build(config: Any) -> Term:
     num_rows = c.pool_grid**2 if c.pooling == "token" else 1
     contrast = Contrast(c.temperature, c.distance, c.same_class_weight, c.time_window)
     has_positives, has_negatives = c.positives == "view", c.negatives == "all"
-    needs_teacher = c.keys == "teacher" or (has_positives and c.keys == "online")
+    needs_teacher = c.bank_keys == "teacher" or (has_positives and c.bank_keys == "online")
     view = View(c.time_gap, c.view_noise == "new") if needs_teacher else None
     modules: dict[str, nn.Module] = {"head": ProjectionHead(c.projection_dim, model.hidden_size)}
     if c.predictor:
         modules["predictor"] = ProjectionHead(c.projection_dim, model.hidden_size)
-    if c.keys == "latent":
+    if c.bank_keys == "latent":
         modules["latent"] = LatentEncoder(
             c.projection_dim, model.hidden_size, model.patch_size, c.pooling, c.pool_grid
         )
@@ -98,9 +98,9 @@ def build(config: Any) -> Term:
         if view is not None:
             view_time, tokens = seen.teacher[view]
             positives = jax.lax.stop_gradient(project(ema, tokens[block]))
-            if c.keys == "teacher":
+            if c.bank_keys == "teacher":
                 keys, rows = positives, Rows(positives, view_time)
-        if c.keys == "latent":
+        if c.bank_keys == "latent":
             keys = positives = jax.lax.stop_gradient(apply("latent", ema, seen.data))
             rows = Rows(keys, jnp.ones_like(seen.t))
         if c.predictor:
@@ -130,7 +130,7 @@ def build(config: Any) -> Term:
         if positives is not None:
             losses = info_nce(contrast.paired_logits(positives, z), losses, count)
         value = losses.mean()
-        if c.keys == "latent":
+        if c.bank_keys == "latent":
             of_encoder = encoder_loss(params, seen, jax.lax.stop_gradient(z), tags)
             value += of_encoder - jax.lax.stop_gradient(of_encoder)
         return value, rows
@@ -150,7 +150,7 @@ def build(config: Any) -> Term:
         view=view,
         teacher_taps=(block,) if view else (),
         init=init,
-        has_ema=view is not None or c.keys == "latent",
+        has_ema=view is not None or c.bank_keys == "latent",
         create_bank=create_bank if c.bank_rows and has_negatives else None,
         bank_start_step=c.bank_start_step,
         compare=lambda *shown: compare(*shown)[0],

@@ -16,7 +16,7 @@ def test_resume_is_invisible(tmp_path, run, uninterrupted, stop):
 
 def test_resume_with_a_teacher_is_invisible_on_the_whole_mesh(tmp_path, run):
     """The bank holds the teacher's keys, and has wrapped around where the run stops."""
-    teacher = {"repulsor.positives": "view", "repulsor.keys": "teacher", "whole_mesh": True}
+    teacher = {"repulsor.positives": "view", "repulsor.bank_keys": "teacher", "whole_mesh": True}
     expected = run(tmp_path / "reference", **teacher)
     assert {"head"} == expected.ema_terms["repulsor"].keys()
     run(tmp_path / "run", total_steps=7, **teacher)

@@ -133,7 +133,7 @@ BAD_FLAGS = {
     "--config.optimizer.learning_rate=inf": "config.optimizer.learning_rate: expected a finite",
     "--config.optimizer.lr=1": "error: config.optimizer.lr: unknown key",
     "--config=absent.py": f"error: --config=absent.py: found no file {ROOT / 'absent.py'};",
-    "--config=digit": "the name of one that is shipped: cifar10, default, digits, imagenet256",
+    "--config=digit": "the name of one that is shipped: cifar10, default, digits, evidence, ",
     "--config=imagenet256:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
     "--config.data.dir=None": "error: config.data.dir: found the word 'None'; expected a text",
     "--workdir=None": "error: --workdir: found the word 'None'; expected a path",

@@ -22,7 +22,7 @@ COMMON = {
     "total_steps": 6,
     "checkpoint.every_steps": 2,
     "repulsor.positives": "view",
-    "repulsor.keys": "teacher",
+    "repulsor.bank_keys": "teacher",
 }
 
 
