@@ -135,7 +135,7 @@ def test_a_non_finite_loss_stops_and_the_same_command_leaves_its_batch_out(
 ):
     with pytest.raises(DivergedError, match=r"step \d: loss nan") as error:
         run(tmp_path, change=poisoned(*bad))
-    for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "repulsor.weight"):
+    for advice in ("optimizer.learning_rate", "optimizer.clip_norm", "weight of the terms"):
         assert advice in str(error.value)
     assert f"saved as step {saved_steps(tmp_path)[-1]}" in str(error.value)
     state = run(tmp_path, change=poisoned(*bad))
