@@ -225,6 +225,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.evaluation.cfg_intervals = ()  # pairs (low, high) of times
     c.evaluation.poll_seconds = 30  # --checkpoint_step=follow: how often to look
 
+    # The section of the version before terms, for one release: what is set here goes to `terms` and
+    # to the sections `repulsor` and `dispersive`.
+    former = {"name": str, "weight": float, "warmup_steps": int, "block": int, "temperature": float}
+    former |= {"distance": str, "pooling": str, "projection_dim": int, "bank_rows": int}
+    former |= {"bank_dtype": str, "variant": str, "margin": float}
+    unset = ml_collections.config_dict.placeholder
+    c.regularizer = ml_collections.ConfigDict({name: unset(kind) for name, kind in former.items()})
     return c
 
 

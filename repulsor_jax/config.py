@@ -336,14 +336,25 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: names the key, the value found and the values expected.
     """
-    if isinstance(config, ml_collections.ConfigDict):
-        config = config.to_dict()
     try:
-        parsed = parse_values(Config, config, "config")
+        parsed = parse_values(Config, plain_values(config), "config")
     except ValueError as error:
         raise ConfigError(f"{error}; configs/default.py explains every key") from error
     _check_consistency(parsed)
     return parsed
+
+
+def plain_values(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as plain values, those of its former section in their present places."""
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    former = values.pop("regularizer", None)
+    given = {name: value for name, value in (former or {}).items() if value is not None}
+    if name := given.pop("name", None):
+        values["terms"] = name
+    for section in ("repulsor", "dispersive") if given else ():
+        own = values[section]
+        values[section] = own | {key: value for key, value in given.items() if key in own}
+    return values
 
 
 def guides_by_no_class(config: Config) -> bool:

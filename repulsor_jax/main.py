@@ -170,7 +170,8 @@ def _train(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) ->
         monitor = make_monitor(experiment) if experiment_lib.draws_pictures(config) else None
     # An error of any other kind is a fault of the program, and keeps its traceback.
     with _one_line_errors(DivergedError, DamagedDataError, CheckpointError, ConfigError, OSError):
-        train(experiment, dataset, monitor, _CONFIG.value.to_dict(), force=_FORCE.value)
+        record = config_lib.plain_values(_CONFIG.value)
+        train(experiment, dataset, monitor, record, force=_FORCE.value)
         if jax.process_index() == 0:
             try:
                 draw_curves(workdir)

@@ -68,7 +68,7 @@ def plan(
         raise ConfigError(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
-    variants = _variants(config_dict.to_dict(), options)
+    variants = _variants(config_lib.plain_values(config_dict), options)
     autoencoder = variants[0].config.data.autoencoder if len(variants) == 1 else "none"
     names = {"none": programs_lib.PROGRAMS[:1], "identity": programs_lib.PROGRAMS[:2]}.get(
         autoencoder, programs_lib.PROGRAMS

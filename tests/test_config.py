@@ -194,3 +194,18 @@ def test_no_key_is_a_method_of_the_dictionary_that_holds_it():
     for name, section in default.get_config().items():
         for key in (name, *(section if isinstance(section, ml_collections.ConfigDict) else ())):
             assert not hasattr(ml_collections.ConfigDict, key), key
+
+
+def test_the_former_section_goes_to_its_present_places():
+    c = tiny.config_dict()
+    c.regularizer.name, c.regularizer.weight, c.regularizer.bank_rows = "dispersive", 0.25, 64
+    c.regularizer.variant = "hinge"
+    found = config_lib.parse(c)
+    assert (found.terms, found.dispersive.weight, found.dispersive.variant) == (
+        "dispersive",
+        0.25,
+        "hinge",
+    )
+    assert (found.repulsor.bank_rows, found.repulsor.weight) == (64, 0.25)
+    assert "regularizer" not in config_lib.plain_values(c)
+    assert config_lib.parse(config_lib.plain_values(tiny.config_dict())) == tiny.config()

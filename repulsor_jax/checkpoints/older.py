@@ -63,7 +63,7 @@ def config_record(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with the sections of this version."""
     found = dict(saved)
     section = found.pop("regularizer", None)
-    if not isinstance(section, Mapping):
+    if not isinstance(section, Mapping) or "terms" in saved:
         return found
     values = dict(section)
     name = values.pop("name", "none")

@@ -81,7 +81,7 @@ def check(
       ConfigError: names every change that is not allowed, and what to do.
     """
     changes: dict[str, list[str]] = {FREE: [], NOTED: [], FORCED: [], FIXED: []}
-    saved, present = _flat(older.config_record(saved_config)), _flat(config)
+    saved, present = (_flat(older.config_record(each)) for each in (saved_config, config))
     for values in (saved, present):  # a sum has no order
         if "terms" in values:
             values["terms"] = "+".join(sorted(values["terms"].split("+")))
