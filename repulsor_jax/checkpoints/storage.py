@@ -278,6 +278,7 @@ def one_line(error: BaseException) -> str:
     while error.__context__ is not None and "Barrier timed out" in str(error):
         error = error.__context__
     text = " ".join(str(error).split()) or repr(error)
+    text = text.partition(" [tensorstore_spec")[0]  # kilobytes of JSON, after the reason
     return f"{text[:240]} [...] {text[-120:]}" if len(text) > 380 else text
 
 

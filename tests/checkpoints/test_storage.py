@@ -210,3 +210,9 @@ def test_processes_agree_where_one_of_them_cannot_write(tmp_path, failing):
         assert "steps before the next attempt: [10]" in text
         assert "saved True" in text
     assert re.search(r"process \d: step 12 is not saved \(.*File too large", said[failing])
+
+
+def test_the_reason_of_a_failure_outlives_the_specification_behind_it():
+    reason = "Error writing: No space left on device [os_error_code='28']"
+    text = f"Error opening {'x' * 500}: {reason} [tensorstore_spec='{{{'y' * 900}}}']"
+    assert storage.one_line(ValueError(text)).endswith(reason)
