@@ -67,6 +67,7 @@ class Loop:
         batch = {
             "latents": draw.standard_normal((BATCH, *_SHAPE), np.float32),
             "labels": draw.integers(10, size=BATCH, dtype=np.int32),
+            "ids": np.arange(BATCH, dtype=np.int32),
         }
         self._batch = sharding.to_global(batch, mesh)
         self.state: TrainState = program.create_state()

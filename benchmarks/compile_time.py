@@ -124,11 +124,10 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
         trainer = make_trainer(config, experiment.mesh)
         state = jax.block_until_ready(create_train_state(trainer, experiment.mesh))
         phase("state")
-        latents, labels = built.kinds["batch"]
         rng = np.random.default_rng(0)
         batch = {
-            "latents": rng.standard_normal(latents.shape).astype(latents.dtype),
-            "labels": rng.integers(0, 1000, labels.shape).astype(np.int32),
+            name: rng.uniform(0, 10, each.shape).astype(each.dtype)
+            for name, each in built.kinds["batch"].items()
         }
         jax.block_until_ready(step(state, sharding.to_global(batch, experiment.mesh)))
         phase("first step")

@@ -522,7 +522,7 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
 
 def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
     r, side = c.repulsor, c.model.latent_size // c.model.patch_size
-    rows = c.batch_size * (r.pool_grid**2 if r.pooling == "token" else 1)
+    rows = c.batch_size * repulsor.rows_per_image(r)
     yield (
         r.negatives == "all" and r.bank_rows % rows != 0,
         f"repulsor.bank_rows={r.bank_rows} must be a multiple of {rows}, the rows of a batch of "

@@ -18,6 +18,7 @@ from repulsor_jax.data import latents, listing
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
+from repulsor_jax.method.repulsor import rows_per_image
 from repulsor_jax.models.build import build_model
 from repulsor_jax.models.dit import DiT, drop_labels
 from repulsor_jax.optimizer import build_optimizer, learning_rate
@@ -240,7 +241,7 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
         )
     r = config.repulsor
     has_bank = "repulsor" in registry.parse_terms(config.terms) and r.weight > 0
-    images = r.bank_rows // (r.pool_grid**2 if r.pooling == "token" else 1)
+    images = r.bank_rows // rows_per_image(r)
     if has_bank and r.negatives == "all" and images > dataset.num_images:
         lines.append(
             f"warning: config.repulsor.bank_rows={r.bank_rows:,} hold rows of {images:,} images, "

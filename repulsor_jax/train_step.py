@@ -309,6 +309,16 @@ class TrainingProgram(NamedTuple):
     step: Any  # jax.stages.Compiled, or a function of the same call
 
 
+def abstract_batch(
+    batch_size: int, record_shape: tuple[int, ...], record_dtype: str, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a compiled step takes: shapes, dtypes and shardings of one global batch."""
+    rows = sharding.batch_sharding(mesh)
+    numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
+    latents = jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows)
+    return {"latents": latents, "labels": numbers, "ids": numbers}
+
+
 def compile_training(
     trainer: Trainer,
     latent_format: LatentFormat,
@@ -326,12 +336,7 @@ def compile_training(
       mesh: of devices that need not be here.
     """
     abstract_state = abstract_train_state(trainer, mesh)
-    batch_size, rows = trainer.config.batch_size, sharding.batch_sharding(mesh)
-    batch = {
-        "latents": jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows),
-        "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
-        "ids": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
-    }
+    batch = abstract_batch(trainer.config.batch_size, record_shape, record_dtype, mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(
         make_train_step(trainer, latent_format),

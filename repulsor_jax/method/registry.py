@@ -15,7 +15,7 @@ from repulsor_jax.method import alignment, contrastive_flow, repulsor
 from repulsor_jax.method.dispersive import dispersive_loss
 from repulsor_jax.method.memory_bank import Tags
 from repulsor_jax.method.schedule import weight_schedule
-from repulsor_jax.method.term import Seen, Term, View
+from repulsor_jax.method.term import Seen, Term, View, tapped_block
 from repulsor_jax.method.token_heads import TokenHead
 
 Array = jax.Array
@@ -52,7 +52,7 @@ def build(config: Any) -> tuple[Term, ...]:
 
 def _build_dispersive(config: Any) -> Term:
     c = config.dispersive
-    block = config.model.depth // 4 if c.block == -1 else c.block
+    block = tapped_block(c, config.model.depth)
 
     def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
         value = dispersive_loss(
@@ -115,7 +115,7 @@ def _build_sra(config: Any) -> Term:
 
 def _build_latent_alignment(config: Any) -> Term:
     c, model = config.latent_alignment, config.model
-    block = model.depth // 4 if c.block == -1 else c.block
+    block = tapped_block(c, model.depth)
     head = TokenHead(model.hidden_size, model.patch_size**2 * model.in_channels)
 
     def init(key: Array) -> Any:

@@ -21,7 +21,7 @@ from repulsor_jax.method.repulsion import (
     paired_distances,
 )
 from repulsor_jax.method.schedule import weight_schedule
-from repulsor_jax.method.term import Compared, Rows, Seen, Term, View
+from repulsor_jax.method.term import Compared, Rows, Seen, Term, View, tapped_block
 
 Array = jax.Array
 
@@ -50,8 +50,7 @@ def build(config: Any) -> Term:
     find z_i, stopped, among those of the batch. This adds its gradient to the loss, not its value.
     """
     c, model = config.repulsor, config.model
-    block = model.depth // 4 if c.block == -1 else c.block
-    num_rows = c.pool_grid**2 if c.pooling == "token" else 1
+    block, num_rows = tapped_block(c, model.depth), rows_per_image(c)
     contrast = Contrast(c.temperature, c.distance, c.same_class_weight, c.time_window)
     has_positives, has_negatives = c.positives == "view", c.negatives == "all"
     needs_teacher = c.bank_keys == "teacher" or (has_positives and c.bank_keys == "online")
@@ -155,6 +154,12 @@ def build(config: Any) -> Term:
         bank_start_step=c.bank_start_step,
         compare=lambda *shown: compare(*shown)[0],
     )
+
+
+def rows_per_image(section: Any) -> int:
+    """Rows that an image has in the bank: one, or one for each square of `pooling="token"`."""
+    rows: int = section.pool_grid**2 if section.pooling == "token" else 1
+    return rows
 
 
 def row_tags(tags: Tags, times: Array, rows_per_image: int) -> Tags:

@@ -73,3 +73,9 @@ class Term:
     bank_start_step: int = 0  # nothing is put into the bank before this step
     # (params, their EMA, seen) -> what the loss compares, for the diagnostics of a contrast.
     compare: Callable[[Any, Any, Seen], Compared] | None = None
+
+
+def tapped_block(section: Any, depth: int) -> int:
+    """The block that a term's section names; -1 is a quarter of the depth."""
+    block: int = depth // 4 if section.block == -1 else section.block
+    return block

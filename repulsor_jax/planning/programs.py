@@ -23,11 +23,12 @@ from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder, make_trainer
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
+from repulsor_jax.method.repulsor import rows_per_image
 from repulsor_jax.models.build import build_model
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.train_state import abstract_train_state
-from repulsor_jax.train_step import compile_training
+from repulsor_jax.train_step import abstract_batch, compile_training
 
 PROGRAMS = ("train", "sample", "encode")
 
@@ -142,7 +143,7 @@ def largest_batch(
 def with_batch(config: Config, batch_size: int) -> Config:
     """The configuration with another batch; the bank's rows are rounded up to whole batches."""
     r = config.repulsor
-    slot = batch_size * (r.pool_grid**2 if r.pooling == "token" else 1)
+    slot = batch_size * rows_per_image(r)
     repulsor = dataclasses.replace(r, bank_rows=-(-r.bank_rows // slot) * slot)
     return dataclasses.replace(config, batch_size=batch_size, repulsor=repulsor)
 
@@ -163,11 +164,7 @@ def _train(experiment: Experiment) -> Built:
     state = abstract_train_state(trainer, mesh)
     size, channels = config.model.latent_size, config.model.in_channels
     record = (size, size, channels * (2 if experiment.latent_format.stochastic else 1))
-    rows = sharding.batch_sharding(mesh)
-    batch = [
-        jax.ShapeDtypeStruct((config.batch_size, *record), config.data.dtype, sharding=rows),
-        *[jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=rows)] * 2,  # labels, ids
-    ]
+    batch = abstract_batch(config.batch_size, record, config.data.dtype, mesh)
     kinds = {
         "parameters": state.params,
         "optimizer": state.opt_state,
