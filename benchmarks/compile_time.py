@@ -33,7 +33,7 @@ def main() -> None:
         "--topology", default="", help="as v5e:16x16: compiles for it, runs nothing"
     )
     parser.add_argument("--size", default="s_8", help="as configs/imagenet256.py has it")
-    parser.add_argument("--regularizer", default="repulsor")
+    parser.add_argument("--objective", default="repulsor")
     parser.add_argument("--batch_size", type=int, default=0, help="0: 256, on a CPU 8")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -51,7 +51,7 @@ def main() -> None:
             for kind in ("cold",) if args.topology else ("cold", "warm"):
                 found[kind].append(start(args, cache))
     print(
-        f"\n{args.size},{args.regularizer}, batch {args.batch_size}, "
+        f"\n{args.size},{args.objective}, batch {args.batch_size}, "
         f"{args.topology or args.platform}; seconds, median of {args.rounds} (min to max)\n"
     )
     kinds = [kind for kind in found if found[kind]]
@@ -111,7 +111,7 @@ def child(args: argparse.Namespace, about: dict[str, Any]) -> dict[str, float]:
     phase("imports")
     topology = open_topology(args.topology or "local")
     phase("devices")
-    c = imagenet256.get_config(f"{args.size},{args.regularizer}")
+    c = imagenet256.get_config(f"{args.size},{args.objective}")
     c.batch_size, c.mesh.fsdp = args.batch_size, args.fsdp
     c.sampling.batch_size = len(topology.devices)
     config = config_lib.parse(c)
