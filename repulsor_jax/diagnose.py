@@ -83,13 +83,13 @@ def make_measure(
     def draw(key: Array, batch: Batch) -> Inputs:
         return first_part(draw_inputs(key, batch, objective, latent_format))
 
-    def pooled_tokens(params: Any, x: Array, t: Array, labels: Array) -> Any:
-        tokens = tokens_after(model, params, x, t, labels, blocks)
+    def pooled_tokens(params: Any, x: Array, t: Array, labels: Array, extras: Any = None) -> Any:
+        tokens = tokens_after(model, params, x, t, labels, blocks, extras)
         return tokens, [each.astype(jnp.float32).mean(axis=1) for each in tokens]
 
     def by_depth(state: TrainState, inputs: Inputs) -> Values:
         x = interpolate(objective.path, inputs.data, inputs.noise, inputs.t)
-        found = pooled_tokens(state.params["model"], x, inputs.t, inputs.labels)
+        found = pooled_tokens(state.params["model"], x, inputs.t, inputs.labels, inputs.extras)
         values: Values = {}
         for block, tokens, pooled in zip(blocks, *found, strict=True):
             cosine = diagnostics.mean_cosine_between_tokens(tokens)

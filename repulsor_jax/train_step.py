@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     tags: Tags  # [B] image numbers, classes and times
     views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t [B] and noise
     drawn: dict[str, Any]  # name of a term -> its own `draw`, [B, ...]
+    extras: dict[str, Array]  # what else the model reads, by its argument's name, [B, ...]
 
 
 class Teacher(NamedTuple):
@@ -171,9 +172,10 @@ def make_forward(trainer: Trainer) -> Callable:
         nudges: Mapping[int, Array] | None = None,
     ) -> tuple[Array, Seen]:
         data, noise, t, labels = inputs.data, inputs.noise, inputs.t, inputs.labels
+        extras: Any = inputs.extras
         x_t = interpolate(objective.path, data, noise, t)
         found: Any = model.apply(
-            {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges
+            {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges, **extras
         )
         output, tokens = found if taps else (found, ())
         loss = objective.flow_loss(output, data, noise, t).mean()
@@ -182,7 +184,7 @@ def make_forward(trainer: Trainer) -> Callable:
         for view, blocks in objective.views.items():
             view_time, view_noise = inputs.views[view]
             x = interpolate(objective.path, data, view_noise, view_time)
-            seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks)
+            seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks, extras)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
         return loss, Seen(data, t, inputs.tags, output, tapped, shown, None)
@@ -252,7 +254,7 @@ def draw_inputs(
         drawn = {
             term.name: term.draw(target, labels, tags) for term in objective.terms if term.draw
         }
-    return Inputs(data, noise, t, labels, tags, views, drawn)
+    return Inputs(data, noise, t, labels, tags, views, drawn, extras={})
 
 
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:

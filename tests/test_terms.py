@@ -103,7 +103,7 @@ def test_layersync_in_sit_is_the_published_program():
     t = jnp.asarray(values["sit/t"])
     labels = jnp.asarray(values["sit/labels"])
     inputs = Inputs(
-        last(values["sit/data"]), last(values["sit/noise"]), t, labels, tag(labels), {}, {}
+        last(values["sit/data"]), last(values["sit/noise"]), t, labels, tag(labels), {}, {}, {}
     )
     loss_fn = make_loss(trainer)
     teacher_of = Teacher(params["model"], {})
@@ -162,7 +162,7 @@ def test_sra_in_sit_is_the_published_program():
     np.testing.assert_allclose(only.time_gap, view.time_gap)
     seen = {only: (jnp.asarray(values["sra/t_teacher_ours"]), noise)}
     t = jnp.asarray(values["sra/t_ours"])
-    inputs = Inputs(last(values["sra/data"]), noise, t, labels, tag(labels), seen, {})
+    inputs = Inputs(last(values["sra/data"]), noise, t, labels, tag(labels), seen, {}, {})
     loss_fn = make_loss(trainer)
     weights = {"sra": jnp.float32(0.5)}
     loss = lambda params: loss_fn(params, averaged, inputs, None, weights)

@@ -6,7 +6,7 @@ computed it. Nothing here knows of training: a sampler takes parameters and a mo
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ import numpy as np
 from repulsor_jax.flows import paths, solvers
 
 Array = jax.Array
-ModelFn = Callable[[Array, Array, Array], Array]
-ModelWithParams = Callable[[Any, Array, Array, Array], Array]
+ModelFn = Callable[..., Array]  # (x, t, labels, **extras)
+ModelWithParams = Callable[..., Array]  # (params, x, t, labels, **extras)
 PredictFn = Callable[..., list[Array]]  # (x, t, *quantities) -> each of them, [B, H, W, C]
 Interval = tuple[float | Array, float | Array]
 
@@ -82,6 +82,7 @@ def guided_prediction(
     channels: int | None = None,
     interval: Interval | None = None,
     guiding_fn: ModelFn | None = None,
+    extras: Mapping[str, Array] | None = None,
 ) -> Array:
     """Guidance away from a weaker model: weak + scale * (strong - weak).
 
@@ -106,15 +107,17 @@ def guided_prediction(
         path, level s is t = 1 / (1 + s)). Where t is a scalar the weak model is not evaluated
         outside the interval, nor at scale 1. None guides everywhere.
       guiding_fn: the weak model of autoguidance, called as `model_fn` on B rows.
+      extras: what else the models read, [B, ...] by the argument's name: the same for both.
 
     Returns:
       [B, H, W, C], float32.
     """
     t = jnp.asarray(t)
     times = jnp.broadcast_to(t, x.shape[:1])
+    extras = extras or {}
 
     def plain() -> Array:
-        return solvers.as_float(model_fn(x, times, labels))
+        return solvers.as_float(model_fn(x, times, labels, **extras))
 
     if scale is None:
         return plain()
@@ -126,10 +129,12 @@ def guided_prediction(
 
     def strong_and_weak() -> tuple[Array, Array]:
         if guiding_fn is not None:
-            strong, weak = model_fn(x, times, labels), guiding_fn(x, times, labels)
-            return solvers.as_float(strong), solvers.as_float(weak)
+            both = (fn(x, times, labels, **extras) for fn in (model_fn, guiding_fn))
+            strong, weak = map(solvers.as_float, both)
+            return strong, weak
         nulls = jnp.full_like(labels, null_label)
-        output = model_fn(twice(x, x), twice(times, times), twice(labels, nulls))
+        doubled = {name: twice(each, each) for name, each in extras.items()}
+        output = model_fn(twice(x, x), twice(times, times), twice(labels, nulls), **doubled)
         output = solvers.as_float(output).reshape(-1, 2, *output.shape[1:])
         return output[:, 0], output[:, 1]
 
@@ -237,7 +242,7 @@ def make_sampler(
 
     Returns:
       sample: (params, noise [B, H, W, C], labels [B], scale=None, interval=None, *, keys=None,
-      guiding_params=None) -> samples [B, H, W, C], float32. For scale and interval see
+      guiding_params=None, extras=None) -> samples [B, H, W, C], float32. For scale and interval see
       `guided_prediction`: under jit they are traced, so all their values share one program; None
       is another program, without guidance or without an interval. SDE solvers need `keys` [B] of
       `brownian_keys`, or raise ValueError. With `guiding_params` guidance is autoguidance.
@@ -252,6 +257,7 @@ def make_sampler(
         *,
         keys: Array | None = None,
         guiding_params: Any = None,
+        extras: Mapping[str, Array] | None = None,
     ) -> Array:
         weak_fn = None
         if guiding_params is not None:
@@ -268,6 +274,7 @@ def make_sampler(
                 channels=spec.channels,
                 interval=interval,
                 guiding_fn=weak_fn,
+                extras=extras,
             )
             if spec.velocity_scale != 1.0:
                 mean = jnp.asarray(spec.mean_velocity, found.dtype)

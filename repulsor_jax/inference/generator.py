@@ -158,7 +158,7 @@ def make_latent_sampler(
     c = config.sampling
 
     def predict_with(model: DiT) -> Callable[..., Any]:
-        return lambda params, *inputs: model.apply({"params": params}, *inputs)
+        return lambda params, *inputs, **extras: model.apply({"params": params}, *inputs, **extras)
 
     if c.velocity_scale != 1.0 and not latent_mean:
         raise ConfigError(

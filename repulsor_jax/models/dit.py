@@ -466,7 +466,13 @@ class DiT(nn.Module):
 
 
 def tokens_after(
-    model: DiT, params: Params, x: Array, t: Array, labels: Array, taps: tuple[int, ...]
+    model: DiT,
+    params: Params,
+    x: Array,
+    t: Array,
+    labels: Array,
+    taps: tuple[int, ...],
+    extras: Mapping[str, Array] | None = None,
 ) -> tuple[Array, ...]:
     """Tokens [B, N, D] after the blocks `taps`; no block after the last of them is run.
 
@@ -475,9 +481,12 @@ def tokens_after(
       params: of the whole model.
       x, t, labels: as in `DiT.__call__`.
       taps: indices of blocks.
+      extras: the other arguments of `DiT.__call__` that are arrays, by name.
     """
     depth = max(taps) + 1
     if model.scan_blocks:
         params = params | {"blocks": jax.tree.map(lambda p: p[:depth], params["blocks"])}
     shorter: Any = model.clone(depth=depth)
-    return shorter.apply({"params": params}, x, t, labels, taps=taps, has_output=False)
+    return shorter.apply(
+        {"params": params}, x, t, labels, taps=taps, has_output=False, **(extras or {})
+    )
