@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.evidence import __main__ as bench
-from benchmarks.evidence import report
+from benchmarks.evidence import ledger, report
 from benchmarks.evidence.classifier import Classifier, Trained
 from benchmarks.evidence.control import control_term
 from benchmarks.evidence.measure import nearest
@@ -115,6 +115,39 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert row in text
     assert (args.root / "report.md").read_text() == text
     assert (args.root / "curves_images.png").is_file()
+
+
+def _classifier(root, value):
+    np.savez(root / "classifier_metric.npz", weights=np.full(3, value), accuracy=0.5)
+
+
+def test_numbers_outlive_their_runs(tmp_path):
+    words = ["--arms=positives_0", "--rates=1e-3", "--seeds=2", "--steps=10"]
+    there, here = (bench.parse_arguments([f"--workdir={tmp_path}/{w}", *words]) for w in "ab")
+    for seed, distances in enumerate([(8.0, 4.0), (6.0, 3.0)]):
+        _measured(there, "plain", 1e-3, seed, 10, distances[0])
+        _measured(there, "positives_0", 1e-3, seed, 10, distances[1])
+    _classifier(there.root, 1.0)
+    floor = {"samples": 100, "features": 0.5, "pixels": 0.25, "accuracy": 0.5}
+    (there.root / "floor.json").write_text(json.dumps(floor))
+    path = tmp_path / "numbers" / "digits.jsonl"
+    ledger.pack(there.root, path)
+
+    ledger.unpack(path, here.root)  # an empty folder: nothing was run
+    assert report.write(here) == report.write(there)
+    job = bench.Job("plain", 1e-3, 0, 10)
+    assert bench._is_measured(here, job)
+    assert not bench._is_measured(here, job._replace(steps=20))
+    assert not bench._is_measured(here, job._replace(seed=2))
+
+    own = report.run_folder(here.root, "plain", 1e-3, 1) / "measure_10.json"
+    own.write_text("{}")
+    _classifier(here.root, 1.0)
+    ledger.unpack(path, here.root)  # what was measured here stays
+    assert own.read_text() == "{}"
+    _classifier(here.root, 2.0)
+    with pytest.raises(ValueError, match="another processor or version of jax trained it"):
+        ledger.unpack(path, here.root)
 
 
 def test_the_control_is_a_cosine_with_the_features_of_the_clean_picture():

@@ -29,7 +29,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from benchmarks.evidence import report
+import jax
+
+from benchmarks.evidence import ledger, report
 from benchmarks.evidence.report import SEARCH_SEED, run_folder
 from configs import evidence as configs
 
@@ -88,6 +90,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classifier_steps", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--platform", default="cpu", help="cpu, cuda or tpu")
+    parser.add_argument(
+        "--ledger",
+        type=pathlib.Path,
+        help="file of numbers: runs in it count as done, and those measured here are added",
+    )
     parser.add_argument("--report", action="store_true", help="print what is there, and stop")
     args = parser.parse_args(argv)
     config = configs.get_config(f"{args.bench},plain")
@@ -117,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.report:
         # SIGTERM is taken as Ctrl-C is: the runs are told to stop, and save.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        os.environ["JAX_PLATFORMS"] = args.platform
+        os.environ["JAX_PLATFORMS"] = args.platform  # of the runs
+        jax.config.update("jax_platforms", args.platform)  # and of this process
         prepare(args)
+        _read_ledger(args)
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
         if len(args.rates) > 1:
             train_all(args, search)
@@ -127,7 +136,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = [Job(a, rates[a], s, args.steps) for s in range(args.seeds) for a in args.arms]
         train_all(args, jobs)
         measure(args, jobs, args.stretches)
+    else:
+        _read_ledger(args)
     print(report.write(args))
+
+
+def _read_ledger(args: argparse.Namespace) -> None:
+    if args.ledger and args.ledger.is_file():
+        try:
+            ledger.unpack(args.ledger, args.root)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -152,7 +171,11 @@ def prepare(args: argparse.Namespace) -> None:
 
 def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
     """Trains what is not trained yet, several at a time, each on a core of its own."""
-    jobs = [job for job in jobs if steps_done(_folder(args, job)) < job.steps]
+    jobs = [
+        job
+        for job in jobs
+        if not _is_measured(args, job) and steps_done(_folder(args, job)) < job.steps
+    ]
     cores: queue.Queue[int | None] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0))[: args.workers] * args.workers:
         cores.put(core if args.platform == "cpu" else None)
@@ -222,10 +245,20 @@ def measure(args: argparse.Namespace, jobs: Sequence[Job], scales: Sequence[floa
     )
     about = yardstick.floor() | {"accuracy": yardstick.classifier.accuracy, "samples": args.samples}
     (args.root / "floor.json").write_text(json.dumps(about) + "\n")
-    for number, job in enumerate(jobs, 1):
+    todo = [job for job in jobs if not _is_measured(args, job)]
+    for number, job in enumerate(todo, 1):
         config = config_lib.parse(configs.get_config(f"{args.bench},{job.arm}"))
         measure_run(config, _folder(args, job), yardstick, scales)
-        print(f"measured {number}/{len(jobs)}", end="\r", flush=True)
+        print(f"measured {number}/{len(todo)}", end="\r", flush=True)
+        if args.ledger:
+            ledger.pack(args.root, args.ledger)
+
+
+def _is_measured(args: argparse.Namespace, job: Job) -> bool:
+    """Whether a run has all its numbers, here or from a ledger."""
+    path = _folder(args, job) / f"measure_{job.steps}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return all(f"features@{scale:g}" in known for scale in (1.0, *args.stretches))
 
 
 def _folder(args: argparse.Namespace, job: Job) -> pathlib.Path:
