@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.remat = "none"  # recompute in the backward pass: "none", "dots", "full" (least memory)
     c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
     c.model.attention = "auto"  # "xla", "cudnn" (NVIDIA, bfloat16); "auto": cuDNN where it runs
+    # In training a token sees those of its group alone; in sampling all see all.
+    c.model.attention_separation = False  # needs flow.time_groups
 
     c.flow = ml_collections.ConfigDict()
     c.flow.path = "linear"  # "linear", "gvp" or "vp"

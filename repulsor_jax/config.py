@@ -95,6 +95,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"]
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["auto", "xla", "cudnn"]
+    attention_separation: bool = False  # which runs of before this key do not say
 
 
 @checked

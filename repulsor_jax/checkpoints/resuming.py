@@ -27,6 +27,7 @@ CHANGES = {
     "model.remat": FREE,
     "model.dtype": NOTED,
     "model.attention": NOTED,
+    "model.attention_separation": NOTED,
     "flow": NOTED,
     "flow.path": FORCED,
     "flow.prediction": FORCED,

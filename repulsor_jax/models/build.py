@@ -33,6 +33,7 @@ def build_model(config: Any, device: jax.Device | None = None) -> DiT:
         remat=config.remat,
         dtype=jnp.dtype(config.dtype),
         attention=attention,
+        attention_separation=config.attention_separation,
     )
 
 

@@ -100,15 +100,42 @@ def _normalise(x: Array, eps: float) -> Array:
 
 
 def _modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """Adaptive layer norm: x [B, N, D], shift and scale [B, D]; float32 (arXiv 2212.09748, 3.2)."""
+    """Adaptive layer norm of x [B, N, D] by shift and scale; float32 (arXiv 2212.09748, 3.2).
+
+    These are [B, D], or [B, N, D] for tokens that have each their own.
+    """
     shift, scale = shift.astype(jnp.float32), scale.astype(jnp.float32)
-    return _normalise(x, _NORM_EPS) * (1.0 + scale[:, None]) + shift[:, None]
+    return _normalise(x, _NORM_EPS) * (1.0 + _over_tokens(scale)) + _over_tokens(shift)
 
 
 def _gated_add(x: Array, gate: Array, update: Array) -> Array:
-    """x + gate * update with one rounding to x's dtype; x and update [B, N, D], gate [B, D]."""
-    update = gate.astype(jnp.float32)[:, None] * update.astype(jnp.float32)
+    """x + gate * update with one rounding to x's dtype; [B, N, D], the gate that or [B, D]."""
+    update = _over_tokens(gate.astype(jnp.float32)) * update.astype(jnp.float32)
     return (x.astype(jnp.float32) + update).astype(x.dtype)
+
+
+def _over_tokens(values: Array) -> Array:
+    """[B, D] as [B, 1, D], which holds for all tokens; [B, N, D] as it is."""
+    return values[:, None] if values.ndim == 2 else values
+
+
+def of_tokens(values: Array, groups: Array) -> Array:
+    """What each token takes of the values of its group.
+
+    Args:
+      values: [B, G, ...], a value for each group.
+      groups: [B, N] integers in [0, G), the group of each token.
+
+    Returns:
+      [B, N, ...]. It is a choice between G broadcast arrays, which a compiler fuses into what
+      reads it, and whose gradient is a sum over the tokens of a group.
+    """
+    shape = (*groups.shape, *(1,) * (values.ndim - 2))
+    found = jnp.broadcast_to(values[:, :1], (*groups.shape, *values.shape[2:]))
+    for group in range(1, values.shape[1]):
+        is_member = (groups == group).reshape(shape)
+        found = jnp.where(is_member, values[:, group : group + 1], found)
+    return found
 
 
 def _dense(
@@ -141,6 +168,19 @@ def _project(dense: nn.Dense, x: Array) -> Array:
     return dense(x.reshape(batch * count, features)).reshape(batch, count, -1)
 
 
+def _modulation(
+    dense: nn.Dense, condition: Array, groups: Array | None, parts: int
+) -> tuple[Array, ...]:
+    """The `parts` of the modulation, each [B, D]; with groups, those of each token, [B, N, D].
+
+    It is computed once for each group, [B, G, D], and not for each token.
+    """
+    if groups is None:
+        return tuple(jnp.split(dense(condition), parts, axis=-1))
+    of_groups = jnp.split(_project(dense, condition), parts, axis=-1)
+    return tuple(of_tokens(each, groups) for each in of_groups)
+
+
 @jax.custom_jvp
 def gelu(x: Array) -> Array:
     """GELU in its tanh form (arXiv 1606.08415, section 2), elementwise.
@@ -162,9 +202,13 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 
 
 def attend(
-    q: Array, k: Array, v: Array, implementation: Literal["xla", "cudnn"] | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    implementation: Literal["xla", "cudnn"] | None = None,
+    mask: Array | None = None,
 ) -> Array:
-    """Softmax attention without a mask (arXiv 1706.03762, equation 1).
+    """Softmax attention (arXiv 1706.03762, equation 1).
 
     Args:
       q: queries [B, N, H, hd]; keys k, values v and the result have the same shape.
@@ -173,11 +217,17 @@ def attend(
       implementation: "xla" or "cudnn" for `jax.nn.dot_product_attention`'s. None divides by the
         softmax's sum after the product with v, on [N, hd] instead of [N, N] values per head;
         logits, exponentials' sum and the division are float32.
+      mask: [B, N, N] booleans, whether query i sees key j; every query sees at least one. None
+        lets all see all.
     """
+    if mask is not None:
+        mask = mask[:, None]
     if implementation is not None:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = product("bqhd,bkhd->bhqk", q, k)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -jnp.inf)
     largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp((logits - largest) * q.shape[-1] ** -0.5)
     out = product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
@@ -213,10 +263,15 @@ class Block(nn.Module):
     qk_norm: bool
     dtype: Any
     attention: Literal["xla", "cudnn"] | None
+    attention_separation: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array) -> Array:
-        """Maps tokens x [B, N, D] under the activated condition [B, D] to tokens [B, N, D]."""
+    def __call__(self, x: Array, condition: Array, groups: Array | None = None) -> Array:
+        """Maps tokens x [B, N, D] under the activated condition [B, D] to tokens [B, N, D].
+
+        With `groups` [B, N] the condition is [B, G, D], one for the tokens of each group, and
+        `attention_separation` keeps the tokens of a group among themselves.
+        """
         x = nn.with_logical_constraint(x, ("batch", None, None))
         zeros = nn.initializers.zeros
         modulation = _dense(
@@ -225,17 +280,17 @@ class Block(nn.Module):
             name="modulation",
             kernel_init=zeros,
             dtype=self.dtype,
-        )(condition)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
-            modulation, 6, axis=-1
+        )
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(
+            modulation, condition, groups, 6
         )
         h = _modulate(x, shift_msa, scale_msa).astype(self.dtype)
-        x = _gated_add(x, gate_msa, self._attend(h))
+        x = _gated_add(x, gate_msa, self._attend(h, groups))
         h = _modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
         x = _gated_add(x, gate_mlp, self._mlp(h))
         return nn.with_logical_constraint(x, ("batch", None, None))
 
-    def _attend(self, h: Array) -> Array:
+    def _attend(self, h: Array, groups: Array | None) -> Array:
         batch, count, width = h.shape
         qkv = _project(_dense(3 * width, ("embed", "heads"), name="qkv", dtype=self.dtype), h)
         qkv = qkv.reshape(batch, count, self.num_heads, 3, width // self.num_heads)
@@ -243,7 +298,10 @@ class Block(nn.Module):
         if self.qk_norm:
             q = HeadNorm(name="q_norm")(q).astype(self.dtype)
             k = HeadNorm(name="k_norm")(k).astype(self.dtype)
-        out = attend(q, k, v, self.attention).reshape(batch, count, width)
+        mask = None
+        if groups is not None and self.attention_separation:
+            mask = groups[:, :, None] == groups[:, None, :]
+        out = attend(q, k, v, self.attention, mask).reshape(batch, count, width)
         return _project(_dense(width, ("heads", "embed"), name="proj", dtype=self.dtype), out)
 
     def _mlp(self, h: Array) -> Array:
@@ -282,6 +340,7 @@ class DiT(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     attention: Literal["xla", "cudnn"] | None = None  # `implementation` of `attend`
+    attention_separation: bool = False  # given `groups`, a token sees those of its group alone
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -323,6 +382,7 @@ class DiT(nn.Module):
         t: Array,
         labels: Array,
         *,
+        groups: Array | None = None,
         taps: tuple[int, ...] = (),
         nudges: Mapping[int, Array] | None = None,
         has_output: bool = True,
@@ -331,8 +391,9 @@ class DiT(nn.Module):
 
         Args:
           x: [B, H, W, C] latents at time t.
-          t: [B] times in [0, 1], 0 noise and 1 data.
+          t: [B] times in [0, 1], 0 noise and 1 data; with `groups` [B, G], one for each group.
           labels: [B] int32 classes in [0, num_classes].
+          groups: [B, N] int32 in [0, G), the group of each token; None is one time for all.
           taps: indices of blocks whose output tokens to return as well.
           nudges: block -> [B, N, D] to add to its tokens, so that a gradient with respect to
             tokens can be taken; None adds nothing.
@@ -343,17 +404,22 @@ class DiT(nn.Module):
           array for each tap.
 
         Raises:
-          ValueError: if a tap is not the index of a block, or the shapes of `x`, `t` or
-            `labels` do not fit.
+          ValueError: if a tap is not the index of a block, or the shapes of `x`, `t`, `labels` or
+            `groups` do not fit.
         """
         latent = (self.latent_size, self.latent_size, self.in_channels)
         if x.ndim != 4 or x.shape[1:] != latent:
             raise ValueError(
                 f"x: found shape {x.shape}, expected [B, {', '.join(map(str, latent))}]"
             )
-        for name, vector in (("t", t), ("labels", labels)):
-            if vector.shape != x.shape[:1]:
-                raise ValueError(f"{name}: found shape {vector.shape}, expected {x.shape[:1]}")
+        num_tokens = (self.latent_size // self.patch_size) ** 2
+        shapes = {"t": (t, x.shape[:1]), "labels": (labels, x.shape[:1])}
+        if groups is not None:
+            shapes["t"] = (t, (*x.shape[:1], *t.shape[-1:]))
+            shapes["groups"] = (groups, (*x.shape[:1], num_tokens))
+        for name, (array, expected) in shapes.items():
+            if array.shape != expected:
+                raise ValueError(f"{name}: found shape {array.shape}, expected {expected}")
         if any(not 0 <= tap < self.depth for tap in taps):
             raise ValueError(f"taps: found {taps}, expected blocks in 0 to {self.depth - 1}")
 
@@ -363,15 +429,17 @@ class DiT(nn.Module):
         positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
         tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
         condition = self._condition(t, labels)
-        tokens, tapped = self._run_blocks(tokens, condition.astype(self.dtype), taps, nudges or {})
+        tokens, tapped = self._run_blocks(
+            tokens, condition.astype(self.dtype), groups, taps, nudges or {}
+        )
         if not has_output:
             return tapped
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
-        out = self._final_layer(tokens, condition)
+        out = self._final_layer(tokens, condition, groups)
         return (out, tapped) if taps else out
 
     def _condition(self, t: Array, labels: Array) -> Array:
-        """SiLU of the sum of time and label embeddings, [B, D] float32.
+        """SiLU of the sum of time and label embeddings, float32: [B, D], or [B, G, D] of t [B, G].
 
         Every user of the condition applies SiLU first, so it is applied here once.
         """
@@ -380,7 +448,8 @@ class DiT(nn.Module):
         time_dense = functools.partial(
             _dense, self.hidden_size, kernel_init=normal, precision=jax.lax.Precision.HIGHEST
         )
-        h = nn.silu(time_dense(("frequency", "mlp"), name="time_in")(time_features(t)))
+        h = time_features(t.reshape(-1))
+        h = nn.silu(time_dense(("frequency", "mlp"), name="time_in")(h))
         h = time_dense(("mlp", "embed"), name="time_out")(h)
         label = nn.Embed(
             self.num_classes + 1,
@@ -388,10 +457,17 @@ class DiT(nn.Module):
             embedding_init=nn.with_logical_partitioning(normal, ("classes", "embed")),
             name="label_embed",
         )(labels)
+        if t.ndim == 2:
+            h, label = h.reshape(*t.shape, -1), label[:, None]
         return nn.silu(h + label)
 
     def _run_blocks(
-        self, tokens: Array, condition: Array, taps: tuple[int, ...], nudges: Mapping[int, Array]
+        self,
+        tokens: Array,
+        condition: Array,
+        groups: Array | None,
+        taps: tuple[int, ...],
+        nudges: Mapping[int, Array],
     ) -> tuple[Array, tuple[Array, ...]]:
         """Runs all blocks; the second result are the outputs of the blocks `taps`."""
         block_class: Any = Block
@@ -408,11 +484,12 @@ class DiT(nn.Module):
             qk_norm=self.qk_norm,
             dtype=self.dtype,
             attention=self.attention,
+            attention_separation=self.attention_separation,
         )
         if not self.scan_blocks:
             outputs = {}
             for i in range(self.depth):
-                tokens = make_block(name=f"block_{i}")(tokens, condition)
+                tokens = make_block(name=f"block_{i}")(tokens, condition, groups)
                 tokens = tokens + nudges[i] if i in nudges else tokens
                 outputs[i] = tokens
             return tokens, tuple(outputs[tap] for tap in taps)
@@ -421,11 +498,11 @@ class DiT(nn.Module):
         carried = tuple(tap for tap in taps if tap < self.depth - 1)
 
         def plain(block: nn.Module, x: Array, condition: Array, index: Array) -> Any:
-            return block(x, condition), None
+            return block(x, condition, groups), None
 
         def tapping(block: nn.Module, carry: Any, condition: Array, index: Array) -> Any:
             x, kept = carry
-            x = block(x, condition)
+            x = block(x, condition, groups)
             for tap, nudge in nudges.items():
                 x += jnp.where(index == tap, nudge, 0)
             kept = {tap: jnp.where(index == tap, x, old) for tap, old in kept.items()}
@@ -448,7 +525,7 @@ class DiT(nn.Module):
         (tokens, kept), _ = scan(tapping)(blocks, carry, condition, indices)
         return tokens, tuple(kept.get(tap, tokens) for tap in taps)
 
-    def _final_layer(self, tokens: Array, condition: Array) -> Array:
+    def _final_layer(self, tokens: Array, condition: Array, groups: Array | None) -> Array:
         """Adaptive norm, projection to patches in float32 and unpatchify: [B, H, W, C]."""
         zeros = nn.initializers.zeros
         channels = self.in_channels * (2 if self.learn_sigma else 1)
@@ -457,8 +534,8 @@ class DiT(nn.Module):
             ("embed", "modulation"),
             name="final_modulation",
             kernel_init=zeros,
-        )(condition)
-        shift, scale = jnp.split(modulation, 2, axis=-1)
+        )
+        shift, scale = _modulation(modulation, condition, groups, 2)
         features = self.patch_size**2 * channels
         dense = _dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
         out = _project(dense, _modulate(tokens, shift, scale))

@@ -223,6 +223,72 @@ def test_attention_agrees_with_a_plain_softmax(size: float) -> None:
     assert half.dtype == jnp.bfloat16
 
 
+def test_masked_attention_is_that_among_the_keys_that_are_seen() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 6, 3, 4)).astype(np.float32)
+    seen = np.array([[0, 3, 4], [1, 2, 5]])  # three tokens of each image, the others apart
+    mask = np.zeros((2, 6, 6), bool)
+    for image, own in enumerate(seen):
+        for group in (own, np.setdiff1d(np.arange(6), own)):
+            mask[image, group[:, None], group] = True
+    for implementation in (None, "xla"):
+        found = attend(q, k, v, implementation, mask)
+        for image, own in enumerate(seen):
+            part = (each[image : image + 1, own] for each in (q, k, v))
+            alone = attend(*part, implementation)[0]
+            np.testing.assert_allclose(found[image, own], alone, atol=1e-6)
+
+
+class Grouped(NamedTuple):
+    x: np.ndarray
+    t: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+
+
+def grouped(reference: Reference) -> Grouped:
+    x, t, labels = reference.inputs
+    num_tokens = (reference.fields["latent_size"] // reference.fields["patch_size"]) ** 2
+    groups = np.random.default_rng(0).permuted(
+        np.tile(np.arange(num_tokens) % 4 // 3, (len(x), 1)), axis=1
+    )
+    return Grouped(x, np.stack([t, 1 - t], axis=1), labels, groups.astype(np.int32))
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "dots")])
+def test_groups_with_one_time_or_of_all_tokens_are_the_plain_network(
+    tiny: Reference, scan: bool, remat: str
+) -> None:
+    model, variables = layout(tiny, scan, remat=remat)
+    separated = model.clone(attention_separation=True)
+    x, t, labels, groups = grouped(tiny)
+    plain = jax.jit(model.apply)(variables, *tiny.inputs)
+    same = np.stack([t[:, 0]] * 2, axis=1)
+    found = jax.jit(model.apply)(variables, x, same, labels, groups=groups)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    found = jax.jit(separated.apply)(variables, x, t, labels, groups=np.zeros_like(groups))
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    without = jax.jit(separated.apply)(variables, *tiny.inputs)
+    np.testing.assert_array_equal(without, plain)  # no groups: as it is sampled
+
+
+@pytest.mark.parametrize("attention", [None, "xla"])
+def test_separated_groups_know_nothing_of_each_other(tiny: Reference, attention: Any) -> None:
+    x, t, labels, groups = grouped(tiny)
+    t, size = np.broadcast_to(t[:, :1], t.shape), tiny.fields["patch_size"]
+    side = tiny.fields["latent_size"] // size
+    pixels = groups.reshape(-1, side, side).repeat(size, 1).repeat(size, 2)
+    other_x = np.where(pixels[..., None] == 1, -x[::-1], x)
+    other_t = np.stack([t[:, 0], 1 - t[:, 1]], axis=1)
+    for separation in (True, False):
+        model, variables = layout(tiny, False, attention=attention, attention_separation=separation)
+        apply = jax.jit(model.apply)
+        one = np.asarray(apply(variables, x, t, labels, groups=groups))
+        two = np.asarray(apply(variables, other_x, other_t, labels, groups=groups))
+        assert np.abs(one - two)[pixels == 1].min() > 0
+        assert np.array_equal(one[pixels == 0], two[pixels == 0]) == separation
+
+
 def test_tapping_costs_nothing_unless_asked(tiny: Reference) -> None:
     def equations(scan: bool, taps: tuple[int, ...]) -> list[Any]:
         model, variables = layout(tiny, scan)
@@ -390,3 +456,7 @@ def test_bad_inputs_are_named(tiny: Reference) -> None:
         model.apply(variables, x, t[:1], labels)
     with pytest.raises(ValueError, match="labels: found shape"):
         model.apply(variables, x, t, labels[:, None])
+    with pytest.raises(ValueError, match="t: found shape"):
+        model.apply(variables, x, t, labels, groups=grouped(tiny).groups)
+    with pytest.raises(ValueError, match="groups: found shape"):
+        model.apply(variables, x, grouped(tiny).t, labels, groups=labels)
