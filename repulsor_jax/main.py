@@ -32,6 +32,7 @@ from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.generator import SamplingError
 from repulsor_jax.plan import Options, plan
+from repulsor_jax.planning.gpus import prepare_environment
 from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.runtime import distributed, preemption
 from repulsor_jax.runtime.guard import DivergedError
@@ -73,7 +74,8 @@ _CHECKPOINT_STEP = flags.DEFINE_string(
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     "local",
-    "plan: a kind of TPU and the shape of a slice, as v5e:16x16, or 'local', the devices here.",
+    "plan: a kind of TPU and the shape of a slice, as v5e:16x16; GPUs, as h100:8 or h100:4x8 "
+    "(hosts x GPUs); or 'local', the devices here.",
 )
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "plan: slices, joined by the network.")
 _COMPARE = flags.DEFINE_string(
@@ -251,6 +253,7 @@ def _verify(config: Config, workdir: pathlib.Path) -> None:
 
 def _plan(config: Config, workdir: pathlib.Path) -> None:
     if _TOPOLOGY.value != "local":
+        prepare_environment()
         jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
         # JAX can write programs for devices elsewhere to its cache, but not read them back.
         jax.config.update("jax_enable_compilation_cache", False)

@@ -164,11 +164,20 @@ class _Counter:
             return 0.0
         if stated := re.search(r'"flops":"?(\d+)', call.attributes):
             return float(stated[1])
+        if _target(call).startswith("__cudnn$fmha"):
+            return self._attention_flops(scope, call)
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
         if not contracted or not _target(call).startswith("__cublas"):
             return None
         left = self._operand(scope, call, 0)
         return 2.0 * call.arrays[0].size * math.prod(left.shape[k] for k in numbers(contracted[1]))
+
+    def _attention_flops(self, scope: str, call: Instruction) -> float:
+        """FLOPs of cuDNN's fused attention: 2 products of [N, hd] forward, 5 backward, a head."""
+        batch, queries, heads, size = self._operand(scope, call, 0).shape
+        keys = self._operand(scope, call, 1).shape[1]
+        products = 5 if _target(call).endswith("Backward") else 2
+        return products * 2.0 * batch * heads * queries * keys * size
 
     def _operand(self, scope: str, instruction: Instruction, k: int) -> Array:
         return self._module.computations[scope][instruction.operands[k]].arrays[0]

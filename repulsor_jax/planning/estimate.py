@@ -9,8 +9,8 @@ Four parts are computed apart, each as if it ran at its peak rate:
   use. A ring sends 2 (n - 1) / n of the array for an all-reduce, (n - 1) / n for an all-gather or
   all-to-all, (n - 1) of the result for a reduce-scatter. A group uses two links in each torus
   dimension that it wraps, one in any other;
-- network between slices: the same with n the number of slices, for the share that each device of a
-  group holds, / the chip's part of its host's network.
+- network between TPU slices, or hosts of GPUs: the same with n the number of slices, for the share
+  that each device of a group holds, / the chip's part of its host's network.
 
 If all parts overlap perfectly, the longest is the time; if none do, their sum is. Measured times
 lie above the first, and often between the two.

@@ -27,6 +27,7 @@ from repulsor_jax.method.repulsor import rows_per_image
 from repulsor_jax.models.build import build_model
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
+from repulsor_jax.runtime.chips import GIB
 from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import abstract_batch, compile_training
 
@@ -51,9 +52,9 @@ class Program(Built):
     """A compiled program, or the reason why the compiler refused it."""
 
     memory: dict[str, float]  # bytes on one device by kind
-    cost: Cost | None  # of one run on one device; None for a program that does not fit
+    cost: Cost | None  # of one run on one device; None where the compiler refused the program
     seconds: float  # of tracing and compiling
-    refusal: str = ""  # the compiler's message for a program that does not fit
+    refusal: str = ""  # why it does not fit
 
     @property
     def total_bytes(self) -> float:
@@ -103,7 +104,8 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
         message = str(error).strip()
         if "RESOURCE_EXHAUSTED" not in message:
             raise
-        refusal = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        first = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        refusal = f"the compiler says: {first}"
         memory["temporaries"] = _refused_bytes(message, arguments)
     else:
         cost = program_cost(compiled.as_text() or "", built.mesh.size)
@@ -112,6 +114,10 @@ def compile_program(name: str, experiment: Experiment, topology: Topology) -> Pr
         memory["results"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
         memory["padding"] = max(stats.argument_size_in_bytes - arguments, 0)
         memory["program"] = stats.generated_code_size_in_bytes
+        total, available = sum(memory.values()), topology.device_bytes
+        if available is not None and total > available:
+            # GPUs' compiler never refuses, and TPUs' does not count all.
+            refusal = f"it takes {total / GIB:.2f} of {available / GIB:.2f} GiB of a device"
     seconds = time.perf_counter() - started
     memory = {kind: count for kind, count in memory.items() if count}
     return Program(**vars(built), memory=memory, cost=cost, seconds=seconds, refusal=refusal)

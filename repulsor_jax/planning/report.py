@@ -14,7 +14,7 @@ _PARTS = {
     "compute": "compute",
     "memory": "main memory",
     "links": "links",
-    "network": "network between slices",
+    "network": "network",
 }
 _COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
@@ -30,7 +30,8 @@ _STYLE = (
 def plan_text(variant: Values) -> str:
     """A plan of one variant as text."""
     topology = variant["topology"]
-    slices = f", {topology['num_slices']} slices" if topology["num_slices"] > 1 else ""
+    slices = topology["num_slices"]
+    slices = f", {slices} slices" if slices not in (1, topology["num_hosts"]) else ""
     lines = [
         f"{topology['name']}: {topology['num_chips']} chips ({topology['chip']}), "
         f"{topology['num_hosts']} hosts{slices}, mesh {_mesh(variant['mesh'])}, batch "
@@ -53,7 +54,7 @@ def _program_lines(name: str, program: Values) -> list[str]:
         lines.append(f"    {kind:<14}{_bytes(size):>12}")
     lines[-1] += f" of {_bytes(available)}, {total / available:.0%}" if available else ""
     if not program["fits"]:
-        lines.append(f"  DOES NOT FIT. The compiler: {program['refusal']}")
+        lines.append(f"  DOES NOT FIT: {program['refusal']}")
         lines.append("  Change one of these, then plan again:")
         return lines + [f"    {line}" for line in program["advice"]]
     lines += [
@@ -66,7 +67,7 @@ def _program_lines(name: str, program: Values) -> list[str]:
         lines.append(
             f"    {row['count']:>6} x {row['kind']:<18} over {row['axis']:<12} "
             f"{row['bytes']:>14,} bytes, largest {row['largest_bytes']:,}"
-            + (", between slices" if row["over"] == "network" else "")
+            + (", over the network" if row["over"] == "network" else "")
         )
     if "bank" in program["memory_bytes_per_chip"]:
         stays = "the bank stays where it is: no collective carries it"

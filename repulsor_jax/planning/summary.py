@@ -43,7 +43,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "total_bytes_per_chip": per_chip * program.total_bytes,
         "available_bytes_per_chip": available and per_chip * available,
     }
-    if program.cost is None:
+    if program.refusal or program.cost is None:
         advice = _advice(program, config, topology) or ["more chips, or chips with more memory"]
         return values | {"refusal": program.refusal, "advice": advice}
     cost, devices = program.cost, program.mesh.size

@@ -1,6 +1,7 @@
-"""The devices to plan for: a TPU slice, which need not be here, or the devices of this machine.
+"""The devices to plan for: TPUs or GPUs, which need not be here, or the devices of this machine.
 
-libtpu, the compiler of TPUs, describes any slice and compiles for it on an ordinary machine.
+libtpu, the compiler of TPUs, describes any slice and compiles for it on an ordinary machine; JAX's
+CUDA plugin does the same for GPUs.
 """
 
 import contextlib
@@ -15,12 +16,14 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from repulsor_jax.config import ConfigError
+from repulsor_jax.planning import gpus
 from repulsor_jax.runtime import chips
 from repulsor_jax.runtime.chips import GIB, Chip
 
 _KNOWN = (
     "v4:2x2x1 to v4:16x16x16; v5e:2x2 to v5e:16x16; v5p:2x2x1 to v5p:16x16x24; "
-    "v6e:2x2 to v6e:16x16; tpu7x:2x2x1 to tpu7x:8x16x16"
+    "v6e:2x2 to v6e:16x16; tpu7x:2x2x1 to tpu7x:8x16x16; a100, h100, h200, b200 as h100:8 (GPUs of "
+    "a host) or h100:4x8 (hosts x GPUs)"
 )
 
 # Without these, libtpu asks the cloud's metadata server for them and complains.
@@ -35,11 +38,11 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for."""
+    """Devices to compile for. A host of GPUs is a slice: links join the GPUs in it."""
 
-    name: str  # as "v5e:16x16", "2 x v5e:16x16" or "local"
+    name: str  # as "v5e:16x16", "2 x v5e:16x16", "h100:4x8" or "local"
     devices: tuple[jax.Device, ...]
-    shape: tuple[int, ...] = ()  # chips of a slice along each dimension of its torus
+    shape: tuple[int, ...] = ()  # chips of a slice along each dimension of its torus; () is none
     known_bytes: float | None = None  # of one device, as the compiler or the device states them
 
     @property
@@ -76,6 +79,12 @@ class Topology:
     @property
     def note(self) -> str:
         """A line for the reader of a plan, or ""."""
+        if self.devices[0].platform == "gpu" and self.name != "local":
+            return (
+                f"JAX takes {gpus.MEMORY_SHARE:.0%} of a GPU's memory unless "
+                "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise: the plan is against that. The "
+                "compiler could not try its kernels out, and XLA may choose others on the cards"
+            )
         if self.chip is None or self.devices_per_chip <= self.chip.devices_per_chip:
             return ""
         return (
@@ -95,10 +104,10 @@ def describe_machine() -> None:
 
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
-    """Opens "local", or some slices of a kind of TPU and a shape, as "v5e:16x16".
+    """Opens "local", some slices of a kind of TPU and a shape, as "v5e:16x16", or GPUs, "h100:4x8".
 
     Raises:
-      ConfigError: libtpu is not installed or does not know the name; names the flag.
+      ConfigError: the compiler is not installed or does not know the name; names the flag.
     """
     if num_slices < 1:
         raise ConfigError(f"--num_slices={num_slices} must be at least 1")
@@ -109,9 +118,18 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         with contextlib.suppress(Exception):  # some backends have no statistics
             known_bytes = (devices[0].memory_stats() or {}).get("bytes_limit")
         return Topology("local", devices, known_bytes=known_bytes)
+    if match := re.fullmatch(r"(\w+):(?:(\d+)x)?(\d+)", name):
+        kind, hosts, count = match[1], int(match[2] or 1), int(match[3])
+        if kind in gpus.GPUS:
+            if num_slices > 1:
+                raise ConfigError(
+                    f"--num_slices={num_slices} has no meaning for GPUs: --topology={kind}:"
+                    f"{hosts * num_slices}x{count} has as many hosts"
+                )
+            return _open_gpus(name, kind, hosts, count)
     match = re.fullmatch(r"([a-z]+\w*):(\d+(?:x\d+){1,2})", name)
     if not match:
-        expected = f"'local', or a kind of TPU and the shape of a slice: {_KNOWN}"
+        expected = f"'local', or a kind of chip and how many: {_KNOWN}"
         raise ConfigError(f"--topology={name!r}: expected {expected}")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -133,21 +151,51 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     )
 
 
+def _open_gpus(name: str, kind: str, hosts: int, count: int) -> Topology:
+    """Hosts of so many GPUs each."""
+    gpu = gpus.GPUS[kind]
+    if not 1 <= count <= gpu.per_host or hosts < 1:
+        raise ConfigError(
+            f"--topology={name}: expected 1 to {gpu.per_host} GPUs on each of 1 or more hosts, as "
+            f"{kind}:8 or {kind}:4x8"
+        )
+    if not gpus.is_installed():
+        raise ConfigError(
+            f"--topology={name} needs JAX's CUDA plugin, the compiler of GPUs, which is not "
+            "installed here: pip install -e '.[plan-gpu]'; no GPU is needed"
+        )
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology=f"1x{hosts}x{count}",
+            target_config=gpus.target_config(gpu),
+        )
+    except Exception as error:  # the plugin has no narrower type
+        raise ConfigError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+    known_bytes = gpus.MEMORY_SHARE * gpu.memory_bytes
+    return Topology(name, tuple(description.devices), known_bytes=known_bytes)
+
+
 def one_host(topology: Topology) -> Topology:
     """The devices of one host as a topology: libtpu compiles only for whole topologies."""
     process = topology.devices[0].process_index
     devices = [device for device in topology.devices if device.process_index == process]
     if len(devices) == len(topology.devices):
         return topology
+    kind = topology.name.rpartition(" ")[2].partition(":")[0]
+    if kind in gpus.GPUS:
+        return open_topology(f"{kind}:{len(devices)}")
     if not topology.shape:
         return dataclasses.replace(topology, devices=tuple(devices))
     sides = [len({d.coords[axis] for d in devices}) for axis in range(len(topology.shape))]
-    kind = topology.name.rpartition(" ")[2].partition(":")[0]
     return open_topology(f"{kind}:{'x'.join(map(str, sides))}")
 
 
 def slice_index(device: jax.Device) -> int:
-    """Number of the slice that a device belongs to; 0 for devices without slices."""
+    """Number of the slice, or of the host of GPUs, that a device belongs to; else 0."""
+    if device.platform == "gpu":
+        return device.process_index
     return getattr(device, "slice_index", 0) or 0
 
 

@@ -1,7 +1,7 @@
 """Published figures of accelerators: peak compute, memory, link rates. All figures are per chip.
 
 Sources: docs.cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x} for TPUs, NVIDIA's data sheets for
-GPUs (dense rates, without sparsity). A figure without a source is None.
+GPUs (dense rates, without sparsity) and its DGX hosts (network). A figure without a source is None.
 """
 
 import dataclasses
@@ -37,15 +37,16 @@ CHIPS = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 100e9, 12.5e9),
     # 100 Gbit/s of network per chip.
     Chip("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 12.5e9, devices_per_chip=2),
-    # GPUs. NVLink: the data sheet's rate in both directions / 2.
-    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * GIB, 1555e9, 300e9),
-    Chip("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2039e9, 300e9),
+    # GPUs. NVLink: the data sheet's rate in both directions / 2. Network: a port a GPU, of 200 (DGX
+    # A100) and 400 Gbit/s (DGX H100, H200, B200).
+    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * GIB, 1555e9, 300e9, 25e9),
+    Chip("a100-80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * GIB, 2039e9, 300e9, 25e9),
     Chip("a100-pcie", ("NVIDIA A100-PCIE-40GB",), 312e12, 40 * GIB, 1555e9),
     Chip("a100-pcie-80gb", ("NVIDIA A100 80GB PCIe",), 312e12, 80 * GIB, 1935e9),
-    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3350e9, 450e9),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * GIB, 3350e9, 450e9, 50e9),
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80 * GIB, 2000e9),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4800e9, 450e9),
-    Chip("b200", ("NVIDIA B200",), 2250e12, 180 * 10**9, 8000e9, 900e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4800e9, 450e9, 50e9),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 180 * 10**9, 8000e9, 900e9, 50e9),
     Chip("l4", ("NVIDIA L4",), 121e12, 24 * GIB, 300e9),
 )
 

@@ -253,3 +253,35 @@ ENTRY %main (x: f32[8,4]) -> f32[8,8] {{
 
     assert call('{"cost_estimate":{"flops":"512"}}').matmul_flops == 512
     assert call("{}").unknown_calls == {"tpu_custom_call": 1}
+
+
+@pytest.mark.parametrize(("kernel", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+def test_the_fused_attention_of_gpus_counts_its_products(kernel, products):
+    found = program_cost(
+        f"""HloModule test
+ENTRY %main (q: bf16[2,16,3,8]) -> bf16[2,16,3,8] {{
+  %q = bf16[2,16,3,8] parameter(0)
+  ROOT %a = bf16[2,16,3,8] custom-call(%q, %q, %q), custom_call_target="__cudnn${kernel}"
+}}
+"""
+    )
+    assert found.matmul_flops == products * 2 * (2 * 3) * 16 * 16 * 8
+    assert not found.unknown_calls
+
+
+def test_a_branch_is_called_in_the_words_of_gpus_too():
+    text = """HloModule test
+%yes (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8] parameter(0)
+  ROOT %p = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}
+}
+%no (y: f32[8,8]) -> f32[8,8] {
+  ROOT %y = f32[8,8] parameter(0)
+}
+ENTRY %main (c: pred[], z: f32[8,8]) -> f32[8,8] {
+  %c = pred[] parameter(0)
+  %z = f32[8,8] parameter(1)
+  ROOT %r = f32[8,8] conditional(%c, %z, %z), true_computation=%yes, false_computation=%no
+}
+"""
+    assert program_cost(text).matmul_flops == 2 * 8**3

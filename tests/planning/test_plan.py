@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from repulsor_jax import plan as plan_lib
 from repulsor_jax import sharding
 from repulsor_jax.config import ConfigError
 from repulsor_jax.plan import Options
-from repulsor_jax.planning import programs
+from repulsor_jax.planning import gpus, programs
 from repulsor_jax.planning import topology as topology_lib
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.hlo import Array, Collective
@@ -26,6 +27,11 @@ from tests.oracles import tiny
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install -e '.[plan]'",
+)
+
+needs_plugin = pytest.mark.skipif(
+    not gpus.is_installed(),
+    reason="JAX's CUDA plugin is not installed: pip install -e '.[plan-gpu]'",
 )
 
 open_topology = functools.cache(topology_lib.open_topology)  # a second or two each
@@ -372,3 +378,59 @@ def test_queries_that_look_like_tags_are_no_bank():
     assert any((16, 8) in [a.shape for a in each.arrays] for each, _ in found.cost.collectives)
     assert (16, 4) in found.bank_shapes
     assert not found.carries_the_bank
+
+
+# GPUs.
+
+
+def test_gpus_are_named_by_hosts_and_cards(monkeypatch):
+    for name, message in {
+        "h100:9": "expected 1 to 8 GPUs on each of 1 or more hosts, as h100:8 or h100:4x8",
+        "h100:0x8": "expected 1 to 8 GPUs",
+        "h300:8": "expected .local., or a kind of chip and how many: v4:2x2x1",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--topology='?{name}'?: .*{message}"):
+            topology_lib.open_topology(name)
+    with pytest.raises(ConfigError, match="no meaning for GPUs: --topology=h100:4x8 has as many"):
+        topology_lib.open_topology("h100:2x8", 2)
+    monkeypatch.setattr(gpus, "is_installed", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[plan-gpu\]'; no GPU is needed"):
+        topology_lib.open_topology("h100:8")
+
+
+def test_a_program_larger_than_its_device_does_not_fit(tmp_path, capsys, monkeypatch):
+    # As GPUs' compiler, which refuses nothing: the compiler of a CPU.
+    topology = dataclasses.replace(open_topology("local"), known_bytes=2.0**20)
+    monkeypatch.setattr(plan_lib, "open_topology", lambda *unused: topology)
+    record, text, _ = plan(tmp_path, capsys, tiny.config_dict(repulsor__bank_rows=2**18))
+    train = record["variants"][0]["programs"]["train"]
+    assert not train["fits"]
+    assert re.search(r"DOES NOT FIT: it takes \d\.\d\d of 0\.00 GiB of a device", text)
+    assert any("bank_rows" in line for line in train["advice"])
+
+
+@needs_plugin
+@pytest.mark.parametrize("kind", list(gpus.GPUS))
+def test_the_compiler_knows_every_kind_of_gpu(kind):
+    topology = open_topology(f"{kind}:2x4")
+    assert (topology.num_chips, topology.num_hosts, topology.num_slices) == (8, 2, 2)
+    assert topology.chip.name.startswith(kind)
+    # What a card states is within a tenth of what its maker prints.
+    gpu = gpus.GPUS[kind]
+    assert gpu.memory_bytes == pytest.approx(topology.chip.hbm_bytes, rel=0.1)
+    assert gpu.memory_rate == pytest.approx(topology.chip.hbm_bytes_per_second, rel=0.1)
+    assert topology.device_bytes == 0.75 * gpu.memory_bytes
+
+
+@needs_plugin
+def test_gpus_are_planned_without_them(tmp_path, capsys):
+    values = tiny.config_dict(
+        data__autoencoder="none", model__dtype="bfloat16", model__hidden_size=64, mesh__fsdp=2
+    )
+    record, text, _ = plan(tmp_path, capsys, values, topology="h100:2x4")
+    train = record["variants"][0]["programs"]["train"]
+    assert train["fits"]
+    assert not train["carries_the_bank"]
+    assert not train["unknown_kernels"]
+    assert {row["over"] for row in train["collectives"]} == {"links", "network"}
+    assert "75% of a GPU's memory" in text
