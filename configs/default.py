@@ -42,6 +42,24 @@ def get_config() -> ml_collections.ConfigDict:
     c.flow.logit_normal_location = 0.0  # mean of logit(t); t = 0 is noise, t = 1 is data
     c.flow.logit_normal_scale = 1.0  # standard deviation of logit(t)
 
+    # Tasks by further input channels (arXiv 2307.08698; docs/systems.md): filling holes, "inpaint",
+    # or drawing images from label maps, "semantic".
+    c.conditioning = ml_collections.ConfigDict()
+    c.conditioning.kind = "none"  # "none", "inpaint" or "semantic"
+    # inpaint: the network is shown the encoded masked "image" (--mode=encode stores some of each),
+    # or the "latent" without the cells that the hole touches, drawn anew in each step: our form.
+    c.conditioning.masked = "latent"  # "latent" or "image"
+    c.conditioning.masks_per_image = 4  # encoded with masked="image"
+    c.conditioning.classes = 0  # semantic: of the label maps
+    c.conditioning.channels = 4  # semantic: to which a learned 1x1 map takes the classes
+    c.conditioning.maps_path = ""  # semantic: folder of label maps, PNG files named as the images
+    # What samples are drawn for: "test" or "train", the images of data.dir, or an .npz with images
+    # and masks, or maps (docs/systems.md). Sample i is of image i mod n, and has its label.
+    c.conditioning.images = "test"
+    # How holes are filled: by the network's "channels", or by a network without any, "replace": at
+    # each step what is known is put in the place of what was drawn.
+    c.conditioning.filling = "channels"  # "channels" or "replace"
+
     # "none", or a sum as "repulsor+layersync" of contrastive_flow, dispersive, latent_alignment,
     # layersync, repulsor and sra. Each has its section below; docs/method.md explains them, and
     # configs/objectives.py has published sets of values.

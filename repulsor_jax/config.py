@@ -109,6 +109,25 @@ class FlowConfig:
 
 
 @checked
+class ConditioningConfig:
+    kind: Literal["none", "inpaint", "semantic"]
+    masked: Literal["latent", "image"]
+    masks_per_image: Count
+    classes: Natural
+    channels: Count
+    maps_path: Path
+    images: Path
+    filling: Literal["channels", "replace"]
+
+
+def stored_condition_channels(c: ConditioningConfig, latent_channels: int) -> int:
+    """Channels of the condition that the data set holds beside latents of so many as stored."""
+    if c.kind == "semantic":
+        return c.classes
+    return latent_channels + 1 if c.kind == "inpaint" and c.masked == "image" else 0
+
+
+@checked
 class TermConfig:
     """What the sections of all terms share; `method.schedule`."""
 
@@ -312,6 +331,7 @@ class Config:
     batch_size: Count
     model: ModelConfig
     flow: FlowConfig
+    conditioning: ConditioningConfig
     terms: Annotated[str, AfterValidator(_sum_of_terms)]
     repulsor: RepulsorConfig
     dispersive: DispersiveConfig
@@ -388,7 +408,7 @@ def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> 
 def _check_consistency(c: Config) -> None:
     """Raises ConfigError for the first contradiction among values that are fine by themselves."""
     try:
-        build_model(c.model)
+        build_model(c.model, conditioning=c.conditioning)
     except ValueError as error:
         raise ConfigError(f"config.model.{error}") from error
     for is_wrong, message in _contradictions(c):
@@ -400,6 +420,7 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     """Yields each contradiction, whether it is there, and its message after "config."."""
     s, e, profiled = c.sampling, c.evaluation, c.log.profile_steps
     yield from _contradicting_terms(c)
+    yield from _contradicting_conditions(c)
     yield (
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
@@ -469,6 +490,31 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         s.cfg_channels > c.model.in_channels,
         f"sampling.cfg_channels={s.cfg_channels} exceeds "
         f"config.model.in_channels={c.model.in_channels}; 0 guides all",
+    )
+
+
+def _contradicting_conditions(c: Config) -> Iterator[tuple[bool, str]]:
+    """`_contradictions` within the section `conditioning`, and of it with others."""
+    k, s = c.conditioning, c.sampling
+    yield (
+        k.kind == "semantic" and k.classes == 0,
+        "conditioning.classes=0: set it to the number of classes of the label maps",
+    )
+    replaces = k.filling == "replace"
+    yield (
+        replaces and k.kind != "none",
+        f"conditioning.filling='replace' is for a network without a condition, but "
+        f"config.conditioning.kind={k.kind!r} shows it one: set filling='channels'",
+    )
+    yield (
+        replaces and s.solver not in solvers.ODE_STEPS,
+        f"conditioning.filling='replace' acts between fixed steps of an ODE, but "
+        f"config.sampling.solver={s.solver!r}: set it to one of "
+        f"{', '.join(solvers.ODE_STEPS)}",
+    )
+    yield (
+        k.images not in ("train", "test") and not k.images.endswith(".npz"),
+        f"conditioning.images={k.images!r}: expected 'test', 'train' or the path of an .npz",
     )
 
 

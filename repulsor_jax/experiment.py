@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import latents, listing
+from repulsor_jax.data import conditioning, latents, listing
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
@@ -84,7 +84,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=build_model(config.model, mesh.devices.flat[0]),
+        model=model_of(config, mesh),
         autoencoder=autoencoder,
         latent_format=form,
         latents_sha256=dataset.weights_sha256,
@@ -96,11 +96,17 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
     return experiment, dataset
 
 
+def model_of(config: Config, mesh: Mesh) -> DiT:
+    """The network of a configuration, for the devices of a mesh."""
+    device = mesh.devices.flat[0]
+    return build_model(config.model, device, conditioning=config.conditioning)
+
+
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds model, objective and optimizer, by name, for the devices of a mesh."""
     return Trainer(
         config=config,
-        model=build_model(config.model, mesh.devices.flat[0]),
+        model=model_of(config, mesh),
         objective=_make_objective(config),
         optimizer=build_optimizer(config),
         learning_rate=learning_rate(config),
@@ -126,7 +132,30 @@ def _make_objective(config: Config) -> Objective:
             drop_labels, num_classes=config.model.num_classes, rate=config.model.label_dropout
         ),
         terms=registry.build(config),
+        condition=_condition_of(config),
     )
+
+
+def _condition_of(config: Config) -> Callable[..., jax.Array] | None:
+    """What makes the condition of a step; None without one."""
+    c = config.conditioning
+    if c.kind == "semantic":
+        return conditioning.stored_histograms
+    if c.kind == "inpaint" and c.masked == "image":
+        return conditioning.stored_masked_latents
+    if c.kind == "inpaint":
+        return functools.partial(conditioning.draw_masked_latents, size=image_size(config))
+    return None
+
+
+def image_size(config: Config) -> int:
+    """Height and width of the images that latents are of; the latents' own without a decoder."""
+    m = config.model
+    if config.data.autoencoder == "none":
+        return m.latent_size
+    autoencoder = load_autoencoder(config, abstract=True)
+    latents = jax.ShapeDtypeStruct((1, m.latent_size, m.latent_size, m.in_channels), np.float32)
+    return jax.eval_shape(autoencoder.decode, autoencoder.params, latents).shape[1]
 
 
 def latents_record(experiment: Experiment) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def train(
             if checkpointer.latest_step() is None:
                 return program.create_state(), None
             state, position, notes = checkpointer.restore(
-                program.abstract_state, config.batch_size, check=check
+                program.abstract_state, config.batch_size, check=check, create=program.create_state
             )
             for note in notes:
                 say(note)

@@ -43,6 +43,8 @@ class Objective(NamedTuple):
     sample_times: Callable[[Array, int], Array]  # (key, batch size) -> t [B]
     drop_labels: Callable[[Array, Array], Array]  # (key, labels [B]) -> some of them the null class
     terms: tuple[Term, ...]  # the losses beside the flow loss
+    # (key, data, stored condition or None, latent format) -> the model's condition [B, H, W, K]
+    condition: Callable[..., Array] | None = None
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -71,13 +73,17 @@ class Trainer(NamedTuple):
     learning_rate: optax.Schedule  # of the optimizer, for the metrics
 
 
-def create_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:
-    """Initialises the state directly in its shards, in one jitted call."""
+def create_train_state(
+    trainer: Trainer, mesh: Mesh, pick: Callable[[TrainState], TrainState] = lambda state: state
+) -> TrainState:
+    """Initialises the state directly in its shards, in one jitted call.
+
+    What `pick` leaves out of the state is not computed.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(trainer, mesh))
     with sharding.use_mesh(mesh):
-        return jax.jit(lambda key: nn.unbox(_init(trainer, key)), out_shardings=shardings)(
-            jax.random.key(trainer.config.seed)
-        )
+        init = lambda key: pick(nn.unbox(_init(trainer, key)))
+        return jax.jit(init, out_shardings=pick(shardings))(jax.random.key(trainer.config.seed))
 
 
 def abstract_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:

@@ -4,6 +4,7 @@ It carries the memory bank as sharded state. Everything here is traced once and 
 as one program; the caller jits it with the state donated.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 from repulsor_jax.flows.paths import interpolate, target_velocity
@@ -33,6 +35,8 @@ Array = jax.Array
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+_CONDITION = 3_100_000  # folded into a step's key for its masks; the views' numbers are below
 
 
 class Inputs(NamedTuple):
@@ -217,7 +221,7 @@ def _within(value: Array, limit: float) -> Array:
 def draw_inputs(
     rng: Array, batch: Batch, objective: Objective, latent_format: LatentFormat
 ) -> Inputs:
-    """Draws all that is random in a step: posterior, noise, times, dropped labels, views.
+    """Draws all that is random in a step: posterior, noise, times, dropped labels, views, masks.
 
     A row's numbers depend on the key and its place in the global batch alone, so every mesh and
     every number of micro-batches draws the same.
@@ -225,8 +229,8 @@ def draw_inputs(
     Args:
       rng: the key of this step.
       batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`, and "ids"
-        int32 [B] where the images have numbers.
-      objective: draws the times, drops labels, and has the terms.
+        int32 [B] where the images have numbers, "condition" [B, h, w, K] where it is stored.
+      objective: draws times, drops labels, makes the condition, and has the terms.
       latent_format: how stored latents become the model's.
     """
     posterior_key, noise_key, time_key, label_key = jax.random.split(rng, 4)
@@ -254,7 +258,11 @@ def draw_inputs(
         drawn = {
             term.name: term.draw(target, labels, tags) for term in objective.terms if term.draw
         }
-    return Inputs(data, noise, t, labels, tags, views, drawn, extras={})
+    extras = {}
+    if objective.condition is not None:
+        key, stored = jax.random.fold_in(rng, _CONDITION), batch.get("condition")
+        extras["condition"] = objective.condition(key, data, stored, latent_format)
+    return Inputs(data, noise, t, labels, tags, views, drawn, extras)
 
 
 def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:
@@ -307,18 +315,29 @@ class TrainingProgram(NamedTuple):
     """
 
     abstract_state: TrainState  # shapes with shardings: what a restore asks for
-    create_state: Callable[[], TrainState]  # makes the first state
+    create_state: Callable[..., TrainState]  # makes the first state; `create_train_state`'s `pick`
     step: Any  # jax.stages.Compiled, or a function of the same call
 
 
 def abstract_batch(
-    batch_size: int, record_shape: tuple[int, ...], record_dtype: str, mesh: Mesh
+    batch_size: int,
+    record_shape: tuple[int, ...],
+    record_dtype: str,
+    mesh: Mesh,
+    condition_channels: int = 0,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a compiled step takes: shapes, dtypes and shardings of one global batch."""
+    """What a compiled step takes: shapes, dtypes and shardings of one global batch.
+
+    With `condition_channels` it holds a condition of so many, stored as the latents are.
+    """
     rows = sharding.batch_sharding(mesh)
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
     latents = jax.ShapeDtypeStruct((batch_size, *record_shape), record_dtype, sharding=rows)
-    return {"latents": latents, "labels": numbers, "ids": numbers}
+    batch = {"latents": latents, "labels": numbers, "ids": numbers}
+    if condition_channels:
+        shape = (batch_size, *record_shape[:-1], condition_channels)
+        batch["condition"] = jax.ShapeDtypeStruct(shape, record_dtype, sharding=rows)
+    return batch
 
 
 def compile_training(
@@ -333,12 +352,13 @@ def compile_training(
     Args:
       trainer: model, objective and optimizer.
       latent_format: how stored latents, of `record_shape` and `record_dtype`, become the model's.
-      record_shape: shape of one stored latent.
+      record_shape: shape of one stored latent, without its condition.
       record_dtype: its dtype.
       mesh: of devices that need not be here.
     """
     abstract_state = abstract_train_state(trainer, mesh)
-    batch = abstract_batch(trainer.config.batch_size, record_shape, record_dtype, mesh)
+    stored = config_lib.stored_condition_channels(trainer.config.conditioning, record_shape[-1])
+    batch = abstract_batch(trainer.config.batch_size, record_shape, record_dtype, mesh, stored)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(
         make_train_step(trainer, latent_format),
@@ -347,4 +367,5 @@ def compile_training(
     )
     with sharding.use_mesh(mesh):
         step = jitted.lower(abstract_state, batch).compile()
-    return TrainingProgram(abstract_state, lambda: create_train_state(trainer, mesh), step)
+    create_state = functools.partial(create_train_state, trainer, mesh)
+    return TrainingProgram(abstract_state, create_state, step)

@@ -21,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from repulsor_jax import sharding
-from repulsor_jax.checkpoints import manifest, older
+from repulsor_jax.checkpoints import grown, manifest, older
 from repulsor_jax.checkpoints.manifest import CheckpointError, DamagedCheckpointError, Manifest
 from repulsor_jax.checkpoints.places import DAMAGED, Folder, is_bucket, open_folder
 from repulsor_jax.checkpoints.storage import Storage
@@ -190,6 +190,7 @@ class Checkpointer:
         batch_size: int,
         *,
         check: Callable[[Records, Records], list[str]] | None = None,
+        create: Callable[..., TrainState] | None = None,
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
         """Restores the newest state onto the shardings of `abstract_state`.
 
@@ -204,6 +205,8 @@ class Checkpointer:
           abstract_state, batch_size: what the run goes on with; from `abstract_train_state`.
           check: is called with the saved configuration and latents before any array is read; it
             raises where the run must not go on from them, and returns lines to report.
+          create: `TrainingProgram.create_state`, for a condition's parameters, which a run without
+            a condition did not save.
 
         Returns:
           The state, the data iterator's state, and a line for each thing to report: what was
@@ -218,7 +221,9 @@ class Checkpointer:
         problems: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                state, data_state, notes = self._restore(step, abstract_state, batch_size, check)
+                state, data_state, notes = self._restore(
+                    step, abstract_state, batch_size, check, create
+                )
                 break
             except DamagedCheckpointError as error:
                 problems[step] = str(error)
@@ -295,10 +300,14 @@ class Checkpointer:
         abstract_state: TrainState,
         batch_size: int,
         check: Callable[[Records, Records], list[str]] | None,
+        create: Callable[..., TrainState] | None,
     ) -> tuple[TrainState, dict[str, Any], list[str]]:
         about, found = self._storage.read_records(step)
         notes = check(found["config"], found["latents"]) if check else []
         wanted: Any = _with_saved_bank(about, abstract_state)
+        grows = create is not None and grown.has_grown(about, abstract_state)
+        if grows:
+            wanted = grown.without_new(wanted)
         is_older = older.is_older(found["config"])
         if is_older:
             wanted = older.to_older(wanted)
@@ -313,6 +322,9 @@ class Checkpointer:
         if is_older:
             state = older.from_older(state)
             notes.append("an older version saved it: the images of the bank's rows are not known")
+        if grows and create is not None:
+            state = grown.with_new(state, abstract_state, create)
+            notes.append("the saved network had no condition: its kernel begins at zero")
         if (wanted_bank := abstract_state.bank) is not None and (
             memory_bank.describe(state.bank) != memory_bank.describe(wanted_bank)
         ):

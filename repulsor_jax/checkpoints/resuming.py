@@ -31,6 +31,11 @@ CHANGES = {
     "flow": NOTED,
     "flow.path": FORCED,
     "flow.prediction": FORCED,
+    "conditioning": FREE,  # of sampling, but for
+    "conditioning.kind": FORCED,
+    "conditioning.masked": FORCED,
+    "conditioning.classes": FIXED,
+    "conditioning.channels": FIXED,
     "terms": FORCED,
     **dict.fromkeys(TERMS, NOTED),
     "repulsor.block": FORCED,
@@ -86,6 +91,7 @@ def check(
     for values in (saved, present):  # a sum has no order
         if "terms" in values:
             values["terms"] = "+".join(sorted(values["terms"].split("+")))
+    saved.setdefault("conditioning.kind", "none")  # of versions before it
     in_use = {*parse_terms(present["terms"]), *saved.get("terms", "").split("+")}
     for key in sorted(saved.keys() | present.keys()):
         pair = saved.get(key, "absent"), present.get(key, "absent")
@@ -95,6 +101,10 @@ def check(
             kind = FREE
         elif section in TERMS and field == "weight" and 0 in pair:
             kind = FORCED  # a head and a bank are there only with a weight
+        if section == "conditioning" and saved["conditioning.kind"] == "none" and field != "kind":
+            kind = FREE  # a network without a condition goes on with any
+        elif key == "conditioning.kind" and saved[key] != "none":
+            kind = FIXED
         if kind != FREE and "absent" in pair:
             kind = NOTED  # a key of another version
         if pair[0] != pair[1]:

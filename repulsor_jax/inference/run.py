@@ -20,7 +20,13 @@ from repulsor_jax.checkpoints.manifest import CheckpointError, named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import ClassName, LatentFormat
-from repulsor_jax.experiment import Experiment, check_weights, checked_mesh, load_autoencoder
+from repulsor_jax.experiment import (
+    Experiment,
+    check_weights,
+    checked_mesh,
+    load_autoencoder,
+    model_of,
+)
 from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
@@ -50,6 +56,14 @@ class _Flow:
 
 
 @checked
+class _Conditioning:
+    kind: str = "none"
+    masked: str = "latent"
+    classes: int = 0
+    channels: int = 4
+
+
+@checked
 class _Optimizer:
     ema_decay: float
 
@@ -74,6 +88,7 @@ class RunRecords:
 
     model: _Model
     flow: _Flow
+    conditioning: _Conditioning = _Conditioning()  # older versions have none
     optimizer: _Optimizer
     latents: _Latents
 
@@ -124,6 +139,8 @@ def open_experiment(
             "scale 1, or name a config.sampling.guiding_run"
         )
     parts = {"model": model, "flow": dataclasses.asdict(saved.flow)}
+    shown = dataclasses.asdict(saved.conditioning)
+    parts["conditioning"] = shown if shown["kind"] != "none" else {"kind": "none"}
     parts["data"] = {"autoencoder": saved.latents.autoencoder}
     for key, value in traverse_util.flatten_dict(parts, sep=".").items():
         found = operator.attrgetter(key)(config)
@@ -143,7 +160,7 @@ def open_experiment(
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=build_model(config.model, mesh.devices.flat[0]),
+        model=model_of(config, mesh),
         autoencoder=autoencoder,
         latent_format=LatentFormat(False, shift, factor),
         latents_sha256=latents.weights_sha256,
@@ -198,6 +215,12 @@ def load_guide(experiment: Experiment) -> Guide | None:
         comparisons: dict[str, tuple[Any, Any]] = {
             "config.flow.path": (saved.flow.path, config.flow.path),
             "config.flow.prediction": (saved.flow.prediction, config.flow.prediction),
+            "config.conditioning.kind": (saved.conditioning.kind, config.conditioning.kind),
+            "config.conditioning.masked": (saved.conditioning.masked, config.conditioning.masked),
+            "config.conditioning.classes": (
+                saved.conditioning.classes,
+                config.conditioning.classes,
+            ),
             "config.model.latent_size": (saved.model.latent_size, config.model.latent_size),
             "config.model.in_channels": (saved.model.in_channels, config.model.in_channels),
             "config.model.num_classes": (saved.model.num_classes, config.model.num_classes),
@@ -212,7 +235,8 @@ def load_guide(experiment: Experiment) -> Guide | None:
                 )
         values = checkpointer.records(step)[0]["model"]
         model_config = parse(config_lib.ModelConfig, values, f"{run}: config.model")
-        model = build_model(model_config, experiment.mesh.devices.flat[0])
+        device = experiment.mesh.devices.flat[0]
+        model = build_model(model_config, device, conditioning=saved.conditioning)
         params = restore_params(experiment, checkpointer, step, model)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
 

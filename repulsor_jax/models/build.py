@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from repulsor_jax.models.dit import DiT
 
 
-def build_model(config: Any, device: jax.Device | None = None) -> DiT:
+def build_model(config: Any, device: jax.Device | None = None, *, conditioning: Any = None) -> DiT:
     """Returns the transformer that the configuration describes.
 
     Args:
       config: the section `model` of a configuration.
       device: one of those that will run it, for what is chosen by platform; None is a CPU.
+      conditioning: the section of that name; None is without a condition.
     """
     attention: Any = config.attention
     if attention == "auto":
@@ -34,7 +35,18 @@ def build_model(config: Any, device: jax.Device | None = None) -> DiT:
         dtype=jnp.dtype(config.dtype),
         attention=attention,
         attention_separation=config.attention_separation,
+        **_condition_fields(config, conditioning),
     )
+
+
+def _condition_fields(config: Any, conditioning: Any) -> dict[str, Any]:
+    kind = conditioning.kind if conditioning else "none"
+    if kind == "inpaint":  # what is known, and the mask
+        return {"condition_channels": config.in_channels + 1}
+    if kind == "semantic":
+        channels, classes = conditioning.channels, conditioning.classes
+        return {"condition_channels": channels, "condition_classes": classes}
+    return {}
 
 
 def _has_cudnn_attention(config: Any, device: jax.Device | None) -> bool:

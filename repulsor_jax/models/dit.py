@@ -140,15 +140,17 @@ def of_tokens(values: Array, groups: Array) -> Array:
 
 def _dense(
     features: int,
-    names: tuple[str, str],
+    names: tuple[str | None, str | None],
     *,
     name: str,
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform(),  # noqa: B008
     dtype: Any = jnp.float32,
     precision: jax.lax.Precision | None = None,
+    use_bias: bool = True,
 ) -> nn.Dense:
     return nn.Dense(
         features,
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=jnp.float32,
         precision=precision,
@@ -341,6 +343,10 @@ class DiT(nn.Module):
     dtype: Any = jnp.float32
     attention: Literal["xla", "cudnn"] | None = None  # `implementation` of `attend`
     attention_separation: bool = False  # given `groups`, a token sees those of its group alone
+    # Channels of a condition that join the latent's in the patches (arXiv 2307.08698, section 4).
+    # Their kernel begins at zero, so that a network trained without them goes on unchanged.
+    condition_channels: int = 0
+    condition_classes: int = 0  # channels of the condition before a learned 1x1 map; 0: no map
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -386,6 +392,7 @@ class DiT(nn.Module):
         taps: tuple[int, ...] = (),
         nudges: Mapping[int, Array] | None = None,
         has_output: bool = True,
+        condition: Array | None = None,
     ) -> Any:
         """Predicts the output (a velocity, say) at `x` and time `t`.
 
@@ -398,14 +405,15 @@ class DiT(nn.Module):
           nudges: block -> [B, N, D] to add to its tokens, so that a gradient with respect to
             tokens can be taken; None adds nothing.
           has_output: False returns the taps alone, see `tokens_after`.
+          condition: [B, H, W, condition_classes or condition_channels]; None is zeros.
 
         Returns:
           [B, H, W, C] float32; with `taps`, the pair of it and tokens [B, N, D] in `dtype`, one
           array for each tap.
 
         Raises:
-          ValueError: if a tap is not the index of a block, or the shapes of `x`, `t`, `labels` or
-            `groups` do not fit.
+          ValueError: if a tap is not the index of a block, or the shapes of `x`, `t`, `labels`,
+            `groups` or `condition` do not fit.
         """
         latent = (self.latent_size, self.latent_size, self.in_channels)
         if x.ndim != 4 or x.shape[1:] != latent:
@@ -426,17 +434,42 @@ class DiT(nn.Module):
         tokens = patchify(x, self.patch_size).astype(self.dtype)
         embed = _dense(self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype)
         tokens = _project(embed, tokens)
+        if self.condition_channels or condition is not None:
+            tokens += self._embed_condition(x, condition)
         positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
         tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
-        condition = self._condition(t, labels)
+        summed = self._condition(t, labels)
         tokens, tapped = self._run_blocks(
-            tokens, condition.astype(self.dtype), groups, taps, nudges or {}
+            tokens, summed.astype(self.dtype), groups, taps, nudges or {}
         )
         if not has_output:
             return tapped
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
-        out = self._final_layer(tokens, condition, groups)
+        out = self._final_layer(tokens, summed, groups)
         return (out, tapped) if taps else out
+
+    def _embed_condition(self, x: Array, condition: Array | None) -> Array:
+        """The condition's part of the patch embedding, [B, N, D]; `x` is [B, H, W, C]."""
+        width = self.condition_classes or self.condition_channels
+        if condition is None:
+            condition = jnp.zeros((*x.shape[:3], width))
+        if condition.shape != (*x.shape[:3], width):
+            raise ValueError(
+                f"condition: found shape {condition.shape}, expected {(*x.shape[:3], width)}"
+            )
+        if self.condition_classes:
+            condition = _dense(
+                self.condition_channels, (None, None), name="condition_map", use_bias=False
+            )(condition)
+        embed = _dense(
+            self.hidden_size,
+            ("patch", "embed"),
+            name="condition_embed",
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            use_bias=False,
+        )
+        return _project(embed, patchify(condition, self.patch_size).astype(self.dtype))
 
     def _condition(self, t: Array, labels: Array) -> Array:
         """SiLU of the sum of time and label embeddings, float32: [B, D], or [B, G, D] of t [B, G].

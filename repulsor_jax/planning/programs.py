@@ -18,13 +18,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.config import Config
+from repulsor_jax.config import Config, stored_condition_channels
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
-from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder, make_trainer
+from repulsor_jax.experiment import (
+    Experiment,
+    checked_mesh,
+    load_autoencoder,
+    make_trainer,
+    model_of,
+)
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.method.repulsor import rows_per_image
-from repulsor_jax.models.build import build_model
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.runtime.chips import GIB
@@ -83,7 +88,7 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=build_model(config.model, mesh.devices.flat[0]),
+        model=model_of(config, mesh),
         autoencoder=autoencoder,
         latent_format=LatentFormat(is_stochastic, channels, channels),
         latent_mean=tuple(channels.tolist()),
@@ -170,7 +175,8 @@ def _train(experiment: Experiment) -> Built:
     state = abstract_train_state(trainer, mesh)
     size, channels = config.model.latent_size, config.model.in_channels
     record = (size, size, channels * (2 if experiment.latent_format.stochastic else 1))
-    batch = abstract_batch(config.batch_size, record, config.data.dtype, mesh)
+    stored = stored_condition_channels(config.conditioning, record[-1])
+    batch = abstract_batch(config.batch_size, record, config.data.dtype, mesh, stored)
     kinds = {
         "parameters": state.params,
         "optimizer": state.opt_state,
