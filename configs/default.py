@@ -53,9 +53,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.conditioning.classes = 0  # semantic: of the label maps
     c.conditioning.channels = 4  # semantic: to which a learned 1x1 map takes the classes
     c.conditioning.maps_path = ""  # semantic: folder of label maps, PNG files named as the images
-    # What samples are drawn for: "test" or "train", the images of data.dir, or an .npz with images
-    # and masks, or maps (docs/systems.md). Sample i is of image i mod n, and has its label.
-    c.conditioning.images = "test"
+    # "test" or "train", the images of data.dir, or an .npz with images and masks, or with maps
+    # (docs/systems.md). Sample i is of image i mod n, and has its label where that is known.
+    c.conditioning.images = "test"  # what samples are drawn for
     # How holes are filled: by the network's "channels", or by a network without any, "replace": at
     # each step what is known is put in the place of what was drawn.
     c.conditioning.filling = "channels"  # "channels" or "replace"

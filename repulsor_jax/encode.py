@@ -27,9 +27,9 @@ from repulsor_jax.data.latents import (
     open_latent_dataset,
     spread_problem,
 )
-from repulsor_jax.data.sources import ImageSource, open_source
+from repulsor_jax.data.sources import ImageSource, open_source, with_maps
 from repulsor_jax.data.writer import open_writer
-from repulsor_jax.experiment import data_directory, load_autoencoder
+from repulsor_jax.experiment import data_directory, load_autoencoder, stored_condition
 from repulsor_jax.files import locks, pictures
 from repulsor_jax.files.shards import fill
 from repulsor_jax.files.untrusted import printable
@@ -68,6 +68,11 @@ def encode(config: Config, workdir: pathlib.Path) -> None:
         _show_classes(directory, sources)
         _check_classes(directory, {folder: s.class_names for folder, s in sources.items()})
         is_latent = data.source in converted.KINDS
+        if is_latent and stored_condition(config, False):
+            raise ConfigError(
+                f"config.data.source={data.source!r} holds latents alone, but config.conditioning "
+                "stores conditions of images: encode images, or set conditioning.masked='latent'"
+            )
         autoencoder = None if is_latent or not todo else load_autoencoder(config)
         for folder, source in sources.items():
             _make(config, directory / folder, source, todo[folder], autoencoder)
@@ -117,6 +122,9 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
         multihost_utils.sync_global_devices("decompressed")
     open_split = functools.partial(open_source, name, path=path, cache_dir=cache)
     sources = {folder: open_split(split) for folder, split in splits.items()}
+    if config.conditioning.kind == "semantic":
+        maps = config.conditioning.maps_path
+        sources = {k: with_maps(source, maps, splits[k]) for k, source in sources.items()}
     if name == "archive" and jax.process_index() == 0:
         multihost_utils.sync_global_devices("decompressed")
     return sources
@@ -129,6 +137,7 @@ def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: st
     made[f"{folder}_split"] = found.split
     if config.data.source not in converted.KINDS:  # whose files fix size and mirroring
         made |= {"image_size": found.image_size, "flips": found.flipped}
+    _check_condition(config, found)
     differences = [
         f"config.data.{key}={getattr(config.data, key)!r}, and there it is {value!r}"
         for key, value in made.items()
@@ -139,6 +148,17 @@ def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: st
             f"{directory} holds another data set than the configured one: {'; '.join(differences)}."
             " A data set is never overwritten: choose another config.data.dir, or delete this one"
         )
+
+
+def _check_condition(config: Config, found: LatentDataset) -> None:
+    """Raises ConfigError where a data set lacks the condition that the configuration shows."""
+    for key, expected in stored_condition(config, found.stochastic).items():
+        if getattr(found, key) != expected:
+            raise ConfigError(
+                f"{found.directory}: its {key} is {getattr(found, key)!r}, but "
+                f"config.conditioning asks for {expected!r}: choose another config.data.dir, or "
+                "delete this one"
+            )
 
 
 def _make(
@@ -173,6 +193,7 @@ def _make(
             scale=autoencoder.scale,
             shift=autoencoder.shift,
             image_size=data.image_size,
+            **stored_condition(config, autoencoder.stochastic),
             **common,
         )
         for key in ("autoencoder_dtype", "encode_batch_per_device"):
@@ -244,12 +265,15 @@ def _write_preview(
     present = np.setdiff1d(np.arange(len(source)), skipped)
     chosen = present[np.linspace(0, len(present) - 1, min(count, len(present))).astype(int)]
     records = ((chosen - np.searchsorted(skipped, chosen)) * dataset.views).tolist()
-    stored = decode_records(dataset.open().__getitems__(records), dataset.shape, dataset.dtype)
+    stored = decode_records(
+        dataset.open().__getitems__(records), dataset.record_shape, dataset.dtype
+    )
     latents = stored["latents"][..., : dataset.latent_shape[-1]].astype(np.float32)
     decode = jax.jit(lambda params, z: pictures.to_uint8(autoencoder.decode(params, z)))
     decoded = np.concatenate([decode(autoencoder.params, z[None]) for z in latents])
     read, _ = preprocess.read_images(source, chosen.tolist(), dataset.image_size)
-    originals = np.stack([image for image in read if isinstance(image, np.ndarray)])
+    channels = decoded.shape[-1]  # a label map is not shown
+    originals = np.stack([x[..., :channels] for x in read if isinstance(x, np.ndarray)])
     error = np.square(originals.astype(np.float64) - decoded).mean(axis=(1, 2, 3))
     psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
     path = dataset.directory.with_name(f"{dataset.directory.name}_preview.png")

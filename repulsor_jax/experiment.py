@@ -148,6 +148,17 @@ def _condition_of(config: Config) -> Callable[..., jax.Array] | None:
     return None
 
 
+def stored_condition(config: Config, stochastic: bool) -> dict[str, Any]:
+    """What `latents.Description` says of the condition stored beside latents; {} without one."""
+    c = config.conditioning
+    channels = config.model.in_channels * (2 if stochastic else 1)
+    found = config_lib.stored_condition_channels(c, channels)
+    if not found:
+        return {}
+    masks = c.masks_per_image if c.kind == "inpaint" else 1
+    return {"condition": c.kind, "condition_channels": found, "masks": masks}
+
+
 def image_size(config: Config) -> int:
     """Height and width of the images that latents are of; the latents' own without a decoder."""
     m = config.model
@@ -243,6 +254,15 @@ def check_dataset(config: Config, dataset: LatentDataset) -> None:
         raise ConfigError(
             f"{dataset.directory} was encoded with {dataset.autoencoder!r}, but "
             f"config.data.autoencoder={config.data.autoencoder!r}"
+        )
+    stored = stored_condition(config, dataset.stochastic)
+    asked = stored.get("condition", ""), stored.get("condition_channels", 0)
+    if (dataset.condition, dataset.condition_channels) != asked:
+        found = f"{dataset.condition or 'no'} conditions of {dataset.condition_channels} channels"
+        raise ConfigError(
+            f"{dataset.directory} holds {found}, but config.conditioning asks for "
+            f"{asked[0] or 'no'} conditions of {asked[1]}: encode with this configuration into "
+            "another config.data.dir"
         )
     if len(dataset.class_names) > m.num_classes:
         raise ConfigError(

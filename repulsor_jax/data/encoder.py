@@ -6,6 +6,7 @@ Both functions yield the batches that `files.shards.fill` hands to a `DatasetWri
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from repulsor_jax.autoencoders import Autoencoder
+from repulsor_jax.data import conditioning
 from repulsor_jax.data.converted import LatentSource
 from repulsor_jax.data.latents import Description, Skipped
 from repulsor_jax.data.preprocess import BadImageError
@@ -22,6 +24,8 @@ from repulsor_jax.data.workers import Images, read_in_order
 from repulsor_jax.data.writer import Batch
 from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.files.untrusted import printable
+
+UNLABELLED = 255  # in a label map: of no class
 
 
 def encode_images(
@@ -62,6 +66,7 @@ def encode_images(
         ):
             skipped: list[Skipped] = []
             good: list[np.ndarray] = []
+            numbers: list[int] = []  # of the good images
             for row, image in zip(rows, images, strict=True):
                 if not isinstance(image, BadImageError):
                     shape = shape or image.shape
@@ -71,7 +76,10 @@ def encode_images(
                             f"first image, {shape}: set config.data.image_size, to which all are "
                             "cropped and resized"
                         )
+                    if description.condition == "semantic":
+                        _check_classes(image[..., -1], source[row].name, description)
                     good.append(image)
+                    numbers.append(row)
                 elif skip_bad_images:
                     tqdm.write(printable(f"skipped {image}"))  # a name may hold control characters
                     name, _, reason = str(image).partition(": ")
@@ -86,7 +94,11 @@ def encode_images(
                 # One compiled shape: absent images are black, and their latents are dropped.
                 batch = np.zeros((batch_size, *shape), np.uint8)
                 batch[: len(good)] = good
-                latents = encode(params, jax.device_put(batch, sharding))
+                drawn = None
+                if description.condition == "inpaint":  # a mask belongs to an image's number
+                    padded = np.resize(np.array(numbers, np.int32), batch_size)
+                    drawn = jax.device_put(padded, sharding)
+                latents = encode(params, jax.device_put(batch, sharding), drawn)
             kept = [not isinstance(image, BadImageError) for image in images]
             yield latents, labels[kept], skipped
 
@@ -106,15 +118,63 @@ def convert_latents(
         yield Batch(latents, source.labels[rows.start : rows.stop])
 
 
+def _check_classes(label_map: np.ndarray, name: str, about: Description) -> None:
+    classes = about.condition_channels
+    wrong = label_map[(label_map >= classes) & (label_map != UNLABELLED)]
+    if wrong.size:
+        raise ValueError(
+            f"map of {name}: found the class {wrong[0]}, expected 0 to {classes - 1}, or "
+            f"{UNLABELLED} for none: is config.conditioning.classes={classes} right?"
+        )
+
+
 def compiled_encoder(autoencoder: Autoencoder, about: Description) -> Callable[..., jax.Array]:
-    """Returns a function of (params, uint8 `[B, H, W, C]`) to `[B, views, h, w, c]`."""
+    """Returns a function of (params, uint8 `[B, H, W, C]`, None) to `[B, views, h, w, c]`.
+
+    With conditions for inpainting the third argument are the images' numbers, int32 `[B]`, from
+    which their masks are drawn; label maps are the last channel of the images. The condition
+    follows the latents on the last axis.
+    """
+
+    def shown(
+        params: object, image: jax.Array, label_map: jax.Array, numbers: Any, view: int
+    ) -> Any:
+        """The records of a view, `[B, masks, h, w, c]`."""
+        latents = autoencoder.encode(params, image)
+        cells = latents.shape[1]
+        if about.condition == "inpaint":
+            if image.shape[1] != image.shape[2]:
+                raise ValueError(f"found images of {image.shape[1:3]} pixels, expected squares")
+
+            def masked(number: jax.Array) -> jax.Array:
+                key = jax.random.fold_in(jax.random.key(0), number)
+                mask = conditioning.random_masks(key, numbers, image.shape[1])
+                hidden = autoencoder.encode(params, conditioning.hide(image, mask))
+                corners = conditioning.mask_at_corners(mask, cells)
+                return conditioning.inpaint_channels(hidden, corners)
+
+            condition = jax.lax.map(masked, view * about.masks + jnp.arange(about.masks))
+            condition = condition.swapaxes(0, 1)
+        elif about.condition == "semantic":
+            classes = about.condition_channels
+            condition = conditioning.class_histogram(label_map, classes, cells)[:, None]
+        else:
+            return latents[:, None]
+        latents = jnp.broadcast_to(latents[:, None], (*condition.shape[:-1], latents.shape[-1]))
+        return jnp.concatenate([latents, condition], axis=-1)
 
     @jax.jit
-    def encode(params: object, images: jax.Array) -> jax.Array:
+    def encode(params: object, images: jax.Array, numbers: jax.Array | None = None) -> jax.Array:
+        label_map = images[..., -1]
+        if about.condition == "semantic":
+            images = images[..., :-1]
         images = images.astype(jnp.float32) / 127.5 - 1.0
-        views = [images, images[:, :, ::-1]][: about.views]
-        latents = jnp.stack([autoencoder.encode(params, view) for view in views], axis=1)
-        return latents.astype(about.dtype)  # half the bytes to fetch
+        views = [(images, label_map), (images[:, :, ::-1], label_map[:, :, ::-1])]
+        records = [
+            shown(params, *view, numbers, k)
+            for k, view in enumerate(views[: 2 if about.flipped else 1])
+        ]
+        return jnp.concatenate(records, axis=1).astype(about.dtype)  # half the bytes to fetch
 
     return encode
 

@@ -2,7 +2,9 @@
 
 A record is an int32 little-endian label followed by the latent in C order, in the data set's
 dtype. The shards hold the records in source order. A data set with flips holds two records an
-image, its latent and that of the mirrored image.
+image, its latent and that of the mirrored image. A data set with conditions holds further channels
+after the latent's: the encoded masked image and its mask, of several masks in as many records, or
+the shares of classes.
 """
 
 import concurrent.futures
@@ -92,11 +94,15 @@ class Description:
     split: str
     image_size: int = 0  # side of the encoded images; 0 where they were taken as they are
     class_names: tuple[ClassName, ...]  # label k is class_names[k]
+    # What is stored beside each latent, "inpaint" or "semantic" (`data.conditioning`); "": nothing.
+    condition: Annotated[str, Field(pattern="^(|inpaint|semantic)$")] = ""
+    condition_channels: Annotated[int, Field(ge=0)] = 0  # of a record, after those of the latent
+    masks: _Count = 1  # records of each image and of its mirror image, with a mask each
 
     @property
     def views(self) -> int:
-        """Records of one image: 2 with its mirror image, else 1."""
-        return 2 if self.flipped else 1
+        """Records of one image: 2 with its mirror image, else 1, times the masks of each."""
+        return (2 if self.flipped else 1) * self.masks
 
 
 @checked
@@ -122,6 +128,11 @@ class LatentDataset(Description):
     def num_records(self) -> int:
         """Records over all shards."""
         return self.num_images * self.views
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        """Shape of one record's array: the latent's, with the channels of the condition."""
+        return (*self.shape[:-1], self.shape[-1] + self.condition_channels)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -163,7 +174,7 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
         dataset = _parse(path, content)
     except ValueError as error:
         raise ValueError(f"{error}: {_REMEDY}") from error
-    size = record_dtype(dataset.shape, dataset.dtype).itemsize
+    size = record_dtype(dataset.record_shape, dataset.dtype).itemsize
     for shard in dataset.shards:
         path = directory / shard.name
         if not path.is_file():
@@ -240,8 +251,15 @@ def identity(dataset: LatentDataset) -> dict[str, Any]:
         "autoencoder": dataset.autoencoder,
         "weights_sha256": dataset.weights_sha256,
         "class_names_sha256": values_sha256(dataset.class_names),
+        **({"condition": dataset.condition} if dataset.condition else {}),
         "shards_sha256": values_sha256([[shard.records, shard.sha256] for shard in dataset.shards]),
     }
+
+
+def described(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a description to write: without a condition's, which older versions lack."""
+    new = () if values["condition"] else ("condition", "condition_channels", "masks")
+    return {key: value for key, value in values.items() if key not in new}
 
 
 def decode_records(
@@ -355,8 +373,10 @@ def _parse(path: pathlib.Path, content: dict[str, Any]) -> LatentDataset:
         class_names=tuple(content["class_names"]),
         skipped=tuple(Skipped(**skipped) for skipped in content.get("skipped", ())),
     )
-    if math.prod(dataset.shape) > 2**28:
-        raise ValueError(f"{path}: found shape {dataset.shape}, expected 2^28 values at most")
+    if math.prod(dataset.record_shape) > 2**28:
+        raise ValueError(
+            f"{path}: found shape {dataset.record_shape}, expected 2^28 values at most"
+        )
     if len(dataset.mean) != len(dataset.std):
         raise ValueError(f"{path}: found {len(dataset.std)} in std, {len(dataset.mean)} in mean")
     total = sum(shard.records for shard in dataset.shards)

@@ -29,6 +29,9 @@ class Item(NamedTuple):
     image: bytes | np.ndarray  # an encoded image's bytes, or pixels, uint8 [H, W, C]
     label: int  # index into the source's class names
     name: str  # for messages: a path, an archive and its member, or a data set and its index
+    label_map: bytes | None = (
+        None  # an encoded PNG whose grey values or palette indices are classes
+    )
 
 
 @dataclasses.dataclass(frozen=True)

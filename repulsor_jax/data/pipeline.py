@@ -27,7 +27,7 @@ def training_iterator(
     """Returns this process's share of every global batch, for ever.
 
     Each epoch is a new permutation of the images, fixed by (seed, epoch), and, where the data set
-    holds mirror images, a new choice between each image and its mirror image. Batches follow each
+    holds mirror images or masks, a new choice among each image's records. Batches follow each
     other without a gap, so that one may hold the end of an epoch and the start of the next.
 
     Row b of global batch s is position `s * global_batch_size + b` of one sequence. So it is the
@@ -44,8 +44,9 @@ def training_iterator(
 
     Returns:
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
-      `[b]`, "ids": int32 `[b]`} with b rows, and `get_state` / `set_state`. An id is the number of
-      the image, which its mirror image shares. Where a record turns out to be damaged, `next`
+      `[b]`, "ids": int32 `[b]`} with b rows, and `get_state` / `set_state`; with conditions also
+      "condition" `[b, h, w, condition_channels]`. An id is the number of the image, which its
+      mirror image shares. Where a record turns out to be damaged, `next`
       raises `DamagedDataError`.
     """
     own = np.arange(global_batch_size) if rows is None else rows
@@ -83,7 +84,11 @@ def read_records(
             "config.data.verify=True says whether it is the only one"
         ) from error
     ids = (numbers // dataset.views).astype(np.int32)
-    return decode_records(records, dataset.shape, dataset.dtype) | {"ids": ids}
+    found = decode_records(records, dataset.record_shape, dataset.dtype) | {"ids": ids}
+    if dataset.condition:
+        parts = np.split(found["latents"], [dataset.shape[-1]], axis=-1)
+        found["latents"], found["condition"] = map(np.ascontiguousarray, parts)
+    return found
 
 
 def _damaged_shard(
@@ -113,10 +118,10 @@ def _record_order(dataset: LatentDataset, seed: int) -> Callable[[np.ndarray], n
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         images = np.random.default_rng((seed, epoch)).permutation(dataset.num_images)
-        if not dataset.flipped:
+        if dataset.views == 1:
             return images
-        flips = np.random.default_rng((seed, epoch, 1)).integers(2, size=len(images))
-        return 2 * images + flips
+        views = np.random.default_rng((seed, epoch, 1)).integers(dataset.views, size=len(images))
+        return dataset.views * images + views
 
     def records(positions: np.ndarray) -> np.ndarray:
         epochs, places = np.divmod(positions, dataset.num_images)

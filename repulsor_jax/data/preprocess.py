@@ -64,8 +64,9 @@ def read_images(
     """Reads and prepares some items of an `ImageSource`, in a worker process.
 
     Returns:
-      For each index the image, uint8 `[H, W, C]`, or the error of a damaged or unreadable one; and
-      the labels, int32 `[B]`, -1 where the item was unreadable.
+      For each index the image, uint8 `[H, W, C]`, with its label map, where it has one, as a last
+      channel, or the error of a damaged or unreadable one; and the labels, int32 `[B]`, -1 where
+      the item was unreadable.
     """
     images: list[np.ndarray | BadImageError] = []
     labels = np.full(len(indices), -1, np.int32)
@@ -73,13 +74,54 @@ def read_images(
         try:
             item = source[index]
             labels[i] = item.label
-            images.append(prepare_image(item.image, size, item.name))
+            image = prepare_image(item.image, size, item.name)
+            if item.label_map is not None:
+                label_map = prepare_map(item.label_map, size, f"map of {item.name}")
+                if label_map.shape != image.shape[:2]:
+                    found, expected = label_map.shape, image.shape[:2]
+                    raise BadImageError(
+                        f"map of {item.name}: found {found} pixels, expected the image's {expected}"
+                    )
+                image = np.concatenate([image, label_map[..., None]], axis=-1)
+            images.append(image)
         except BadImageError as error:
             images.append(error)
         except OSError as error:
             where = error.filename or f"item {index}"
             images.append(BadImageError(f"{where}: cannot be read: {error.strerror or error}"))
     return images, labels
+
+
+def prepare_map(data: bytes, size: int, name: str) -> np.ndarray:
+    """Decodes a label map and crops it to the part that `prepare_image` keeps of its image.
+
+    Of each pixel the nearest value is taken, so that no class appears that was not there.
+
+    Returns:
+      uint8 `[size, size]`, or `[H, W]` if `size` is 0.
+
+    Raises:
+      BadImageError: the bytes are not a whole image of 8-bit grey values or palette indices.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+        image.load()
+    except Exception as error:  # PIL raises many kinds on a damaged header
+        raise BadImageError(f"{name}: no label map can be read ({_reason(error)})") from error
+    if image.mode not in ("L", "P", "1"):
+        raise BadImageError(
+            f"{name}: found colour mode {image.mode} (PIL's name), expected one number a pixel, "
+            "8-bit grey values or the indices of a palette"
+        )
+    if not size:
+        return np.array(image).astype(np.uint8)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.NEAREST)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(image.crop((left, top, left + size, top + size))).astype(np.uint8)
 
 
 def _decode(data: bytes, name: str) -> Image.Image:

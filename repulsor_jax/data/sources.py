@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from repulsor_jax.data.archives import open_image_archive, open_image_folder
-from repulsor_jax.data.listing import Item, Listing, Names, source_signature
+from repulsor_jax.data.archives import ImageFolder, open_image_archive, open_image_folder
+from repulsor_jax.data.listing import Item, Listing, Names, find_folder, source_signature
 from repulsor_jax.files.untrusted import read_json
 
 __all__ = ["ImageSource", "Item", "open_source"]
@@ -71,6 +71,61 @@ def open_source(
         return _tfds(name, split, path)
     expected = ["archive", "digits", "folder", "tfds:<name>"]
     raise ValueError(f"image source: found {name!r}, expected one of {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedImages:
+    """The images of a folder, each with its label map; an `ImageSource`."""
+
+    source: ImageFolder
+    root: str  # of the maps
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the images."""
+        return self.source.class_names
+
+    @property
+    def doubt(self) -> str:
+        """See `listing.Listing`."""
+        return self.source.doubt
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        """Returns an item; raises OSError with a filename where it or its map cannot be read."""
+        with open(self._path(index), "rb") as file:
+            return self.source[index]._replace(label_map=file.read())
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, f"{os.path.splitext(self.source.names[index])[0]}.png")
+
+    def signature(self) -> str:
+        """Of the images: a map has no size of its own to compare."""
+        return self.source.signature()
+
+    def files(self) -> list[str]:
+        """The files of images and maps."""
+        return [*self.source.files(), *map(self._path, range(len(self)))]
+
+
+def with_maps(source: ImageSource, path: str, split: str) -> MappedImages:
+    """The images of a folder with the label maps of `path/split`, PNG files of the same names.
+
+    Raises:
+      ValueError: the source is no folder, or there is no such folder of maps, or no map in it.
+    """
+    if not isinstance(source, ImageFolder):
+        raise ValueError(
+            "config.conditioning.kind='semantic' needs config.data.source='folder': an image and "
+            "its label map have the same name"
+        )
+    root = find_folder(path, split, "config.conditioning.maps_path")
+    found = MappedImages(source, root)
+    if not os.path.isfile(found._path(0)):
+        raise ValueError(f"{found._path(0)}: not found, expected the label map of the first image")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from repulsor_jax.data.latents import (
     LatentDataset,
     Shard,
     Skipped,
+    described,
     open_latent_dataset,
     record_dtype,
 )
@@ -41,7 +42,7 @@ from repulsor_jax.files.untrusted import read_json
 class Batch(NamedTuple):
     """A piece of a shard: images in source order, and those that could not be read."""
 
-    latents: np.ndarray  # [B, views, h, w, c]
+    latents: np.ndarray  # [B, views, h, w, c], with the channels of a condition
     labels: np.ndarray  # [B]
     skipped: Sequence[Skipped] = ()
 
@@ -85,7 +86,8 @@ class DatasetWriter(Restartable):
                 raise ValueError(f"{self.folder}: {found}: run the same command again")
             paths = map(self._summary_path, range(len(self)))
             dataset = self._combine([read_json(path) for path in paths])
-            content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(dataset)}
+            values = described(dataclasses.asdict(dataset))
+            content = {"format_version": FORMAT_VERSION, **values}
             del content["directory"]
             atomic.write_text(self.folder / METADATA, json.dumps(content, indent=2) + "\n")
         # A job that is killed from here on, and run again, begins here.
@@ -121,9 +123,10 @@ class DatasetWriter(Restartable):
                     continue
                 records = self._records(batch, shape, first)
                 shape = records["latents"].shape[1:]
-                latents = records["latents"].astype(np.float64)
+                channels = shape[-1] - about.condition_channels
+                latents = records["latents"][..., :channels].astype(np.float64)
                 if about.stochastic:
-                    latents = latents[..., : shape[-1] // 2]
+                    latents = latents[..., : channels // 2]
                 axes = tuple(range(latents.ndim - 1))
                 total = total + latents.sum(axes)
                 square = square + np.square(latents).sum(axes)
@@ -141,7 +144,7 @@ class DatasetWriter(Restartable):
         return {
             "images": images,
             "class_counts": counts.tolist(),
-            "shape": list(shape),
+            "shape": [*shape[:-1], shape[-1] - about.condition_channels] if shape else [],
             "sum": total.tolist(),
             "square": square.tolist(),
             "skipped": [dataclasses.asdict(s) for s in skipped],
@@ -155,8 +158,9 @@ class DatasetWriter(Restartable):
         if latents.shape != expected:
             where = f"batch from {self.name_of(first)}"
             raise ValueError(f"{where}: found latents {latents.shape}, expected {expected}")
-        if about.stochastic and shape[-1] % 2:
-            raise ValueError(f"found {shape[-1]} channels of means and spreads, not an even number")
+        channels = shape[-1] - about.condition_channels
+        if about.stochastic and channels % 2:
+            raise ValueError(f"found {channels} channels of means and spreads, not an even number")
         skipped = {s.index for s in batch.skipped}
         rows = [
             row for row in range(first, first + len(labels) + len(skipped)) if row not in skipped
@@ -248,7 +252,8 @@ def open_writer(
     about = directory, description, name_of
     writer = DatasetWriter(folder, num_images, images_per_shard, *about)
     sizes = {"num_images": num_images, "images_per_shard": images_per_shard}
-    job = {"format_version": FORMAT_VERSION, **sizes, **vars(description), **(settings or {})}
+    job = {"format_version": FORMAT_VERSION, **sizes, **described(vars(description))}
+    job |= settings or {}
     text = json.dumps(job, indent=2) + "\n"
     path = folder / "job.json"
     if not path.exists():

@@ -114,7 +114,7 @@ def latent_images(dataset: LatentDataset, autoencoder: Autoencoder) -> ImageSet:
     def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
         for rows in parts:
             found = records.__getitems__([row * dataset.views for row in rows]) if rows else []
-            latents = decode_records(found, dataset.shape, dataset.dtype)["latents"]
+            latents = decode_records(found, dataset.record_shape, dataset.dtype)["latents"]
             yield latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # posterior's mean
 
     parts = [autoencoder.identity, *(shard.sha256 for shard in dataset.shards)]

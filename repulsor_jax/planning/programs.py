@@ -27,6 +27,7 @@ from repulsor_jax.experiment import (
     load_autoencoder,
     make_trainer,
     model_of,
+    stored_condition,
 )
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.method.repulsor import rows_per_image
@@ -240,7 +241,10 @@ def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology
     decoded = jax.eval_shape(autoencoder.decode, autoencoder.params, latents)
     side = config.data.image_size or decoded.shape[1]
     rows = NamedSharding(mesh, PartitionSpec("batch"))
-    shape = (count, side, side, decoded.shape[-1])
+    condition = stored_condition(config, autoencoder.stochastic)
+    kind = condition.get("condition", "")
+    # Label maps are the last channel of their images.
+    shape = (count, side, side, decoded.shape[-1] + (kind == "semantic"))
     images = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=rows)
     about = Description(
         dtype=config.data.dtype,
@@ -251,10 +255,15 @@ def _encode(experiment: Experiment, autoencoder: Autoencoder, topology: Topology
         source=config.data.source,
         split=config.data.train_split,
         class_names=experiment.class_names,
+        **condition,
     )
     encode: Any = compiled_encoder(autoencoder, about)
+    numbers = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
     kinds = {"autoencoder": params, "batch": images}
-    return Built("encode", count, mesh, kinds, lambda: encode.lower(params, images).compile())
+    compile_it = lambda: encode.lower(
+        params, images, numbers if kind == "inpaint" else None
+    ).compile()
+    return Built("encode", count, mesh, kinds, compile_it)
 
 
 def _shapes(tree: Any, where: NamedSharding) -> Any:

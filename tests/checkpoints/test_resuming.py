@@ -111,3 +111,21 @@ def test_changes_are_written_down(tmp_path):
         (5, ["one"]),
         (9, ["two", "three"]),
     ]
+
+
+def test_a_run_goes_on_with_a_condition_where_it_is_forced_to_and_with_no_other():
+    shown = {"conditioning.kind": "semantic", "conditioning.classes": 5}
+    with pytest.raises(ConfigError, match=r"config.conditioning.kind: 'none' -> 'semantic'\. Use"):
+        check(**shown)
+    forced = ["forced: config.conditioning.kind: 'none' -> 'semantic'"]
+    assert check(force=True, **shown) == forced
+    before_it = tiny.config_dict().to_dict()
+    del before_it["conditioning"]
+    present = tiny.config_dict(**shown).to_dict()
+    assert resuming.check(present, LATENTS, before_it, LATENTS, force=True) == forced
+    assert resuming.check(tiny.config_dict().to_dict(), LATENTS, before_it, LATENTS) == []
+    for other in ({"conditioning.kind": "inpaint"}, shown | {"conditioning.classes": 6}):
+        with pytest.raises(ConfigError, match="does not fit another model"):
+            resuming.check(
+                tiny.config_dict(**other).to_dict(), LATENTS, present, LATENTS, force=True
+            )

@@ -47,7 +47,8 @@ def test_masks_are_of_the_sizes_that_they_are_drawn_with(size):
     assert 0.02 < share.mean() < 0.3
     assert share.max() < 0.7
     if size == 32:  # a box's middle is 25 of 256 or more away from the border, most strokes nearer
-        assert found[:, 0].any() and found[:, :, -1].any()
+        assert found[:, 0].any()
+        assert found[:, :, -1].any()
 
 
 def test_a_box_is_a_rectangle_within_its_margin():
@@ -58,7 +59,8 @@ def test_a_box_is_a_rectangle_within_its_margin():
         assert box.sum() == len(rows) * len(columns)
         for side in (rows, columns):
             assert 29 <= len(side) <= 101
-            assert side[0] >= 9 and side[-1] <= 246
+            assert side[0] >= 9
+            assert side[-1] <= 246
 
 
 def test_a_mask_at_latent_size_has_every_cell_that_is_touched_or_those_whose_corner_is():
