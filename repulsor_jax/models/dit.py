@@ -343,7 +343,7 @@ class DiT(nn.Module):
     dtype: Any = jnp.float32
     attention: Literal["xla", "cudnn"] | None = None  # `implementation` of `attend`
     attention_separation: bool = False  # given `groups`, a token sees those of its group alone
-    # Channels of a condition that join the latent's in the patches (arXiv 2307.08698, section 4).
+    # Channels of a condition that join the latent's in the patches (arXiv 2307.08698).
     # Their kernel begins at zero, so that a network trained without them goes on unchanged.
     condition_channels: int = 0
     condition_classes: int = 0  # channels of the condition before a learned 1x1 map; 0: no map
