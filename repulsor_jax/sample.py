@@ -77,15 +77,16 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         generator = make_generator(experiment, guide)
         produce = lambda parts: draw_batches(generator, params, parts, guidance)
         fill(shards, produce, title="sample")
+        shown = min(count, config.sampling.grid_samples)
+        beside = generator.pictures(shown) if generator.pictures else ()
         if is_main:
             labels = np.concatenate(list(shards.read("labels")))
             if config.sampling.save_png:
                 _save_pngs(path, ((shards.rows(k), x) for k, x in enumerate(shards.read("images"))))
             atomic.remove_stale(path)
             pictures.save_samples(path, shards.read("images"), labels)
-            shown = min(count, config.sampling.grid_samples)
             first = _first(shards.read("images"), shown)
-            write_grid(experiment, path.with_suffix(".png"), first, labels[:shown])
+            write_grid(experiment, path.with_suffix(".png"), first, labels[:shown], beside)
             atomic.write_text(record, json.dumps(protocol, indent=2) + "\n")
             shards.remove()
             print(

@@ -84,9 +84,10 @@ def evaluate_params(
     picture = yardstick.folder / f"{name}.png"
     if grid and not sharding.agree(int(picture.is_file())):
         shown = min(num_samples, experiment.config.sampling.grid_samples)
-        pictures = generate_images(generator, params, shown, guidance)
+        samples = generate_images(generator, params, shown, guidance)
+        beside = generator.pictures(shown) if generator.pictures else ()
         if jax.process_index() == 0:
-            write_grid(experiment, picture, *pictures)
+            write_grid(experiment, picture, *samples, beside)
     return record
 
 

@@ -100,9 +100,11 @@ class Monitor:
         config = self.experiment.config.sampling
         guidance = configured_guidance(config)
         samples = generate_images(self.generator, params, config.grid_samples, guidance)
+        pictures = self.generator.pictures
+        beside = pictures(config.grid_samples) if pictures else ()
         if jax.process_index() == 0:
             path = self._grid_path(step)
-            write_grid(self.experiment, path, *samples)
+            write_grid(self.experiment, path, *samples, beside)
             writer.image(step, "samples", path)
 
     def _evaluate(self, step: int, params: Any, writer: MetricWriter) -> None:

@@ -242,10 +242,13 @@ def make_sampler(
 
     Returns:
       sample: (params, noise [B, H, W, C], labels [B], scale=None, interval=None, *, keys=None,
-      guiding_params=None, extras=None) -> samples [B, H, W, C], float32. For scale and interval see
-      `guided_prediction`: under jit they are traced, so all their values share one program; None
-      is another program, without guidance or without an interval. SDE solvers need `keys` [B] of
-      `brownian_keys`, or raise ValueError. With `guiding_params` guidance is autoguidance.
+      guiding_params=None, extras=None, known=None) -> samples [B, H, W, C], float32. For scale and
+      interval see `guided_prediction`: under jit they are traced, so all their values share one
+      program; None is another program, without guidance or without an interval. SDE solvers need
+      `keys` [B] of `brownian_keys`, or raise ValueError. With `guiding_params` guidance is
+      autoguidance.
+      `known`, for ODE solvers with fixed steps, are data [B, H, W, C] and where they are unknown,
+      bool [B, H, W, 1]: after each step what is known stands where the path has it.
     """
 
     def sample(
@@ -258,6 +261,7 @@ def make_sampler(
         keys: Array | None = None,
         guiding_params: Any = None,
         extras: Mapping[str, Array] | None = None,
+        known: tuple[Array, Array] | None = None,
     ) -> Array:
         weak_fn = None
         if guiding_params is not None:
@@ -284,19 +288,31 @@ def make_sampler(
 
         if spec.is_stochastic:
             return _solve_sde(spec, predict, noise, keys)
-        return _solve_ode(spec, predict, noise)
+        return _solve_ode(spec, predict, noise, known)
 
     return sample
 
 
-def _solve_ode(spec: SamplerSpec, predict: PredictFn, noise: Array) -> Array:
+def _solve_ode(
+    spec: SamplerSpec,
+    predict: PredictFn,
+    noise: Array,
+    known: tuple[Array, Array] | None = None,
+) -> Array:
     velocity_fn = lambda x, t: predict(x, t, "velocity")[0]
     times = spec.times()
     t_start, t_end = times[[0, -1]].tolist()
     if spec.solver in solvers.ADAPTIVE:
         x, _ = solvers.dopri5(velocity_fn, noise, t_start, t_end, spec.tolerance)
     else:
-        x = solvers.solve_ode(velocity_fn, noise, times, spec.solver)
+        after = None
+        if known is not None:
+            data, is_unknown = known
+
+            def after(x: Array, t: Array) -> Array:
+                return jnp.where(is_unknown, x, paths.interpolate(spec.path, data, noise, t))
+
+        x = solvers.solve_ode(velocity_fn, noise, times, spec.solver, after)
     return x if t_end == 1.0 else predict(x, jnp.float32(t_end), "data")[0]
 
 

@@ -144,7 +144,11 @@ def _starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
 
 
 def solve_ode(
-    velocity_fn: VelocityFn, noise: Array, times: np.ndarray, solver: str = "euler"
+    velocity_fn: VelocityFn,
+    noise: Array,
+    times: np.ndarray,
+    solver: str = "euler",
+    after: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
     """Solves dx/dt = velocity_fn(x, t) from x(times[0]) = noise, one step from time to time.
 
@@ -153,14 +157,18 @@ def solve_ode(
       noise: [B, ...]; x(times[-1]), the result, has the same shape, in float32.
       times: [steps + 1], of `time_grid`.
       solver: a key of `ODE_STEPS`; else ValueError.
+      after: (x, t []) -> x, what is changed after each step, which ended at t.
     """
     check_choice("solver", solver, tuple(ODE_STEPS))
     x = as_float(noise)
 
-    def step(x: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
-        return ODE_STEPS[solver](velocity_fn, x, *now), None
+    def step(x: Array, now: tuple[Array, ...]) -> tuple[Array, None]:
+        t, dt, *end = now
+        x = ODE_STEPS[solver](velocity_fn, x, t, dt)
+        return (after(x, *end) if after else x), None
 
-    return jax.lax.scan(step, x, _starts_and_lengths(times, x))[0]
+    ends = (jnp.asarray(times[1:], x.dtype),) if after else ()
+    return jax.lax.scan(step, x, (*_starts_and_lengths(times, x), *ends))[0]
 
 
 def solve_sde(

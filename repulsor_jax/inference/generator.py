@@ -16,11 +16,13 @@ import numpy as np
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import decode_in_slices
 from repulsor_jax.config import Config, ConfigError, SamplingConfig
+from repulsor_jax.data import conditioning
 from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
 from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.inference import tasks
 from repulsor_jax.models.dit import DiT
 
 
@@ -62,6 +64,8 @@ class Generator:
     # first on. Returns at once. Without guidance the model is evaluated once a step.
     start: Callable[[Any, int, Guidance | None], Samples]
     guide: Guide | None = None  # None guides by the model without a class
+    # Count -> pictures of what the first samples are drawn for, on every process; see `tasks`.
+    pictures: Callable[[int], tuple[np.ndarray, ...]] | None = None
 
 
 def configured_guidance(config: SamplingConfig) -> Guidance | None:
@@ -80,10 +84,18 @@ def make_generator(
     says, as beside a training state, which takes the memory.
     """
     mesh, everywhere = experiment.mesh, sharding.replicated(experiment.mesh)
+    task = tasks.open_task(experiment)
     generate = make_batch_fn(experiment, guide.model if guide else None, gathers=gathers)
     compiled = jax.jit(generate, out_shardings=sharding.batch_sharding(mesh))
     assert experiment.autoencoder is not None
     decoder_params = jax.device_put(experiment.autoencoder.params, everywhere)
+    batch_size = experiment.config.sampling.batch_size
+
+    def read(first: int) -> Any:
+        if task is None:
+            return None
+        own = (sharding.local_row_numbers(mesh, batch_size) + first) % task.count
+        return sharding.to_global(task.read(own), mesh)
 
     def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
         row = jax.device_put(np.int32(first), everywhere)
@@ -92,9 +104,25 @@ def make_generator(
             guiding_params = guide and guide.params
             numbers = tuple(jax.device_put(np.float32(x), everywhere) for x in guidance)
         with sharding.use_mesh(mesh):
-            return compiled(params, guiding_params, decoder_params, row, numbers)
+            return compiled(params, guiding_params, decoder_params, row, numbers, read(first))
 
-    return Generator(experiment.config.sampling.batch_size, start, guide)
+    if task is None:
+        return Generator(batch_size, start, guide)
+    show = jax.jit(
+        tasks.make_pictures(experiment, experiment.autoencoder.decode), out_shardings=everywhere
+    )
+
+    def pictures(count: int) -> tuple[np.ndarray, ...]:
+        found = []
+        for first in range(0, count, batch_size):
+            numbers = jax.device_put(
+                np.arange(first, first + batch_size, dtype=np.int32), everywhere
+            )
+            with sharding.use_mesh(mesh):
+                found.append(sharding.to_host(show(decoder_params, read(first), numbers)))
+        return tuple(np.concatenate(each)[:count] for each in zip(*found, strict=True))
+
+    return Generator(batch_size, start, guide, pictures)
 
 
 def make_batch_fn(
@@ -102,8 +130,9 @@ def make_batch_fn(
 ) -> Callable[..., Samples]:
     """Returns the pure function that a `Generator` compiles: noise to images, one batch.
 
-    Its arguments are the EMA parameters, those of the guide or None, the decoder's, the first
-    number, and None or the three float32 numbers of a `Guidance`.
+    Its arguments are the EMA parameters, those of the guide or None, the autoencoder's, the first
+    number, None or the three float32 numbers of a `Guidance`, and what `tasks.Task.read` gives of
+    the items that the samples are for, or None.
     """
     config, mesh, latent_format = experiment.config, experiment.mesh, experiment.latent_format
     c = config.sampling
@@ -116,9 +145,15 @@ def make_batch_fn(
     classes = present_classes(experiment)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
     gathers = gathers and c.gather_params and mesh.shape["tensor"] == 1
+    prepare = tasks.make_prepare(experiment, decode) if tasks.has_task(config) else None
 
     def generate(
-        params: Any, guiding_params: Any, decoder_params: Any, first: jax.Array, guidance: Any
+        params: Any,
+        guiding_params: Any,
+        decoder_params: Any,
+        first: jax.Array,
+        guidance: Any,
+        given: tasks.Given | None = None,
     ) -> Samples:
         constrain = jax.lax.with_sharding_constraint
         if gathers:  # here, not in every evaluation of the model
@@ -130,11 +165,19 @@ def make_batch_fn(
         noise = sampler.initial_noise(c.seed, indices, shape)
         keys = sampler.brownian_keys(c.seed, indices) if c.solver in solvers.SDE_STEPS else None
         scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
-        optional = {"keys": keys, "guiding_params": guiding_params}
+        optional: dict[str, Any] = {"keys": keys, "guiding_params": guiding_params}
+        shown = None
+        if prepare is not None and given is not None:
+            shown = prepare(decoder_params, given, indices)
+            labels = labels if shown.labels is None else shown.labels
+            optional |= {"extras": shown.extras, "known": shown.known}
         latents = solve(params, noise, labels, scale, interval, **optional)
         finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
         images = decode(decoder_params, denormalize(latents, latent_format))
-        return Samples(jnp.asarray(to_uint8(images, c.rounding)), labels, finite)
+        pictures = jnp.asarray(to_uint8(images, c.rounding))
+        if shown is not None and shown.mask is not None and shown.original is not None:
+            pictures = conditioning.composite(shown.mask, pictures, shown.original)
+        return Samples(pictures, labels, finite)
 
     return generate
 
@@ -240,9 +283,19 @@ def generate_images(
 
 
 def write_grid(
-    experiment: Experiment, path: pathlib.Path, images: np.ndarray, labels: np.ndarray
+    experiment: Experiment,
+    path: pathlib.Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    pictures: tuple[np.ndarray, ...] = (),
 ) -> None:
-    """Writes a PNG of images; the columns bear the classes' names where each is of one class."""
+    """Writes a PNG of images; the columns bear the classes' names where each is of one class.
+
+    With `pictures` of `Generator.pictures` each image stands between those of what it is for.
+    """
+    if pictures:
+        _write_beside(experiment, path, (pictures[0], images, *pictures[1:]))
+        return
     config, names = experiment.config.sampling, experiment.class_names
     columns = config.grid_columns
     count = len(present_classes(experiment))
@@ -255,3 +308,16 @@ def write_grid(
         smooth=True,
         column_labels=[names[k] for k in labels[:columns]] if by_class else None,
     )
+
+
+def _write_beside(experiment: Experiment, path: pathlib.Path, each: tuple[np.ndarray, ...]) -> None:
+    """Writes a PNG in which the images of a number follow each other in a row."""
+    channels = max(x.shape[-1] for x in each)
+    same = [np.repeat(x, channels // x.shape[-1], axis=-1) for x in each]
+    images = np.stack(same, axis=1).reshape(-1, *same[0].shape[1:])
+    columns = len(each) * max(1, experiment.config.sampling.grid_columns // len(each))
+    names = ["map", "drawn", "image"] if experiment.config.conditioning.kind == "semantic" else []
+    names = (names or ["hole", "filled", "image"])[: len(each)]
+    upscale = max(1, 48 // images.shape[1])
+    labels = names * (columns // len(each))
+    save_grid(images, path, columns=columns, upscale=upscale, smooth=True, column_labels=labels)

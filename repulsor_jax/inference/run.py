@@ -31,6 +31,7 @@ from repulsor_jax.files.tensors import tensors_sha256
 from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide, present_classes
+from repulsor_jax.inference.tasks import open_task
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import DiT
 
@@ -289,6 +290,8 @@ def protocol(
         }
     if c.velocity_scale != 1.0:
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
+    if task := open_task(experiment):
+        found["conditioning"] = task.description
     if experiment.absent_classes:
         found["absent_classes"] = list(experiment.absent_classes)
     return found | {key: getattr(c, key) for key in keys}

@@ -30,6 +30,7 @@ from repulsor_jax.experiment import (
     stored_condition,
 )
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
+from repulsor_jax.inference.tasks import abstract_given, has_task
 from repulsor_jax.method.repulsor import rows_per_image
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
@@ -219,11 +220,14 @@ def _sample(experiment: Experiment, autoencoder: Autoencoder) -> Built:
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     guidance = (scalar,) * 3 if configured_guidance(config.sampling) else None
+    given = None
+    if has_task(config):
+        given = _shapes(abstract_given(config), sharding.batch_sharding(mesh))
     jitted = jax.jit(make_batch_fn(experiment), out_shardings=sharding.batch_sharding(mesh))
 
     def compile_it() -> jax.stages.Compiled:
         with sharding.use_mesh(mesh):
-            return jitted.lower(params, None, decoder, first, guidance).compile()
+            return jitted.lower(params, None, decoder, first, guidance, given).compile()
 
     kinds = {"EMA": params, "autoencoder": decoder}
     return Built("sample", config.sampling.batch_size, mesh, kinds, compile_it)
