@@ -33,9 +33,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.attention = "auto"  # "xla", "cudnn" (NVIDIA, bfloat16); "auto": cuDNN where it runs
     # In training a token sees those of its group alone; in sampling all see all.
     c.model.attention_separation = False  # needs flow.time_groups
+    c.model.time_steps = 0  # 1000: the network reads the index of DiT's steps in place of t
+    # Published weights, or those of --mode=export, to start training from, or to sample and
+    # evaluate where the working directory has no checkpoint: a file, a folder with
+    # model.safetensors, or "owner/name/file" of a Hugging Face repository (docs/weights.md).
+    c.model.init_from = ""  # "": training starts from random parameters
+    # Which way the file's time runs and what it predicts: "sit", "reversed" (REPA, SRA) or "dit".
+    c.model.init_convention = "auto"  # by the tensors
 
     c.flow = ml_collections.ConfigDict()
-    c.flow.path = "linear"  # "linear", "gvp" or "vp"
+    c.flow.path = "linear"  # "linear", "gvp", "vp" or "ddpm_linear" (DiT's 1,000 steps)
     c.flow.prediction = "velocity"  # "velocity", "score" or "noise"
     c.flow.weighting = "none"  # of score and noise losses: "none", "velocity" or "likelihood"
     c.flow.time_distribution = "uniform"  # "uniform" or "logit_normal"

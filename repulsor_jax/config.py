@@ -96,6 +96,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["auto", "xla", "cudnn"]
     attention_separation: bool = False  # which runs of before this key do not say
+    time_steps: Natural = 0  # defaults, for the records of older versions
+    init_from: Path = ""
+    init_convention: Literal["auto", "sit", "reversed", "dit"] = "auto"
 
 
 @checked
@@ -425,6 +428,11 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
         "config.flow.prediction='velocity'; set it to 'none'",
+    )
+    yield (
+        c.model.time_steps not in (0, paths.get_path(c.flow.path).steps),
+        f"model.time_steps={c.model.time_steps} is the schedule of a DiT, of {paths.DDPM_STEPS} "
+        f"steps, on config.flow.path='ddpm_linear', but the path is {c.flow.path!r}; set it to 0",
     )
     yield (
         c.optimizer.schedule == "cosine" and c.optimizer.warmup_steps >= c.total_steps,

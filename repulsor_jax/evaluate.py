@@ -19,7 +19,7 @@ from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_images, evaluate_params
 from repulsor_jax.evaluation.yardstick import make_yardstick
-from repulsor_jax.inference import run
+from repulsor_jax.inference import pretrained, run
 from repulsor_jax.inference.generator import Guidance, configured_guidance, make_generator
 
 
@@ -32,8 +32,9 @@ def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> li
 
     Args:
       config, workdir: of a run.
-      checkpoints: "" for the newest, steps as "10000,20000", "all", or "follow": each as it
-        appears, until that of the run's `total_steps` is done.
+      checkpoints: "" for the newest, or, without any, for the file of `config.model.init_from`;
+        steps as "10000,20000", "all", or "follow": each as it appears, until that of the run's
+        `total_steps` is done.
 
     Returns:
       The records of this call, on the first process.
@@ -60,9 +61,14 @@ def _evaluate_checkpoints(
     records, plot = list[report.Record](), None
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(run.open_checkpoints(config, workdir))
-        wanted = _wanted_steps(checkpointer, checkpoints, config)
-        first = next(wanted)
-        experiment = run.open_experiment(config, workdir, checkpointer, first)
+        published, wanted = None, iter(list[int]())
+        if pretrained.reads_file(config, checkpointer, checkpoints):
+            experiment, published = pretrained.open_published(config, workdir)
+            first = 0
+        else:
+            wanted = _wanted_steps(checkpointer, checkpoints, config)
+            first = next(wanted)
+            experiment = run.open_experiment(config, workdir, checkpointer, first)
         generator = make_generator(experiment, run.load_guide(experiment))
         evaluator = Evaluator(experiment, generator, make_yardstick(experiment))
         evaluate_of_step = functools.partial(
@@ -72,7 +78,7 @@ def _evaluate_checkpoints(
             events = stack.enter_context(SummaryWriter(str(workdir / "tensorboard/evaluation")))
         for step in itertools.chain([first], wanted):
             try:
-                params = run.restore_params(experiment, checkpointer, step)
+                params = published or run.restore_params(experiment, checkpointer, step)
             except (CheckpointError, FileNotFoundError):
                 # All processes must evaluate the same steps, and the others may have read this one.
                 if jax.process_count() > 1 or step in checkpointer.steps():

@@ -40,6 +40,7 @@ class Experiment:
     absent_classes: tuple[int, ...] = ()  # labels without an image, which are never sampled
     latent_mean: tuple[float, ...] = ()  # [C] of the model's latents; () where it is not known
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `latents.identity`
+    weights_file: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where no run is
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDataset]:

@@ -12,7 +12,7 @@ from repulsor_jax.config import Config
 from repulsor_jax.evaluation.reference import open_images
 from repulsor_jax.files import atomic, locks, pictures
 from repulsor_jax.files.shards import Shards, fill, job_name, whole_batches
-from repulsor_jax.inference import run
+from repulsor_jax.inference import pretrained, run
 from repulsor_jax.inference.generator import (
     configured_guidance,
     draw_batches,
@@ -31,7 +31,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
     Args:
       config: the configuration.
       workdir: of a trained run.
-      step: which checkpoint; the newest by default.
+      step: which checkpoint; the newest by default, or `config.model.init_from` without any.
 
     Returns:
       The .npz.
@@ -41,10 +41,14 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
       SamplingError: a sample is not a finite number.
     """
     with run.open_checkpoints(config, workdir) as checkpointer:
-        step = checkpointer.resolve(step)
-        experiment = run.open_experiment(config, workdir, checkpointer, step)
+        if pretrained.reads_file(config, checkpointer, step):
+            step = 0
+            experiment, params = pretrained.open_published(config, workdir)
+        else:
+            step = checkpointer.resolve(step)
+            experiment = run.open_experiment(config, workdir, checkpointer, step)
+            params = run.restore_params(experiment, checkpointer, step)
         guide = run.load_guide(experiment)
-        params = run.restore_params(experiment, checkpointer, step)
     guidance = configured_guidance(config.sampling)
     count, batch_size = config.sampling.num_samples, config.sampling.batch_size
     protocol = run.protocol(

@@ -20,6 +20,7 @@ from repulsor_jax.evaluation.inspector import make_inspector
 from repulsor_jax.evaluation.monitor import Monitor, is_due
 from repulsor_jax.experiment import Experiment, describe_data, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
+from repulsor_jax.inference import pretrained
 from repulsor_jax.inference.run import open_checkpoints
 from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
 from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
@@ -71,6 +72,9 @@ def train(
     # Another run is refused before the minutes that compiling takes, and a step that cannot run
     # fails before the loop.
     _check_run(experiment, check)
+    weights = _weights_to_start_from(experiment)
+    if weights:
+        say(f"starts from {weights.description}")
     for line in describe_data(config, dataset):
         say(line)
     program = program or compile_step(experiment, dataset)
@@ -89,7 +93,8 @@ def train(
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """The state of the newest checkpoint and its position in the data, or a fresh state."""
             if checkpointer.latest_step() is None:
-                return program.create_state(), None
+                state = program.create_state()
+                return (pretrained.start_from(state, weights) if weights else state), None
             state, position, notes = checkpointer.restore(
                 program.abstract_state, config.batch_size, check=check, create=program.create_state
             )
@@ -219,6 +224,13 @@ def _check_run(experiment: Experiment, check: Callable[..., list[str]]) -> None:
         ):  # there is none, or a damaged one, for which restoring finds another
             return
     check(saved_config, saved_latents)
+
+
+def _weights_to_start_from(experiment: Experiment) -> pretrained.Pretrained | None:
+    """The file of `config.model.init_from`, where the run has no checkpoint yet."""
+    with open_checkpoints(experiment.config, experiment.workdir) as checkpointer:
+        reads = pretrained.reads_file(experiment.config, checkpointer)
+    return pretrained.load(experiment.config) if reads else None
 
 
 def compile_step(experiment: Experiment, dataset: LatentDataset) -> TrainingProgram:

@@ -28,6 +28,8 @@ CHANGES = {
     "model.dtype": NOTED,
     "model.attention": NOTED,
     "model.attention_separation": NOTED,
+    "model.init_from": FREE,  # read where there is no checkpoint
+    "model.init_convention": FREE,
     "flow": NOTED,
     "flow.path": FORCED,
     "flow.prediction": FORCED,

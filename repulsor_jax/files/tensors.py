@@ -13,7 +13,7 @@ import pathlib
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -36,12 +36,17 @@ _DTYPES = {
 }
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_tensors(path: str | os.PathLike[str], parts: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Reads a flat dictionary of tensors.
 
     The file is `.safetensors`, or a `.pth`, `.pt` or `.bin` that holds a state dict, as
     `torch.save` writes it, or wrote it before PyTorch 1.6 (the FID Inception is so published).
     Shapes and dtypes are the file's, with bfloat16 as `ml_dtypes.bfloat16`.
+
+    Args:
+      path: the file.
+      parts: where it is a checkpoint of training, a dictionary of dictionaries, the first of these
+        that is there is read, as ("ema", "model"), and no other tensor.
 
     Raises:
       FileNotFoundError, ValueError: no such file, another suffix, damage, or content other than a
@@ -61,7 +66,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         start = stream.read(64)
     refuse_pointer(start, path)
     try:
-        return _read_zip(path) if start.startswith(b"PK") else _read_legacy(path)
+        read = _read_zip if start.startswith(b"PK") else _read_legacy
+        return read(path, parts)
     except _NestedError as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # damage and malice raise nearly anything
@@ -183,6 +189,8 @@ class _Unpickler(pickle.Unpickler):
                 return lambda *arguments: _tensor(*arguments)
             case "torch._utils._rebuild_parameter":
                 return lambda tensor, *_: tensor
+            case "argparse.Namespace":  # the arguments of a script, which nothing here reads
+                return type("_Ignored", (), {"__setstate__": lambda self, state: None})
         if module == "torch" and name in _DTYPES:
             return name
         raise ValueError(f"found {module}.{name}, which is refused; nothing was run")
@@ -210,10 +218,11 @@ def _load(stream: io.BytesIO) -> Any:
     return _Unpickler(stream).load()
 
 
-def _load_tensors(stream: io.BytesIO) -> dict[str, _Tensor]:
+def _load_tensors(stream: io.BytesIO, parts: Sequence[str]) -> dict[str, _Tensor]:
     value = _load(stream)
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}, expected a dict of tensors")
+    value = next((value[part] for part in parts if isinstance(value.get(part), dict)), value)
     if nested := [name for name, part in value.items() if isinstance(part, dict)]:
         raise _NestedError(
             f"found dictionaries under {nested[:5]!r:.100}, as in a checkpoint of training, "
@@ -233,7 +242,7 @@ def _view(tensor: _Tensor, arrays: Mapping[_Storage, np.ndarray]) -> np.ndarray:
     return strided(array, tensor.shape, tensor.strides, writeable=False)
 
 
-def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_zip(path: pathlib.Path, parts: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads a zip of a pickle and raw storages."""
     left = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
@@ -253,7 +262,7 @@ def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
 
         if folders[0] + "byteorder" in names and (order := read("byteorder")) != b"little":
             raise ValueError(f"found byte order {order[:16]!r}, expected little")
-        tensors = _load_tensors(io.BytesIO(read("data.pkl")))
+        tensors = _load_tensors(io.BytesIO(read("data.pkl")), parts)
         arrays = {
             storage: np.frombuffer(read(f"data/{storage.key}"), storage.dtype, storage.size)
             for storage in {tensor.storage for tensor in tensors.values()}
@@ -261,7 +270,7 @@ def _read_zip(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: _view(tensor, arrays) for name, tensor in tensors.items()}
 
 
-def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_legacy(path: pathlib.Path, parts: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads the format before PyTorch 1.6: five pickles in a row, then the storages' bytes.
 
     The pickles are a magic number, a version, the machine's sizes, the state dict, and the
@@ -272,9 +281,11 @@ def _read_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
     magic, _, machine = (_load(stream) for _ in range(3))
     if magic != 0x1950A86A20F9469CFC6C or machine["little_endian"] is not True:
         raise ValueError("found no little-endian file of torch.save")
-    tensors, keys = _load_tensors(stream), _load(stream)
+    tensors, keys = _load_tensors(stream, parts), _load(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     arrays = {}
+    if parts and len(storages) < len(keys):
+        raise ValueError("found a checkpoint of training in PyTorch's format before 1.6")
     for key in keys:
         storage = storages[key]
         if int.from_bytes(stream.read(8), "little") != storage.size:

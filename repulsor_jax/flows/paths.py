@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -28,6 +29,7 @@ TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing")
 
 VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
+DDPM_STEPS, DDPM_BETA_MIN, DDPM_BETA_MAX = 1_000, 1e-4, 0.02
 
 
 class Coefficients(NamedTuple):
@@ -55,6 +57,7 @@ class Path:
     name: str  # its key in `PATHS`
     coefficients: Callable[[Array], Coefficients]  # times -> float32 of the same shape
     singular_at_data: bool = False  # whether the velocity diverges as t -> 1
+    steps: int = 0  # where it goes through a schedule of so many discrete times; else 0
 
 
 def _linear(t: Array) -> Coefficients:
@@ -76,9 +79,39 @@ def _vp(t: Array) -> Coefficients:
     return Coefficients(alpha, half_beta * alpha, sigma, -half_beta * alpha**2 / sigma)
 
 
+def _ddpm_polynomial() -> np.ndarray:
+    """Coefficients of log(alpha_bar) in 1 - t, from the constant on, [8] float64.
+
+    log(alpha_bar) is the sum of log(1 - beta) = -beta - beta**2 / 2 - ..., and a sum of powers of
+    the linear beta is a polynomial of the number of terms: the least squares fit goes through the
+    1,000 values to 1e-13. All coefficients that matter have one sign, so nothing cancels.
+    """
+    betas = np.linspace(DDPM_BETA_MIN, DDPM_BETA_MAX, DDPM_STEPS)
+    values = np.cumsum(np.log1p(-betas))
+    remaining = np.arange(1, DDPM_STEPS + 1) / DDPM_STEPS
+    powers = remaining[:, None] ** np.arange(1, 8)
+    return np.concatenate([[0.0], np.linalg.lstsq(powers, values, rcond=None)[0]])
+
+
+def _ddpm_linear(t: Array) -> Coefficients:
+    coefficients = _ddpm_polynomial()
+    remaining = 1.0 - t
+    log_alpha = 0.5 * jnp.polyval(jnp.asarray(coefficients[::-1], jnp.float32), remaining)
+    slopes = coefficients[1:] * np.arange(1, 8)
+    half_beta = -0.5 * jnp.polyval(jnp.asarray(slopes[::-1], jnp.float32), remaining)
+    alpha = jnp.exp(log_alpha)
+    sigma = jnp.sqrt(-jnp.expm1(2.0 * log_alpha))
+    return Coefficients(alpha, half_beta * alpha, sigma, -half_beta * alpha**2 / sigma)
+
+
 PATHS = {
     path.name: path
-    for path in (Path("linear", _linear), Path("gvp", _gvp), Path("vp", _vp, singular_at_data=True))
+    for path in (
+        Path("linear", _linear),
+        Path("gvp", _gvp),
+        Path("vp", _vp, singular_at_data=True),
+        Path("ddpm_linear", _ddpm_linear, singular_at_data=True, steps=DDPM_STEPS),
+    )
 }
 
 
@@ -89,10 +122,13 @@ def check_choice(kind: str, found: str, allowed: tuple[str, ...]) -> None:
 
 
 def get_path(name: str) -> Path:
-    """The path called `name`: "linear", "gvp" or "vp", as SiT defines them.
+    """The path called `name`: "linear", "gvp" or "vp", as SiT defines them, or "ddpm_linear".
 
     "gvp" runs along a quarter of a circle, alpha = sin(pi t / 2). "vp" is the variance-preserving
     diffusion of Song et al. (arXiv 2011.13456) with beta from 0.1 to 20, its time reversed.
+    "ddpm_linear" is DiT's: the 1,000 steps of Ho et al. (arXiv 2006.11239, section 4), beta from
+    1e-4 to 0.02. Index i of them, 999 at noise, is at t = 1 - (i + 1) / 1000, where alpha**2 is
+    their alpha_bar; a smooth curve joins them, and ends at the data itself at t = 1.
 
     Raises:
       ValueError: no such path; the message lists the names.
@@ -226,10 +262,13 @@ def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tup
 
     SiT's defaults: all of [0, 1] for velocity on "linear" and "gvp"; [0, 1 - eps] on "vp";
     [eps, 1 - eps] for score and noise on the others. eps is 1e-3, and 1e-5 in training on "vp".
+    On "ddpm_linear" the discrete times, from the first to the last.
 
     `prediction` is what the model outputs: "velocity", "score" or "noise"; else ValueError.
     """
     check_choice("prediction", prediction, PREDICTIONS)
+    if path.steps:
+        return 0.0, 1.0 - 1.0 / path.steps
     if path.singular_at_data:
         return 0.0, 1.0 - (1e-3 if sampling else 1e-5)
     return (0.0, 1.0) if prediction == "velocity" else (1e-3, 1.0 - 1e-3)

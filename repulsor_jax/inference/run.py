@@ -48,6 +48,7 @@ class _Model:
     label_dropout: float
     learn_sigma: bool
     qk_norm: bool
+    time_steps: int = 0
 
 
 @checked
@@ -292,6 +293,8 @@ def protocol(
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
     if task := open_task(experiment):
         found["conditioning"] = task.description
+    if experiment.weights_file:
+        found["weights_file"] = dict(experiment.weights_file)
     if experiment.absent_classes:
         found["absent_classes"] = list(experiment.absent_classes)
     return found | {key: getattr(c, key) for key in keys}

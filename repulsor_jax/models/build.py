@@ -36,6 +36,7 @@ def build_model(config: Any, device: jax.Device | None = None, *, conditioning: 
         attention=attention,
         attention_separation=config.attention_separation,
         **_condition_fields(config, conditioning),
+        time_steps=config.time_steps,
     )
 
 

@@ -66,12 +66,28 @@ def position_embedding(grid_size: int, hidden_size: int) -> np.ndarray:
     return np.concatenate([column, row], axis=1).astype(np.float32)
 
 
+def frequencies() -> np.ndarray:
+    """Those of the time embedding, from 1 down to about 1e-4: [128] float32."""
+    half = NUM_FREQUENCIES // 2
+    return np.exp(-np.log(_MAX_PERIOD) * np.arange(half, dtype=np.float32) / half)
+
+
 def time_features(t: Array) -> Array:
     """Cosines, then sines, of `t` [B] at 128 frequencies: [B, 256] float32 (GLIDE's layout)."""
-    half = NUM_FREQUENCIES // 2
-    frequencies = np.exp(-np.log(_MAX_PERIOD) * np.arange(half, dtype=np.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * frequencies()
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def step_index(t: Array, steps: int) -> Array:
+    """The index of a discrete schedule at times `t` in [0, 1]: `steps - 1` at noise, float32.
+
+    steps (1 - t) - 1, as DPM-Solver has it (arXiv 2206.00927, section 3.4); t = 1, the data, is -1.
+    Between the discrete times it is a fraction. At them it is an integer, which float32 would miss
+    by up to 1e-4.
+    """
+    index = steps * (1.0 - t.astype(jnp.float32)) - 1.0
+    nearest = jnp.round(index)
+    return jnp.where(jnp.abs(index - nearest) < 5e-4, nearest, index)
 
 
 def patchify(x: Array, patch_size: int) -> Array:
@@ -347,6 +363,7 @@ class DiT(nn.Module):
     # Their kernel begins at zero, so that a network trained without them goes on unchanged.
     condition_channels: int = 0
     condition_classes: int = 0  # channels of the condition before a learned 1x1 map; 0: no map
+    time_steps: int = 0  # of a DiT: the network reads an index of so many, not t; see `step_index`
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -481,6 +498,8 @@ class DiT(nn.Module):
         time_dense = functools.partial(
             _dense, self.hidden_size, kernel_init=normal, precision=jax.lax.Precision.HIGHEST
         )
+        if self.time_steps:
+            t = step_index(t, self.time_steps)
         h = time_features(t.reshape(-1))
         h = nn.silu(time_dense(("frequency", "mlp"), name="time_in")(h))
         h = time_dense(("mlp", "embed"), name="time_out")(h)

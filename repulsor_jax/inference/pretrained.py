@@ -1,0 +1,240 @@
+"""The file that `config.model.init_from` names, as parameters of the configured network."""
+
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repulsor_jax import sharding
+from repulsor_jax.checkpoints.checkpointer import Checkpointer
+from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.data.classes import names_of
+from repulsor_jax.data.latents import LatentFormat
+from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder
+from repulsor_jax.files.checksums import file_sha256
+from repulsor_jax.files.tensors import open_safetensors, read_tensors
+from repulsor_jax.files.untrusted import printable
+from repulsor_jax.flows import paths
+from repulsor_jax.models import published, torch_weights
+from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.train_state import TrainState
+
+EXPORTED = "model.safetensors"  # in a folder that --mode=export wrote
+_HUB = "hf://"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+class Pretrained(NamedTuple):
+    """Parameters from a file, as NumPy arrays, and where they are from."""
+
+    params: Any
+    record: dict[str, str]  # file, SHA-256 and convention, for protocols
+    description: str  # what was recognised
+
+
+def load(config: Config) -> Pretrained:
+    """Reads the file of `config.model.init_from`, in the layout that the configuration has.
+
+    Raises:
+      ConfigError: there is no such file, it is none of a SiT or DiT, or one that does not fit the
+        configuration; names what to set.
+    """
+    source = config.model.init_from
+    path = locate(source)
+    try:
+        found = published.recognise(read_tensors(path, published.PARTS))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.model.init_from={source!r}: {error}") from error
+    convention, how = _convention(config, path, found)
+    if problem := _misfit(config, convention, found):
+        raise ConfigError(f"config.model.init_from={source!r} is {found.description}; {problem}")
+    m = config.model
+    try:
+        params = torch_weights.from_torch_state_dict(
+            found.state,
+            num_heads=m.num_heads,
+            patch_size=m.patch_size,
+            in_channels=m.in_channels,
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.model.init_from={source!r}: {error}") from error
+    if convention == "reversed":
+        params = published.reverse(params)
+    if m.scan_blocks:
+        params = torch_weights.stack_blocks(params)
+    record = {"file": path.name, "sha256": file_sha256(path), "convention": convention}
+    return Pretrained(params, record, f"{source}: {found.description}; read as {convention!r}{how}")
+
+
+def reads_file(config: Config, checkpointer: Checkpointer, asked: object = None) -> bool:
+    """Whether the file is read: there is no checkpoint, nor is one `asked` for."""
+    return bool(config.model.init_from) and not asked and not checkpointer.steps()
+
+
+def start_from(state: TrainState, found: Pretrained) -> TrainState:
+    """A fresh state with the parameters of a file, also as their average.
+
+    Raises:
+      ConfigError: the network has other parameters than the file.
+    """
+    own = {name: state.params["model"][name] for name in found.params if name in state.ema_params}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, own)
+    placed = place(found.params, own, shardings)
+
+    def twice(tree: Any) -> tuple[Any, Any]:  # buffers of their own, for the step donates both
+        return jax.tree.map(jnp.copy, tree), jax.tree.map(jnp.copy, tree)
+
+    params, average = jax.jit(twice, out_shardings=(shardings, shardings))(placed)
+    model = state.params["model"] | params
+    return state.replace(
+        params=state.params | {"model": model}, ema_params=state.ema_params | average
+    )
+
+
+def locate(source: str) -> pathlib.Path:
+    """The local file that `model.init_from` stands for; one of a repository is downloaded.
+
+    Args:
+      source: a file; a folder that holds `EXPORTED`; or "owner/name/file" of a Hugging Face
+        repository, "hf://owner/name/file" where that looks like a path.
+
+    Raises:
+      ConfigError: nothing is there, or it cannot be downloaded.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir() and (path / EXPORTED).is_file():
+        return path / EXPORTED
+    if path.is_file():
+        return path
+    name = source.removeprefix(_HUB)
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*/[\w./-]+", name)
+    is_local = pathlib.Path(name.split("/")[0]).exists() and not source.startswith(_HUB)
+    if not is_name or is_local or pathlib.Path(name).suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"config.model.init_from={source!r}: found nothing there, seen from "
+            f"{pathlib.Path.cwd()}; expected a file ({', '.join(_SUFFIXES)}), a folder with "
+            f"{EXPORTED}, or owner/name/file of a Hugging Face repository, as "
+            "owner/sit/SiT-XL-2-256x256.pt"
+        )
+    owner, repository, file = name.split("/", 2)
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return pathlib.Path(hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # of its own, of its HTTP library and of the file system
+        reason = printable(str(error).strip().split("\n")[0])
+        raise ConfigError(
+            f"config.model.init_from={source!r}: there is no such file here, and it could not be "
+            f"downloaded ({type(error).__name__}: {reason}). Fetch {file} from "
+            f"https://huggingface.co/{owner}/{repository}/tree/main on a machine with a network, "
+            "and set config.model.init_from to its path"
+        ) from error
+
+
+def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, Any]:
+    """What sampling needs of a file alone: the experiment, and the parameters on its mesh.
+
+    The latents are those of the configured autoencoder, with its scale and shift; the classes are
+    ImageNet's where there are 1,000, else numbers.
+
+    Raises:
+      ConfigError: see `load`.
+    """
+    found = load(config)
+    mesh = checked_mesh(config, trains=False)
+    autoencoder = load_autoencoder(config)
+    if jax.process_index() == 0:
+        print(f"draws from {found.description}", flush=True)
+    channels = config.model.in_channels
+    experiment = Experiment(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        model=build_model(config.model, mesh.devices.flat[0]),
+        autoencoder=autoencoder,
+        latent_format=LatentFormat(
+            False,
+            np.full(channels, autoencoder.shift, np.float32),
+            np.full(channels, autoencoder.scale, np.float32),
+        ),
+        latents_sha256=autoencoder.weights_sha256,
+        class_names=names_of(config.model.num_classes),
+        weights_file=found.record,
+    )
+    boxed = jax.eval_shape(lambda key: init_model_params(experiment.model, key), jax.random.key(0))
+    shardings = sharding.tree_shardings(boxed, mesh)
+    return experiment, place(found.params, nn.unbox(boxed), shardings)
+
+
+def place(params: Any, expected: Any, shardings: Any) -> Any:
+    """Puts NumPy arrays, the same on every process, onto a mesh.
+
+    Raises:
+      ConfigError: they are not the parameters `expected`, which has shapes.
+    """
+    shapes = [jax.tree.map(np.shape, tree) for tree in (params, expected)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            "config.model.init_from: the configured network has other parameters than a plain DiT "
+            "of this size, which such a file holds: leave out what changes the network"
+        )
+    return jax.tree.map(
+        lambda array, where: jax.make_array_from_callback(
+            array.shape, where, lambda index: array[index]
+        ),
+        params,
+        shardings,
+    )
+
+
+def _convention(config: Config, path: pathlib.Path, found: published.Published) -> tuple[str, str]:
+    """The convention of a file, and how it is known, for a person."""
+    asked = config.model.init_convention
+    written = open_safetensors(path).metadata() if path.suffix == ".safetensors" else None
+    written = (written or {}).get("convention")
+    known = written if written in published.CONVENTIONS else None
+    if found.is_certain:
+        known = found.convention
+    if asked != "auto":
+        if known not in (None, asked):
+            raise ConfigError(
+                f"config.model.init_convention={asked!r}: {path} is {found.description}, whose "
+                f"convention is {known!r}; leave it at 'auto'"
+            )
+        return asked, ", as config.model.init_convention says"
+    if known:
+        return known, ""
+    if found.sizes["learn_sigma"] and config.model.time_steps:
+        return "dit", ", since config.model.time_steps is set"
+    others = "'dit' for DiT's" if found.sizes["learn_sigma"] else "'reversed' for REPA's or SRA's"
+    return "sit", f" (config.model.init_convention: {others})"
+
+
+def _misfit(config: Config, convention: str, found: published.Published) -> str:
+    """What of the configuration does not fit a file, and what to set; "" where all does."""
+    wanted: dict[str, Any] = {}
+    for key, value in found.sizes.items():
+        own = getattr(config.model, key)
+        if isinstance(value, float):  # mlp_ratio, of which the width is rounded down
+            width = found.sizes["hidden_size"]
+            is_same = int(own * width) == round(value * width)
+        else:
+            is_same = own == value
+        if not is_same:
+            wanted[f"model.{key}"] = (own, value)
+    steps = paths.DDPM_STEPS if convention == "dit" else 0
+    flow: dict[str, tuple[Any, Any]] = {"model.time_steps": (config.model.time_steps, steps)}
+    prediction = "noise" if convention == "dit" else "velocity"
+    flow["flow.prediction"] = (config.flow.prediction, prediction)
+    if convention == "dit":
+        flow["flow.path"] = (config.flow.path, "ddpm_linear")
+    wanted |= {key: pair for key, pair in flow.items() if pair[0] != pair[1]}
+    if not wanted:
+        return ""
+    values = ", ".join(f"config.{key} is {own!r}" for key, (own, _) in wanted.items())
+    flags = " ".join(f"--config.{key}={value}" for key, (_, value) in wanted.items())
+    return f"but {values}: it needs {flags}"
