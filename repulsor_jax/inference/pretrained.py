@@ -14,13 +14,13 @@ from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.classes import names_of
 from repulsor_jax.data.latents import LatentFormat
-from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder
+from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder, model_of
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.tensors import open_safetensors, read_tensors
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.flows import paths
 from repulsor_jax.models import published, torch_weights
-from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.models.build import init_model_params
 from repulsor_jax.train_state import TrainState
 
 EXPORTED = "model.safetensors"  # in a folder that --mode=export wrote
@@ -154,7 +154,7 @@ def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, A
         config=config,
         workdir=workdir,
         mesh=mesh,
-        model=build_model(config.model, mesh.devices.flat[0]),
+        model=model_of(config, mesh),
         autoencoder=autoencoder,
         latent_format=LatentFormat(
             False,

@@ -7,7 +7,8 @@ from repulsor_jax.models import dit, published, torch_weights
 from tests.oracles import sit
 
 SIZES = {"num_heads": 2, "patch_size": 2, "in_channels": 4}
-SHAPES = dict(latent_size=8, in_channels=4, patch_size=2, hidden_size=16, depth=2, num_heads=2)
+SHAPES = {"latent_size": 8, "in_channels": 4, "patch_size": 2}
+SHAPES |= {"hidden_size": 16, "depth": 2, "num_heads": 2}
 MODEL = dit.DiT(**SHAPES, num_classes=5, mlp_ratio=3.0, learn_sigma=True)
 
 
