@@ -48,6 +48,18 @@ def get_config() -> ml_collections.ConfigDict:
     c.flow.time_distribution = "uniform"  # "uniform" or "logit_normal"
     c.flow.logit_normal_location = 0.0  # mean of logit(t); t = 0 is noise, t = 1 is data
     c.flow.logit_normal_scale = 1.0  # standard deviation of logit(t)
+    c.flow.time_shift = 1.0  # above 1: more times near noise, t / (t + shift (1 - t))
+
+    # Where the path starts, docs/systems.md: N(0, I), or by class mean + scale noise, learned.
+    c.source = ml_collections.ConfigDict()
+    c.source.name = "gaussian"  # or "class"
+    c.source.rank = 256  # width of its table of classes and of its hidden layer
+    c.source.learn_variance = False  # otherwise the variance is 1, and the mean alone is learned
+    c.source.variance_weight = 5.0  # of the penalty that keeps a learned variance near 1
+    c.source.alignment_weight = 1.0  # of the penalty that turns the mean towards the data; 0: none
+    c.source.alignment_axis = "channels"  # of its directions; or "width", as released
+    c.source.detach_target = False  # no gradient through the target, through x_t alone
+    c.source.null = "class"  # rows whose label is dropped: their "class"'s source, or "gaussian"
 
     # Tasks by further input channels (arXiv 2307.08698; docs/systems.md): filling holes, "inpaint",
     # or drawing images from label maps, "semantic".

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from repulsor_jax.files.untrusted import checked, has_secret
 from repulsor_jax.files.untrusted import parse as parse_values
-from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.flows import paths, sampler, solvers, source
 from repulsor_jax.method import alignment, registry, repulsor
 from repulsor_jax.method.dispersive import VARIANTS
 from repulsor_jax.method.repulsion import DISTANCES
@@ -109,6 +109,19 @@ class FlowConfig:
     time_distribution: Annotated[str, _one_of(paths.TIME_DISTRIBUTIONS)]
     logit_normal_location: Finite
     logit_normal_scale: Positive
+    time_shift: Positive
+
+
+@checked
+class SourceConfig:
+    name: Literal["gaussian", "class"]
+    rank: Count
+    learn_variance: bool
+    variance_weight: NonNegative
+    alignment_weight: NonNegative
+    alignment_axis: Annotated[str, _one_of(source.AXES)]
+    detach_target: bool
+    null: Literal["class", "gaussian"]
 
 
 @checked
@@ -335,6 +348,7 @@ class Config:
     model: ModelConfig
     flow: FlowConfig
     conditioning: ConditioningConfig
+    source: SourceConfig
     terms: Annotated[str, AfterValidator(_sum_of_terms)]
     repulsor: RepulsorConfig
     dispersive: DispersiveConfig
@@ -424,6 +438,8 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     s, e, profiled = c.sampling, c.evaluation, c.log.profile_steps
     yield from _contradicting_terms(c)
     yield from _contradicting_conditions(c)
+    if c.source.name != "gaussian":
+        yield from _contradicting_source(c)
     yield (
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
@@ -523,6 +539,36 @@ def _contradicting_conditions(c: Config) -> Iterator[tuple[bool, str]]:
     yield (
         k.images not in ("train", "test") and not k.images.endswith(".npz"),
         f"conditioning.images={k.images!r}: expected 'test', 'train' or the path of an .npz",
+    )
+
+
+def _contradicting_source(c: Config) -> Iterator[tuple[bool, str]]:
+    """`_contradictions` of a learned source."""
+    s = c.source
+    yield (
+        c.flow.prediction != "velocity",
+        f"source.name={s.name!r} learns through the velocity's loss, but "
+        f"config.flow.prediction={c.flow.prediction!r}; set it to 'velocity'",
+    )
+    yield (
+        s.learn_variance and s.variance_weight == 0,
+        "source.variance_weight=0 lets the variance of config.source.learn_variance=True collapse "
+        "to 0, which the flow loss pays for: raise it (published 5)",
+    )
+    yield (
+        s.alignment_weight > 0 and s.alignment_axis == "channels" and c.model.in_channels == 1,
+        "source.alignment_axis='channels' has no direction with config.model.in_channels=1: set it "
+        "to 'width', or config.source.alignment_weight=0",
+    )
+    yield (
+        c.contrastive_flow.weight > 0 and "contrastive_flow" in registry.parse_terms(c.terms),
+        f"terms={c.terms!r}: contrastive_flow draws the targets of other rows before the loss, and "
+        f"config.source.name={s.name!r} makes them in it: leave one of the two out",
+    )
+    yield (
+        c.sampling.velocity_scale != 1,
+        f"sampling.velocity_scale={c.sampling.velocity_scale} scales about the mean latent, which "
+        f"is not the mean velocity with config.source.name={s.name!r}; set it to 1",
     )
 
 

@@ -27,6 +27,7 @@ from repulsor_jax.train_step import (
     draw_inputs,
     make_forward,
     split_batch,
+    start_points,
     term_loss,
 )
 
@@ -88,7 +89,8 @@ def make_measure(
         return tokens, [each.astype(jnp.float32).mean(axis=1) for each in tokens]
 
     def by_depth(state: TrainState, inputs: Inputs) -> Values:
-        x = interpolate(objective.path, inputs.data, inputs.noise, inputs.t)
+        x_0 = start_points(trainer, state.params["model"], inputs, inputs.noise)
+        x = interpolate(objective.path, inputs.data, x_0, inputs.t)
         found = pooled_tokens(state.params["model"], x, inputs.t, inputs.labels, inputs.extras)
         values: Values = {}
         for block, tokens, pooled in zip(blocks, *found, strict=True):
@@ -164,6 +166,7 @@ def make_measure(
             latents = sample_posterior(posterior_key, latents)
         data = normalize(latents, latent_format)
         t = jnp.full(len(data), PROBE_TIME)
+        # N(0, I) whatever the source: a class's own mean would be the answer too.
         x = interpolate(objective.path, data, jax.random.normal(noise_key, data.shape), t)
         no_class = jnp.full(len(data), model.num_classes, jnp.int32)  # a label would be the answer
         num_chunks = len(data) * num_parts // trainer.config.batch_size

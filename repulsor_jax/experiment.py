@@ -19,7 +19,7 @@ from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
 from repulsor_jax.method.repulsor import rows_per_image
-from repulsor_jax.models.build import build_model
+from repulsor_jax.models.build import build_model, build_source
 from repulsor_jax.models.dit import DiT, drop_labels
 from repulsor_jax.optimizer import build_optimizer, learning_rate
 from repulsor_jax.train_state import Objective, Trainer
@@ -111,6 +111,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         objective=_make_objective(config),
         optimizer=build_optimizer(config),
         learning_rate=learning_rate(config),
+        source=build_source(config.source, config.model),
     )
 
 
@@ -128,6 +129,7 @@ def _make_objective(config: Config) -> Objective:
             t1=t1,
             location=f.logit_normal_location,
             scale=f.logit_normal_scale,
+            shift=f.time_shift,
         ),
         drop_labels=functools.partial(
             drop_labels, num_classes=config.model.num_classes, rate=config.model.label_dropout

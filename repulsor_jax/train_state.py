@@ -19,6 +19,7 @@ from repulsor_jax.method.memory_bank import MemoryBank
 from repulsor_jax.method.term import Term, View
 from repulsor_jax.models.build import init_model_params
 from repulsor_jax.models.dit import DiT
+from repulsor_jax.models.source import ClassSource
 
 Array = jax.Array
 
@@ -71,6 +72,7 @@ class Trainer(NamedTuple):
     objective: Objective
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule  # of the optimizer, for the metrics
+    source: ClassSource | None = None  # of x at t = 0, `params["model"]["source"]`; None: N(0, I)
 
 
 def create_train_state(
@@ -100,9 +102,11 @@ def abstract_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:
 
 def _init(trainer: Trainer, key: Array) -> TrainState:
     """The first state; parameters come boxed with their logical axis names."""
-    model = trainer.model
     model_key, terms_key, rng = jax.random.split(key, 3)
-    params: dict[str, Any] = {"model": init_model_params(model, model_key), "terms": {}}
+    params: dict[str, Any] = {
+        "model": init_model_params(trainer.model, model_key, trainer.source),
+        "terms": {},
+    }
     ema_terms, bank = {}, None
     for term in trainer.objective.terms:
         # By its name, so that what else is in the sum makes no difference.

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
+from repulsor_jax.flows import source as source_lib
 from repulsor_jax.flows.paths import interpolate, target_velocity
+from repulsor_jax.flows.source import Source
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.alignment import teacher_time
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
@@ -43,7 +45,7 @@ class Inputs(NamedTuple):
     """What the model is trained on, one row per sample; all drawn before the loss."""
 
     data: Array  # [B, H, W, C] latents of the data (t = 1)
-    noise: Array  # [B, H, W, C] (t = 0)
+    noise: Array  # [B, H, W, C] standard normal; without a learned source the point at t = 0
     t: Array  # [B] times
     labels: Array  # [B], some replaced by the null class
     tags: Tags  # [B] image numbers, classes and times
@@ -72,8 +74,8 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
       the next state and float32 scalars. A step whose loss or gradient is not finite, or above the
       configured limits, leaves the state as it was, and has the metric "refused" at 1.
     """
-    config, _, objective, optimizer, learning_rate = trainer
-    terms = objective.terms
+    config, objective = trainer.config, trainer.objective
+    optimizer, learning_rate, terms = trainer.optimizer, trainer.learning_rate, objective.terms
     loss_fn = make_loss(trainer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -149,6 +151,9 @@ def make_loss(trainer: Trainer) -> Callable:
     ) -> tuple[Array, tuple[Metrics, Rows | None]]:
         loss, seen = forward(params, teacher, inputs)
         metrics, rows = {"flow_loss": loss}, None
+        for name, (weight, value) in source_losses(trainer, params["model"], inputs).items():
+            loss += weight * value
+            metrics[f"{name}_loss"] = value
         for term in terms:
             value, own_rows = term_loss(term, params, teacher, inputs, seen, bank)
             rows = own_rows if term.create_bank else rows
@@ -167,7 +172,7 @@ def make_forward(trainer: Trainer) -> Callable:
       micro-batch, and what its terms may read, `Seen.drawn` apart. For the nudges see `DiT`.
     """
     model, objective = trainer.model, trainer.objective
-    taps = objective.taps
+    taps, detaches = objective.taps, trainer.config.source.detach_target
 
     def forward(
         params: dict,
@@ -175,25 +180,62 @@ def make_forward(trainer: Trainer) -> Callable:
         inputs: Inputs,
         nudges: Mapping[int, Array] | None = None,
     ) -> tuple[Array, Seen]:
-        data, noise, t, labels = inputs.data, inputs.noise, inputs.t, inputs.labels
+        data, t, labels = inputs.data, inputs.t, inputs.labels
         extras: Any = inputs.extras
-        x_t = interpolate(objective.path, data, noise, t)
+        x_0 = start_points(trainer, params["model"], inputs, inputs.noise)
+        x_t = interpolate(objective.path, data, x_0, t)
         found: Any = model.apply(
             {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges, **extras
         )
         output, tokens = found if taps else (found, ())
-        loss = objective.flow_loss(output, data, noise, t).mean()
+        if trainer.source is not None and detaches:
+            x_0 = jax.lax.stop_gradient(x_0)
+        loss = objective.flow_loss(output, data, x_0, t).mean()
 
         shown = {}
         for view, blocks in objective.views.items():
             view_time, view_noise = inputs.views[view]
-            x = interpolate(objective.path, data, view_noise, view_time)
+            view_x_0 = start_points(trainer, teacher.params, inputs, view_noise)
+            x = interpolate(objective.path, data, view_x_0, view_time)
             seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks, extras)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
         return loss, Seen(data, t, inputs.tags, output, tapped, shown, None)
 
     return forward
+
+
+def start_points(trainer: Trainer, params: Any, inputs: Inputs, noise: Array) -> Array:
+    """The points at t = 0 that noise becomes: itself, or by the source in the model's `params`.
+
+    The source is that of the true class, also where the label is dropped, or with
+    `config.source.null="gaussian"` that of the label that the model is given.
+    """
+    if trainer.source is None:
+        return noise
+    is_true = trainer.config.source.null == "class"
+    labels = inputs.tags.labels if is_true else inputs.labels
+    return source_lib.sample(_source_of(trainer, params, labels), noise)
+
+
+def source_losses(trainer: Trainer, params: Any, inputs: Inputs) -> dict[str, tuple[float, Array]]:
+    """What a learned source adds to the flow loss: name -> weight and value; empty without one."""
+    if trainer.source is None:
+        return {}
+    c, found = trainer.config.source, {}
+    source = _source_of(trainer, params, inputs.tags.labels)
+    if source.log_variance is not None:
+        penalty = source_lib.variance_penalty(source.log_variance)
+        found["source_variance"] = c.variance_weight, penalty
+    if c.alignment_weight > 0:
+        penalty = source_lib.direction_penalty(source.mean, inputs.data, c.alignment_axis)
+        found["source_alignment"] = c.alignment_weight, penalty
+    return found
+
+
+def _source_of(trainer: Trainer, params: Any, labels: Array) -> Source:
+    module: Any = trainer.source
+    return Source(*module.apply({"params": params["source"]}, labels))
 
 
 def term_loss(

@@ -38,6 +38,11 @@ CHANGES = {
     "conditioning.masked": FORCED,
     "conditioning.classes": FIXED,
     "conditioning.channels": FIXED,
+    "source": NOTED,
+    "source.name": FIXED,
+    "source.rank": FIXED,
+    "source.learn_variance": FIXED,
+    "source.null": FORCED,
     "terms": FORCED,
     **dict.fromkeys(TERMS, NOTED),
     "repulsor.block": FORCED,
@@ -64,6 +69,8 @@ CHANGES = {
     "sampling": FREE,
     "evaluation": FREE,
 }
+# What runs of versions without these keys did.
+_BEFORE = {"source.name": "gaussian", "flow.time_shift": 1.0}
 JSONL_NAME = "resumes.jsonl"
 
 
@@ -90,16 +97,21 @@ def check(
     """
     changes: dict[str, list[str]] = {FREE: [], NOTED: [], FORCED: [], FIXED: []}
     saved, present = (_flat(older.config_record(each)) for each in (saved_config, config))
-    for values in (saved, present):  # a sum has no order
-        if "terms" in values:
+    for values in (saved, present):
+        for key, value in _BEFORE.items():
+            values.setdefault(key, value)
+        if "terms" in values:  # a sum has no order
             values["terms"] = "+".join(sorted(values["terms"].split("+")))
     saved.setdefault("conditioning.kind", "none")  # of versions before it
     in_use = {*parse_terms(present["terms"]), *saved.get("terms", "").split("+")}
+    unused = {*TERMS} - in_use
+    if saved["source.name"] == present["source.name"] == "gaussian":
+        unused.add("source")
     for key in sorted(saved.keys() | present.keys()):
         pair = saved.get(key, "absent"), present.get(key, "absent")
         kind = kind_of_change(key)
         section, _, field = key.partition(".")
-        if section in TERMS and section not in in_use:
+        if section in unused:
             kind = FREE
         elif section in TERMS and field == "weight" and 0 in pair:
             kind = FORCED  # a head and a bank are there only with a weight

@@ -5,8 +5,14 @@ sampler integrates forward in t. A path is x_t = alpha(t) data + sigma(t) noise.
 describe the same point of it, and `convert` turns any of them into any other:
 
 - velocity: alpha' data + sigma' noise, the drift of the probability-flow ODE;
-- score: -noise / sigma, the gradient of log p(x_t);
+- score: the gradient of log p(x_t), -noise / sigma;
 - noise and data: the two ends, as predicted from x_t.
+
+With a learned source (`flows.source`) the path starts from mean + scale noise, noise still being
+N(0, I). So x_t = alpha data + sigma (mean + scale noise), and of the four quantities the score
+differs: it is -noise / (sigma scale). On the linear path and from a velocity v that is
+(t v + mean - x) / ((1 - t) scale^2). SiT's (t v - x) / (1 - t), which the published sampler of CSFM
+keeps, is the score of no distribution there.
 
 Everything is computed in float32. Times have shape [B] (or []) and broadcast from the left
 against x of shape [B, ...].
@@ -15,11 +21,13 @@ against x of shape [B, ...].
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from repulsor_jax.flows.source import Source
 
 Array = jax.Array
 
@@ -154,7 +162,16 @@ def interpolate(path: Path, data: Array, noise: Array, t: Array) -> Array:
     return c.alpha * data + c.sigma * noise
 
 
-def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: str) -> Array:
+def convert(
+    path: Path,
+    value: Array,
+    x: Array,
+    t: Array,
+    *,
+    source: str,
+    to: str,
+    start: Source | None = None,
+) -> Array:
     """Rewrites a prediction at (x_t, t) as another quantity of the same path.
 
     With x_t known, any one quantity gives both ends (velocity by Cramer's rule on the pair x_t,
@@ -169,6 +186,7 @@ def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: st
       t: its time.
       source: what `value` is: "velocity", "score", "noise" or "data"; else ValueError.
       to: what to return, [B, ...] float32, of the same choices.
+      start: the distribution at t = 0, learned; None is N(0, I).
     """
     quantities = (*PREDICTIONS, "data")
     check_choice("source", source, quantities)
@@ -179,25 +197,41 @@ def convert(path: Path, value: Array, x: Array, t: Array, *, source: str, to: st
     c = _coefficients_like(path, t, x)
     if source == "velocity":
         data = (c.sigma * value - c.d_sigma * x) / c.wronskian
-        noise = (c.d_alpha * x - c.alpha * value) / c.wronskian
+        first = (c.d_alpha * x - c.alpha * value) / c.wronskian
     elif source == "data":
-        data, noise = value, (x - c.alpha * value) / c.sigma
+        data, first = value, (x - c.alpha * value) / c.sigma
     else:
-        noise = -c.sigma * value if source == "score" else value
-        data = (x - c.sigma * noise) / c.alpha
-    return _from_ends(to, data, noise, c)
+        first = _first_end(source, value, c, start)
+        data = (x - c.sigma * first) / c.alpha
+    return _from_ends(to, data, first, c, start)
 
 
-def _from_ends(quantity: str, data: Array, noise: Array, c: Coefficients) -> Array:
+def _first_end(quantity: str, value: Array, c: Coefficients, start: Source | None) -> Array:
+    """The end at t = 0 from a score or from noise."""
+    if start is None:
+        return -c.sigma * value if quantity == "score" else value
+    noise = -c.sigma * start.scale * value if quantity == "score" else value
+    return start.mean + start.scale * noise
+
+
+def _from_ends(
+    quantity: str, data: Array, first: Array, c: Coefficients, start: Source | None = None
+) -> Array:
     if quantity == "velocity":
-        return c.d_alpha * data + c.d_sigma * noise
-    if quantity == "score":
-        return -noise / c.sigma
-    return noise if quantity == "noise" else data
+        return c.d_alpha * data + c.d_sigma * first
+    if quantity == "data":
+        return data
+    noise = first if start is None else (first - start.mean) / start.scale
+    if quantity == "noise":
+        return noise
+    return -noise / (c.sigma if start is None else c.sigma * start.scale)
 
 
 def target_velocity(path: Path, data: Array, noise: Array, t: Array) -> Array:
-    """The velocity alpha' data + sigma' noise of a path, [B, ...] float32; t [B] in [0, 1]."""
+    """The velocity alpha' data + sigma' noise of a path, [B, ...] float32; t [B] in [0, 1].
+
+    With a learned source `noise` is the point at t = 0, here and in `interpolate` and `flow_loss`.
+    """
     data, noise = _float32(data, noise)
     return _from_ends("velocity", data, noise, _coefficients_like(path, t, data))
 
@@ -323,6 +357,15 @@ def sde_time_interval(
     return t0, 1.0 - (last_step_size or 1e-3)
 
 
+def shift_time(t: Any, shift: float) -> Any:
+    """t / (t + shift (1 - t)): gathers times in [0, 1] at the noise end, for larger latents.
+
+    Equation 23 of Esser et al. (arXiv 2403.03206), s' = shift s / (1 + (shift - 1) s) of the noise
+    level s = 1 - t. For float arrays of JAX or NumPy, of any shape.
+    """
+    return t / (t + shift * (1.0 - t))
+
+
 def sample_timesteps(
     key: Array,
     batch_size: int,
@@ -332,8 +375,9 @@ def sample_timesteps(
     t1: float = 1.0,
     location: float = 0.0,
     scale: float = 1.0,
+    shift: float = 1.0,
 ) -> Array:
-    """Draws training times t = t0 + (t1 - t0) u.
+    """Draws training times t = t0 + (t1 - t0) u, u shifted towards noise by `shift_time`.
 
     Args:
       key: a PRNG key.
@@ -345,6 +389,7 @@ def sample_timesteps(
       t1: the largest time.
       location: of the logit-normal; its median is sigmoid(location).
       scale: of the logit-normal, positive.
+      shift: of `shift_time`; 1 shifts nothing.
 
     Returns:
       [B] float32; ValueError for an unknown distribution.
@@ -355,4 +400,6 @@ def sample_timesteps(
     else:
         z = jax.random.normal(key, (batch_size,), jnp.float32)
         u = jax.nn.sigmoid(location + scale * z)
+    if shift != 1.0:
+        u = shift_time(u, shift)
     return t0 + (t1 - t0) * u

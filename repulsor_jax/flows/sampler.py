@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from repulsor_jax.flows import paths, solvers
+from repulsor_jax.flows import source as source_lib
+from repulsor_jax.flows.source import Source
 
 Array = jax.Array
 ModelFn = Callable[..., Array]  # (x, t, labels, **extras)
@@ -226,7 +228,10 @@ class SamplerSpec:
 
 
 def make_sampler(
-    model_fn: ModelWithParams, spec: SamplerSpec, guiding_fn: ModelWithParams | None = None
+    model_fn: ModelWithParams,
+    spec: SamplerSpec,
+    guiding_fn: ModelWithParams | None = None,
+    source_fn: Callable[[Any, Array], Source] | None = None,
 ) -> Callable[..., Array]:
     """A pure function sample(params, noise, labels, scale, ...) -> samples, to be jitted.
 
@@ -235,10 +240,16 @@ def make_sampler(
     by the data predicted from it, so no noise is left in the samples. SDE solvers go over
     `paths.sde_time_interval` and end as `spec.diffusion.last_step` says.
 
+    With a learned source all starts from mean + scale noise of the labels' source, whatever guides:
+    both branches of classifier-free guidance, and the guiding model of autoguidance, go on from
+    that one point. The score, which an SDE needs, is that of this source; of guided velocities it
+    is the same weighted mean as of the velocities.
+
     Args:
       model_fn: (params, x [B, H, W, C], t [B], labels [B]) -> [B, H, W, C].
       spec: everything but the models.
       guiding_fn: the weak model of autoguidance, where it is not `model_fn` with other parameters.
+      source_fn: (params, labels [B]) -> the distribution of x at t = 0; None is N(0, I).
 
     Returns:
       sample: (params, noise [B, H, W, C], labels [B], scale=None, interval=None, *, keys=None,
@@ -263,6 +274,8 @@ def make_sampler(
         extras: Mapping[str, Array] | None = None,
         known: tuple[Array, Array] | None = None,
     ) -> Array:
+        start = None if source_fn is None else source_fn(params, labels)
+        x_0 = noise if start is None else source_lib.sample(start, noise)
         weak_fn = None
         if guiding_params is not None:
             weak_fn = functools.partial(guiding_fn or model_fn, guiding_params)
@@ -283,12 +296,12 @@ def make_sampler(
             if spec.velocity_scale != 1.0:
                 mean = jnp.asarray(spec.mean_velocity, found.dtype)
                 found = scale_velocity(found, spec.velocity_scale, mean)
-            convert = functools.partial(paths.convert, spec.path, found, x, t)
+            convert = functools.partial(paths.convert, spec.path, found, x, t, start=start)
             return [convert(source=spec.prediction, to=quantity) for quantity in quantities]
 
         if spec.is_stochastic:
-            return _solve_sde(spec, predict, noise, keys)
-        return _solve_ode(spec, predict, noise, known)
+            return _solve_sde(spec, predict, x_0, keys)
+        return _solve_ode(spec, predict, x_0, known)
 
     return sample
 
@@ -296,27 +309,27 @@ def make_sampler(
 def _solve_ode(
     spec: SamplerSpec,
     predict: PredictFn,
-    noise: Array,
+    x_0: Array,
     known: tuple[Array, Array] | None = None,
 ) -> Array:
     velocity_fn = lambda x, t: predict(x, t, "velocity")[0]
     times = spec.times()
     t_start, t_end = times[[0, -1]].tolist()
     if spec.solver in solvers.ADAPTIVE:
-        x, _ = solvers.dopri5(velocity_fn, noise, t_start, t_end, spec.tolerance)
+        x, _ = solvers.dopri5(velocity_fn, x_0, t_start, t_end, spec.tolerance)
     else:
         after = None
         if known is not None:
             data, is_unknown = known
 
             def after(x: Array, t: Array) -> Array:
-                return jnp.where(is_unknown, x, paths.interpolate(spec.path, data, noise, t))
+                return jnp.where(is_unknown, x, paths.interpolate(spec.path, data, x_0, t))
 
-        x = solvers.solve_ode(velocity_fn, noise, times, spec.solver, after)
+        x = solvers.solve_ode(velocity_fn, x_0, times, spec.solver, after)
     return x if t_end == 1.0 else predict(x, jnp.float32(t_end), "data")[0]
 
 
-def _solve_sde(spec: SamplerSpec, predict: PredictFn, noise: Array, keys: Array | None) -> Array:
+def _solve_sde(spec: SamplerSpec, predict: PredictFn, x_0: Array, keys: Array | None) -> Array:
     if keys is None:
         raise ValueError(f"solver {spec.solver!r} needs keys=brownian_keys(seed, indices)")
     diffusion, times = spec.diffusion, spec.times()
@@ -328,7 +341,7 @@ def _solve_sde(spec: SamplerSpec, predict: PredictFn, noise: Array, keys: Array 
         velocity, score = predict(x, t, "velocity", "score")
         return velocity + diffusion_fn(t) * score
 
-    x = solvers.solve_sde(drift_fn, diffusion_fn, noise, keys, times, spec.solver)
+    x = solvers.solve_sde(drift_fn, diffusion_fn, x_0, keys, times, spec.solver)
     end = jnp.float32(times[-1])
     if diffusion.last_step == "none":
         return x

@@ -113,10 +113,8 @@ def time_grid(
 ) -> np.ndarray:
     """The `num_steps` + 1 times of a fixed-step solver, from `t_start` to `t_end`.
 
-    Shifting gathers the steps at the noise end, for latents of more pixels: equation 23 of Esser
-    et al. (arXiv 2403.03206), s' = shift s / (1 + (shift - 1) s) of the noise level s = 1 - t,
-    reads t' = t / (t + shift (1 - t)) in t. The shift acts on the unit interval before that is
-    mapped to [t_start, t_end], so the ends stay.
+    Shifting (`paths.shift_time`) gathers the steps at the noise end. It acts on the unit interval
+    before that is mapped to [t_start, t_end], so the ends stay.
 
     Args:
       num_steps: at least 1; else ValueError.
@@ -130,7 +128,8 @@ def time_grid(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; expected at least 1")
     t = np.arange(num_steps + 1) / num_steps
-    return t_start + (t_end - t_start) * t / (t + shift * (1.0 - t))
+    times: np.ndarray = t_start + (t_end - t_start) * paths.shift_time(t, shift)
+    return times
 
 
 def as_float(x: Array) -> Array:

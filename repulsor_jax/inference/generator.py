@@ -22,7 +22,9 @@ from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
 from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.flows.source import Source
 from repulsor_jax.inference import tasks
+from repulsor_jax.models.build import build_source
 from repulsor_jax.models.dit import DiT
 
 
@@ -223,8 +225,15 @@ def make_latent_sampler(
             c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size
         ),
     )
+    source: Any = build_source(config.source, config.model)
+
+    def source_fn(params: Any, labels: jax.Array) -> Source:
+        return Source(*source.apply({"params": params["source"]}, labels))
+
     guiding_fn = predict_with(guiding_model) if guiding_model else None
-    return sampler.make_sampler(predict_with(model), spec, guiding_fn)
+    return sampler.make_sampler(
+        predict_with(model), spec, guiding_fn, None if source is None else source_fn
+    )
 
 
 def draw_batches(

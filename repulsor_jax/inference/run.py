@@ -32,8 +32,9 @@ from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide, present_classes
 from repulsor_jax.inference.tasks import open_task
-from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.models.build import build_model, build_source, init_model_params
 from repulsor_jax.models.dit import DiT
+from repulsor_jax.models.source import ClassSource
 
 
 @checked
@@ -66,6 +67,13 @@ class _Conditioning:
 
 
 @checked
+class _Source:
+    name: str = "gaussian"
+    rank: int = 0
+    learn_variance: bool = False
+
+
+@checked
 class _Optimizer:
     ema_decay: float
 
@@ -93,6 +101,7 @@ class RunRecords:
     conditioning: _Conditioning = _Conditioning()  # older versions have none
     optimizer: _Optimizer
     latents: _Latents
+    source: _Source = _Source()  # older versions had no other
 
 
 def open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpointer:
@@ -140,7 +149,10 @@ def open_experiment(
             "config.model.label_dropout=0, so that guidance has no trained null class: sample at "
             "scale 1, or name a config.sampling.guiding_run"
         )
-    parts = {"model": model, "flow": dataclasses.asdict(saved.flow)}
+    source = {"name": saved.source.name}
+    if saved.source.name != "gaussian":
+        source = dataclasses.asdict(saved.source)
+    parts = {"model": model, "flow": dataclasses.asdict(saved.flow), "source": source}
     shown = dataclasses.asdict(saved.conditioning)
     parts["conditioning"] = shown if shown["kind"] != "none" else {"kind": "none"}
     parts["data"] = {"autoencoder": saved.latents.autoencoder}
@@ -173,15 +185,21 @@ def open_experiment(
 
 
 def restore_params(
-    experiment: Experiment, checkpointer: Checkpointer, step: int, model: DiT | None = None
+    experiment: Experiment,
+    checkpointer: Checkpointer,
+    step: int,
+    parts: tuple[DiT, ClassSource | None] | None = None,
 ) -> Any:
-    """EMA parameters of a checkpoint, on the experiment's mesh; of its model by default.
+    """EMA parameters of a checkpoint, on the experiment's mesh.
+
+    They are those of other `parts`, a model and its source, or of the experiment's.
 
     Raises:
       CheckpointError: no such checkpoint, or it holds another model.
     """
-    model = model or experiment.model
-    boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
+    config = experiment.config
+    model, source = parts or (experiment.model, build_source(config.source, config.model))
+    boxed = jax.eval_shape(lambda key: init_model_params(model, key, source), jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, experiment.mesh)
     return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)[0]
 
@@ -226,6 +244,7 @@ def load_guide(experiment: Experiment) -> Guide | None:
             "config.model.latent_size": (saved.model.latent_size, config.model.latent_size),
             "config.model.in_channels": (saved.model.in_channels, config.model.in_channels),
             "config.model.num_classes": (saved.model.num_classes, config.model.num_classes),
+            "config.source.name": (saved.source.name, config.source.name),
             "the latents' shift": (list(saved.latents.shift), own.shift.tolist()),
             "the latents' factor": (list(saved.latents.factor), own.factor.tolist()),
         }
@@ -239,7 +258,8 @@ def load_guide(experiment: Experiment) -> Guide | None:
         model_config = parse(config_lib.ModelConfig, values, f"{run}: config.model")
         device = experiment.mesh.devices.flat[0]
         model = build_model(model_config, device, conditioning=saved.conditioning)
-        params = restore_params(experiment, checkpointer, step, model)
+        parts = model, build_source(saved.source, model_config)
+        params = restore_params(experiment, checkpointer, step, parts)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
 
 
@@ -289,6 +309,8 @@ def protocol(
             "cfg_channels": c.cfg_channels,
             "guide": guide.description if guide else "no class",
         }
+    if config.source.name != "gaussian":
+        found["source"] = config.source.name
     if c.velocity_scale != 1.0:
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
     if task := open_task(experiment):

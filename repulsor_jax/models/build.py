@@ -1,4 +1,4 @@
-"""Which network a configuration names, and its initial parameters."""
+"""Which networks a configuration names, and their initial parameters."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from repulsor_jax.models.dit import DiT
+from repulsor_jax.models.source import ClassSource
+
+_SOURCE_KEY = 3_000_001  # folded into the key of the model's parameters
 
 
 def build_model(config: Any, device: jax.Device | None = None, *, conditioning: Any = None) -> DiT:
@@ -64,7 +67,23 @@ def _has_cudnn_attention(config: Any, device: jax.Device | None) -> bool:
     )
 
 
-def init_model_params(model: DiT, key: jax.Array) -> Any:
-    """Returns the model's initial parameters, boxed with their logical axis names."""
+def build_source(source: Any, model: Any) -> ClassSource | None:
+    """Returns the learned source of the sections `source` and `model`; None where it is N(0, I)."""
+    if source.name == "gaussian":
+        return None
+    shape = (model.latent_size, model.latent_size, model.in_channels)
+    return ClassSource(model.num_classes, shape, source.rank, source.learn_variance)
+
+
+def init_model_params(model: DiT, key: jax.Array, source: ClassSource | None = None) -> Any:
+    """Returns all that samples depend on, initial and boxed with logical axis names.
+
+    The parameters of the model and, under "source", those of a learned source.
+    """
     x = jnp.zeros((1, model.latent_size, model.latent_size, model.in_channels))
-    return model.init(key, x, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    labels = jnp.zeros((1,), jnp.int32)
+    params = model.init(key, x, jnp.zeros((1,)), labels)["params"]
+    if source is not None:
+        source_key = jax.random.fold_in(key, _SOURCE_KEY)
+        params = params | {"source": source.init(source_key, labels)["params"]}
+    return params

@@ -4,6 +4,10 @@ The PyTorch code fuses query, key and value as [3, num_heads, hd]; `dit.Block` l
 out heads-major, [num_heads, 3, hd]. Linear weights are transposed, and the patch embedding's
 convolution kernel [D, C, p, p] becomes a matrix [p * p * C, D].
 
+A learned source (`source.ClassSource`), which SiT does not have, has names of our own,
+`source.table.weight`, `source.hidden.*`, `source.mean.*` and `source.log_variance.*`: Linear layers
+whose outputs are [C, H, W]. A model that does not know them refuses the state dict by these names.
+
 Nothing here imports torch: tensors come in through `np.asarray`, and go out as NumPy arrays.
 """
 
@@ -160,6 +164,32 @@ def _entries(
         yield from _block_entries(f"blocks.{i}", f"block_{i}", width, heads, mlp_width, qk_norm)
     yield from _linear("final_layer.linear", "final", width, p * p * out_channels)
     yield from _linear("final_layer.adaLN_modulation.1", "final_modulation", width, 2 * width)
+    yield from _source_entries(arrays, channels)
+
+
+def _source_entries(arrays: State, channels: int) -> Iterator[_Entry]:
+    """Those of a learned source, where there is one: the heads' outputs are [C, H, W] in torch."""
+    names = [name for name in ("source.table.weight", "source/table/embedding") if name in arrays]
+    if not names:
+        return
+    classes, rank = arrays[names[0]].shape
+    yield _Entry("source.table.weight", "source/table/embedding", (classes, rank))
+    yield from _linear("source.hidden", "source/hidden", rank, rank)
+
+    def to_jax(x: np.ndarray) -> np.ndarray:
+        return x.reshape(channels, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape).T
+
+    def to_torch(x: np.ndarray) -> np.ndarray:
+        x = x.T
+        return x.reshape(-1, channels, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+    for name in ("mean", "log_variance"):
+        biases = [arrays[b] for b in (f"source.{name}.bias", f"source/{name}/bias") if b in arrays]
+        for size in map(len, biases):
+            torch_name, jax_name = f"source.{name}", f"source/{name}"
+            shape = (size, rank)
+            yield _Entry(f"{torch_name}.weight", f"{jax_name}/kernel", shape, to_jax, to_torch)
+            yield _Entry(f"{torch_name}.bias", f"{jax_name}/bias", shape[:1], to_jax, to_torch)
 
 
 def _block_entries(

@@ -12,7 +12,7 @@ from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.inference.generator import configured_guidance, generate_images, make_generator
-from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.models.build import build_model, build_source, init_model_params
 from tests.oracles import tiny
 
 
@@ -72,7 +72,8 @@ def generate(params, count, mesh=None, latent_format=tiny.FORMAT, **overrides):
     )
     placement = sharding.replicated(mesh)
     if not isinstance(model, Toy):
-        boxed = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
+        source = build_source(c.source, c.model)
+        boxed = jax.eval_shape(lambda key: init_model_params(model, key, source), jax.random.key(0))
         placement = sharding.tree_shardings(boxed, mesh)
     placed = jax.device_put(params, placement)
     guidance = configured_guidance(c.sampling)
@@ -98,6 +99,22 @@ def test_same_samples_for_any_batch_size_mesh_and_count(params, options):
         assert np.abs(other.astype(int) - images[:count]).max() <= 1
         assert (other != images[:count]).mean() < 0.01
         np.testing.assert_array_equal(other_labels, labels[:count])
+
+
+def test_a_sample_of_a_learned_source_depends_on_its_class_too():
+    options = {"source__name": "class", "source__rank": 8, "source__learn_variance": True}
+    options |= {"sampling__solver": "euler_maruyama", "sampling__cfg_scale": 2.0}
+    params = tiny.random_params(tiny.config(**options))
+    # Of the order of the noise.
+    params["source"] = jax.tree.map(lambda x: 4 * x, params["source"])
+    images, _ = generate(params, 20, **options)
+    other, _ = generate(params, 5, tiny.mesh(2, 4), **options, sampling__batch_size=16)
+    assert np.abs(other.astype(int) - images[:5]).max() <= 1
+    # The sources of the other classes change nothing.
+    params["source"]["table"]["embedding"][1:] += 1.0
+    moved, labels = generate(params, 20, **options)
+    np.testing.assert_array_equal(moved[labels == 0], images[labels == 0])
+    assert (moved != images)[labels != 0].mean() > 0.1
 
 
 def test_parameters_in_shards_give_the_same_samples():

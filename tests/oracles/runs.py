@@ -63,7 +63,7 @@ def told_to_stop():
 @pytest.fixture(scope="session")
 def programs():
     """Compiled training programs: runs of equal configurations share them and their first state."""
-    sections = ("model", "flow", "terms", "optimizer", *TERMS)
+    sections = ("model", "flow", "source", "terms", "optimizer", *TERMS)
     found = {}
 
     def program(experiment, dataset, trainer=None):

@@ -15,7 +15,7 @@ from repulsor_jax import sharding
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import make_trainer
-from repulsor_jax.models.build import build_model, init_model_params
+from repulsor_jax.models.build import build_model, build_source, init_model_params
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.train_state import Trainer, TrainState, create_train_state
 from repulsor_jax.train_step import compile_training
@@ -101,8 +101,9 @@ def get_config() -> Any:
 
 def random_params(c: config_lib.Config, seed: int = 0) -> Any:
     """Parameters of the model, not those of its initialisation, whose output is zero."""
-    model = build_model(c.model)
-    shapes = jax.eval_shape(lambda key: nn.unbox(init_model_params(model, key)), jax.random.key(0))
+    model, source = build_model(c.model), build_source(c.source, c.model)
+    init = lambda key: nn.unbox(init_model_params(model, key, source))
+    shapes = jax.eval_shape(init, jax.random.key(0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
 
