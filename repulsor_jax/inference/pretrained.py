@@ -20,7 +20,7 @@ from repulsor_jax.files.tensors import open_safetensors, read_tensors
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.flows import paths
 from repulsor_jax.models import published, torch_weights
-from repulsor_jax.models.build import init_model_params
+from repulsor_jax.models.build import build_source, init_model_params
 from repulsor_jax.train_state import TrainState
 
 EXPORTED = "model.safetensors"  # in a folder that --mode=export wrote
@@ -165,7 +165,9 @@ def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, A
         class_names=names_of(config.model.num_classes),
         weights_file=found.record,
     )
-    boxed = jax.eval_shape(lambda key: init_model_params(experiment.model, key), jax.random.key(0))
+    source = build_source(config.source, config.model)
+    init = lambda key: init_model_params(experiment.model, key, source)
+    boxed = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, mesh)
     return experiment, place(found.params, nn.unbox(boxed), shardings)
 
