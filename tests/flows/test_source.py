@@ -14,6 +14,7 @@ from tests.oracles import fixtures
 from tests.oracles.closed_form import exact_coefficients
 
 LINEAR = paths.get_path("linear")
+PATHS = ("linear", "gvp", "vp")  # those with coefficients in closed form
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_the_path_energy_of_a_straight_path_is_zero():
     np.testing.assert_allclose(bent, expected, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("name", PATHS)
 def test_every_quantity_converts_into_every_other(name):
     rng = np.random.default_rng(0)
     t = np.array([0.3, 0.5, 0.9])
@@ -209,7 +210,7 @@ def source_like(x):
     return Source(jnp.full_like(x, START), jnp.full_like(x, 2 * np.log(WIDTH)))
 
 
-@pytest.mark.parametrize("name", paths.PATHS)
+@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.9])
 def test_the_score_is_that_of_the_marginal(name, t):
     path, x = paths.get_path(name), jnp.linspace(-4, 4, 9)[:, None]
