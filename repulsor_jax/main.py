@@ -28,6 +28,7 @@ from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
+from repulsor_jax.export import CONVENTIONS, export
 from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.generator import SamplingError
@@ -53,12 +54,13 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate", "plan", "verify"],
+    ["train", "encode", "sample", "evaluate", "export", "plan", "verify"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
-    "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). plan: memory, "
-    "FLOPs, collectives and estimated time on --topology, which need not be here. verify: reads "
-    "every checkpoint and says which are whole.",
+    "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). export: weights "
+    "for PyTorch and diffusers, with a card. plan: memory, FLOPs, collectives and estimated time "
+    "on --topology, which need not be here. verify: reads every checkpoint and says which are "
+    "whole.",
 )
 _FORCE = flags.DEFINE_bool(
     "force",
@@ -68,8 +70,17 @@ _FORCE = flags.DEFINE_bool(
 _CHECKPOINT_STEP = flags.DEFINE_string(
     "checkpoint_step",
     "",
-    "Which checkpoint to sample from or evaluate; the newest by default. evaluate also takes "
-    "several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
+    "Which checkpoint to sample from, evaluate or export; the newest by default. evaluate also "
+    "takes several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
+)
+_CONVENTION = flags.DEFINE_enum(
+    "convention",
+    "sit",
+    CONVENTIONS,
+    "export: 'reversed' writes the weights as REPA's and SRA's code has them: t = 0 is data.",
+)
+_PUSH_TO = flags.DEFINE_string(
+    "push_to", "", "export: also upload to this Hugging Face repository, as owner/name."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -235,11 +246,19 @@ def _encode(config: Config, workdir: pathlib.Path) -> None:
         print(f"latents: {experiment_lib.data_directory(config, workdir)}")
 
 
-def _sample(config: Config, workdir: pathlib.Path) -> None:
+def _one_step() -> int | None:
     text = _CHECKPOINT_STEP.value
     if text and not text.isdecimal():
-        raise ConfigError(f"--checkpoint_step={text!r}: --mode=sample takes one step")
-    sample(config, workdir, int(text) if text else None)
+        raise ConfigError(f"--checkpoint_step={text!r}: --mode={_MODE.value} takes one step")
+    return int(text) if text else None
+
+
+def _sample(config: Config, workdir: pathlib.Path) -> None:
+    sample(config, workdir, _one_step())
+
+
+def _export(config: Config, workdir: pathlib.Path) -> None:
+    export(config, workdir, _one_step(), convention=_CONVENTION.value, push_to=_PUSH_TO.value)
 
 
 def _evaluate(config: Config, workdir: pathlib.Path) -> None:
@@ -271,6 +290,7 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
     "encode": _encode,
     "sample": _sample,
     "evaluate": _evaluate,
+    "export": _export,
     "plan": _plan,
     "verify": _verify,
 }

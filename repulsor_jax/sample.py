@@ -40,15 +40,8 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
       ConfigError, CheckpointError: one message that names the key or file.
       SamplingError: a sample is not a finite number.
     """
-    with run.open_checkpoints(config, workdir) as checkpointer:
-        if pretrained.reads_file(config, checkpointer, step):
-            step = 0
-            experiment, params = pretrained.open_published(config, workdir)
-        else:
-            step = checkpointer.resolve(step)
-            experiment = run.open_experiment(config, workdir, checkpointer, step)
-            params = run.restore_params(experiment, checkpointer, step)
-        guide = run.load_guide(experiment)
+    step, experiment, params, _ = pretrained.open_model(config, workdir, step)
+    guide = run.load_guide(experiment)
     guidance = configured_guidance(config.sampling)
     count, batch_size = config.sampling.num_samples, config.sampling.batch_size
     protocol = run.protocol(

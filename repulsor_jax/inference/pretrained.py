@@ -1,7 +1,9 @@
 """The file that `config.model.init_from` names, as parameters of the configured network."""
 
+import dataclasses
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,11 +16,18 @@ from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.classes import names_of
 from repulsor_jax.data.latents import LatentFormat
-from repulsor_jax.experiment import Experiment, checked_mesh, load_autoencoder, model_of
+from repulsor_jax.experiment import (
+    Experiment,
+    checked_mesh,
+    latents_record,
+    load_autoencoder,
+    model_of,
+)
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.tensors import open_safetensors, read_tensors
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.flows import paths
+from repulsor_jax.inference import run
 from repulsor_jax.models import published, torch_weights
 from repulsor_jax.models.build import build_source, init_model_params
 from repulsor_jax.train_state import TrainState
@@ -36,6 +45,33 @@ class Pretrained(NamedTuple):
     description: str  # what was recognised
 
 
+class Opened(NamedTuple):
+    """A model to draw from: that of a checkpoint, or, with step 0, that of a file."""
+
+    step: int
+    experiment: Experiment
+    params: Any  # on the mesh
+    records: Mapping[str, Any]  # "config" and "latents" of the run, as plain values
+
+
+def open_model(config: Config, workdir: pathlib.Path, step: int | None) -> Opened:
+    """Opens a checkpoint, the newest for None; or `config.model.init_from` where there is none.
+
+    Raises:
+      ConfigError, CheckpointError: one message that names the key or file.
+    """
+    with run.open_checkpoints(config, workdir) as checkpointer:
+        if reads_file(config, checkpointer, step):
+            experiment, params = open_published(config, workdir)
+            records = {"config": dataclasses.asdict(config), "latents": latents_record(experiment)}
+            return Opened(0, experiment, params, records)
+        step = checkpointer.resolve(step)
+        experiment = run.open_experiment(config, workdir, checkpointer, step)
+        params = run.restore_params(experiment, checkpointer, step)
+        saved, latents, _ = checkpointer.records(step)
+    return Opened(step, experiment, params, {"config": saved, "latents": latents})
+
+
 def load(config: Config) -> Pretrained:
     """Reads the file of `config.model.init_from`, in the layout that the configuration has.
 
@@ -49,8 +85,9 @@ def load(config: Config) -> Pretrained:
         found = published.recognise(read_tensors(path, published.PARTS))
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.model.init_from={source!r}: {error}") from error
-    convention, how = _convention(config, path, found)
-    if problem := _misfit(config, convention, found):
+    metadata = _metadata(path)
+    convention, how = _convention(config, path, found, metadata.get("convention"))
+    if problem := _misfit(config, convention, found, metadata):
         raise ConfigError(f"config.model.init_from={source!r} is {found.description}; {problem}")
     m = config.model
     try:
@@ -193,11 +230,16 @@ def place(params: Any, expected: Any, shardings: Any) -> Any:
     )
 
 
-def _convention(config: Config, path: pathlib.Path, found: published.Published) -> tuple[str, str]:
+def _metadata(path: pathlib.Path) -> Mapping[str, str]:
+    """What `exported.write_weights` wrote of a file."""
+    return (path.suffix == ".safetensors" and open_safetensors(path).metadata()) or {}
+
+
+def _convention(
+    config: Config, path: pathlib.Path, found: published.Published, written: str | None
+) -> tuple[str, str]:
     """The convention of a file, and how it is known, for a person."""
     asked = config.model.init_convention
-    written = open_safetensors(path).metadata() if path.suffix == ".safetensors" else None
-    written = (written or {}).get("convention")
     known = written if written in published.CONVENTIONS else None
     if found.is_certain:
         known = found.convention
@@ -216,7 +258,9 @@ def _convention(config: Config, path: pathlib.Path, found: published.Published) 
     return "sit", f" (config.model.init_convention: {others})"
 
 
-def _misfit(config: Config, convention: str, found: published.Published) -> str:
+def _misfit(
+    config: Config, convention: str, found: published.Published, metadata: Mapping[str, str]
+) -> str:
     """What of the configuration does not fit a file, and what to set; "" where all does."""
     wanted: dict[str, Any] = {}
     for key, value in found.sizes.items():
@@ -230,10 +274,10 @@ def _misfit(config: Config, convention: str, found: published.Published) -> str:
             wanted[f"model.{key}"] = (own, value)
     steps = paths.DDPM_STEPS if convention == "dit" else 0
     flow: dict[str, tuple[Any, Any]] = {"model.time_steps": (config.model.time_steps, steps)}
-    prediction = "noise" if convention == "dit" else "velocity"
+    prediction = metadata.get("prediction", "noise" if convention == "dit" else "velocity")
     flow["flow.prediction"] = (config.flow.prediction, prediction)
-    if convention == "dit":
-        flow["flow.path"] = (config.flow.path, "ddpm_linear")
+    if path := metadata.get("path", "ddpm_linear" if convention == "dit" else ""):
+        flow["flow.path"] = (config.flow.path, path)
     wanted |= {key: pair for key, pair in flow.items() if pair[0] != pair[1]}
     if not wanted:
         return ""
