@@ -49,6 +49,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.flow.logit_normal_location = 0.0  # mean of logit(t); t = 0 is noise, t = 1 is data
     c.flow.logit_normal_scale = 1.0  # standard deviation of logit(t)
     c.flow.time_shift = 1.0  # above 1: more times near noise, t / (t + shift (1 - t))
+    # In training the tokens of an image are split at random into so many groups, each at a time of
+    # its own (docs/systems.md). Samples have one time, as ever.
+    c.flow.time_groups = 1  # 1 is off
+    c.flow.group_fractions = ()  # of the tokens, as (0.25, 0.75), published; (): equal ones
+    c.flow.whole_fraction = 0.0  # part of the images that are left whole
+    # What a teacher sees: each group's t moved by itself ("sra"), all at the time of the cleanest
+    # ("self_flow"), or the student's times ("same").
+    c.flow.teacher_times = "sra"  # or "self_flow", "same"
 
     # Where the path starts, docs/systems.md: N(0, I), or by class mean + scale noise, learned.
     c.source = ml_collections.ConfigDict()
@@ -121,6 +129,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sra.student_block = -1  # -1 is a quarter of the depth
     c.sra.teacher_block = -1  # -1 is three quarters; the EMA network up to here is what it costs
     c.sra.time_gap = 0.2  # the teacher sees the image at min(1, t + U(0, time_gap))
+    c.sra.teacher_labels = "dropped"  # what the teacher reads: the student's labels, or "true" ones
     c.sra.distance = "cosine"  # or "smooth_l1", the paper's
     c.sra.axis = "tokens"  # of the cosine: "tokens", as released, or "channels"
     c.sra.beta = 0.05  # smooth_l1

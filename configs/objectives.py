@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-# Name -> term, and the values of its section that differ from the defaults.
+# Name -> term, and the values of its section, or of others by their whole name, that differ from
+# the defaults.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # Repulsor (arXiv 2512.08648 fixes the idea; these forms are ours).
     "repulsor": ("repulsor", {}),  # repulsion alone
@@ -41,6 +42,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "weight": 0.2,
             "decay_start": 149 * 5_004,
             "decay_steps": 1_000 * 5_004,
+        },
+    ),
+    # SRA with dual times and attention separation (SRA_DTS_AS, arXiv 2607.02508).
+    "dual_times": (
+        "sra",
+        {
+            "teacher_labels": "true",
+            "flow.time_groups": 2,
+            "flow.group_fractions": (0.25, 0.75),
+            "model.attention_separation": True,
         },
     ),
     # After SRA 2 (arXiv 2601.17830), of which the abstract alone is known.
@@ -77,7 +88,8 @@ def use(c: ml_collections.ConfigDict, objective: str, size: str = "") -> None:
         term, values = PRESETS[name]
         terms.append(term)
         for key, value in values.items():
-            c[term][key] = c.model.depth - 1 if value == "last" else value
+            section, _, field = key.rpartition(".")
+            c[section or term][field] = c.model.depth - 1 if value == "last" else value
         blocks = _BLOCKS.get(term, {}).get(size.upper())
         if blocks:
             c[term].student_block, c[term].teacher_block = blocks[0] - 1, blocks[1] - 1

@@ -17,6 +17,7 @@ from repulsor_jax.flows import paths, sampler, solvers, source
 from repulsor_jax.method import alignment, registry, repulsor
 from repulsor_jax.method.dispersive import VARIANTS
 from repulsor_jax.method.repulsion import DISTANCES
+from repulsor_jax.models import token_groups
 from repulsor_jax.models.build import build_model
 
 
@@ -110,6 +111,10 @@ class FlowConfig:
     logit_normal_location: Finite
     logit_normal_scale: Positive
     time_shift: Positive
+    time_groups: Annotated[int, Field(ge=1, le=8)]
+    group_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...]
+    whole_fraction: Annotated[float, Field(ge=0, lt=1)]
+    teacher_times: Annotated[str, _one_of(token_groups.TEACHER_TIMES)]
 
 
 @checked
@@ -193,6 +198,7 @@ class SRAConfig(TermConfig):
     student_block: CountOrFill
     teacher_block: CountOrFill
     time_gap: Fraction
+    teacher_labels: Literal["dropped", "true"]
     distance: Annotated[str, _one_of(alignment.DISTANCES)]
     axis: Annotated[str, _one_of(alignment.AXES)]
     beta: Positive
@@ -440,6 +446,7 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     yield from _contradicting_conditions(c)
     if c.source.name != "gaussian":
         yield from _contradicting_source(c)
+    yield from _contradicting_groups(c)
     yield (
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
@@ -570,6 +577,43 @@ def _contradicting_source(c: Config) -> Iterator[tuple[bool, str]]:
         f"sampling.velocity_scale={c.sampling.velocity_scale} scales about the mean latent, which "
         f"is not the mean velocity with config.source.name={s.name!r}; set it to 1",
     )
+
+
+def token_group_counts(c: Config) -> tuple[int, ...]:
+    """The tokens of an image in each of `flow.time_groups`."""
+    fractions = c.flow.group_fractions or (1 / c.flow.time_groups,) * c.flow.time_groups
+    num_tokens = (c.model.latent_size // c.model.patch_size) ** 2
+    return token_groups.group_counts(fractions, num_tokens)
+
+
+def _contradicting_groups(c: Config) -> Iterator[tuple[bool, str]]:
+    """`_contradictions` within the groups of tokens, and with what needs them."""
+    f, fractions = c.flow, c.flow.group_fractions
+    yield (
+        bool(fractions) and len(fractions) != f.time_groups,
+        f"flow.group_fractions={fractions} has {len(fractions)} fractions for "
+        f"config.flow.time_groups={f.time_groups}; give one for each group, or () for equal ones",
+    )
+    yield (
+        bool(fractions) and abs(sum(fractions) - 1) > 1e-6,
+        f"flow.group_fractions={fractions} sum to {sum(fractions):g}, expected 1",
+    )
+    yield (
+        0 in token_group_counts(c),
+        f"flow.time_groups={f.time_groups} with config.flow.group_fractions={fractions} split the "
+        f"tokens of an image into {token_group_counts(c)}: each group needs at least one",
+    )
+    needs_groups = {
+        "flow.whole_fraction": (f.whole_fraction, 0),
+        "flow.teacher_times": (f.teacher_times, "sra"),
+        "model.attention_separation": (c.model.attention_separation, False),
+    }
+    for key, (found, unset) in needs_groups.items():
+        yield (
+            f.time_groups == 1 and found != unset,
+            f"{key}={found!r} has no meaning for one group of tokens: set "
+            f"config.flow.time_groups=2, or leave it at {unset!r}",
+        )
 
 
 def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:

@@ -19,6 +19,7 @@ from repulsor_jax.method.memory_bank import EMPTY, MemoryBank
 from repulsor_jax.method.repulsion import l2_normalize
 from repulsor_jax.method.term import Compared, Term
 from repulsor_jax.models.dit import tokens_after
+from repulsor_jax.models.token_groups import pixel_times
 from repulsor_jax.train_state import Trainer, TrainState
 from repulsor_jax.train_step import (
     Batch,
@@ -90,7 +91,8 @@ def make_measure(
 
     def by_depth(state: TrainState, inputs: Inputs) -> Values:
         x_0 = start_points(trainer, state.params["model"], inputs, inputs.noise)
-        x = interpolate(objective.path, inputs.data, x_0, inputs.t)
+        at = pixel_times(inputs.t, inputs.extras.get("groups"), inputs.data.shape[1])
+        x = interpolate(objective.path, inputs.data, x_0, at)
         found = pooled_tokens(state.params["model"], x, inputs.t, inputs.labels, inputs.extras)
         values: Values = {}
         for block, tokens, pooled in zip(blocks, *found, strict=True):
@@ -142,13 +144,18 @@ def make_measure(
     def drift(
         key: Array, term: Term, state: TrainState, teacher: Teacher, slot: Array, batch: Batch
     ) -> Array:
-        """Mean cosine of a slot's rows with today's projections of its images at its times."""
+        """Mean cosine of a slot's rows with today's projections of its images at its times.
+
+        With groups of tokens, of whose times the slot has the mean, all groups are at that.
+        """
         bank: Any = state.bank
         rows = jax.tree.map(lambda x: x[slot], (bank.features, bank.tags.ids, bank.tags.times))
         by_image = jax.tree.map(lambda x: x.reshape(len(batch["ids"]), -1, *x.shape[1:]), rows)
         stored, ids, times = first_part(by_image)  # [b, G, ...]
         inputs = draw(key, batch)
         t = times[:, 0]
+        if inputs.t.ndim == 2:
+            t = jnp.broadcast_to(t[:, None], inputs.t.shape)
         views = {view: (t, noise) for view, (_, noise) in inputs.views.items()}
         inputs = inputs._replace(t=t, labels=inputs.tags.labels, views=views)
         _, seen = forward(state.params, teacher, inputs)

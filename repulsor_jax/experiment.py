@@ -21,6 +21,7 @@ from repulsor_jax.method import registry
 from repulsor_jax.method.repulsor import rows_per_image
 from repulsor_jax.models.build import build_model, build_source
 from repulsor_jax.models.dit import DiT, drop_labels
+from repulsor_jax.models.token_groups import TokenGroups
 from repulsor_jax.optimizer import build_optimizer, learning_rate
 from repulsor_jax.train_state import Objective, Trainer
 
@@ -136,6 +137,7 @@ def _make_objective(config: Config) -> Objective:
         ),
         terms=registry.build(config),
         condition=_condition_of(config),
+        groups=_token_groups(config),
     )
 
 
@@ -170,6 +172,13 @@ def image_size(config: Config) -> int:
     autoencoder = load_autoencoder(config, abstract=True)
     latents = jax.ShapeDtypeStruct((1, m.latent_size, m.latent_size, m.in_channels), np.float32)
     return jax.eval_shape(autoencoder.decode, autoencoder.params, latents).shape[1]
+
+
+def _token_groups(config: Config) -> TokenGroups | None:
+    f = config.flow
+    if f.time_groups == 1:
+        return None
+    return TokenGroups(config_lib.token_group_counts(config), f.whole_fraction, f.teacher_times)
 
 
 def latents_record(experiment: Experiment) -> dict[str, Any]:

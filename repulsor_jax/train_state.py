@@ -20,6 +20,7 @@ from repulsor_jax.method.term import Term, View
 from repulsor_jax.models.build import init_model_params
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.models.source import ClassSource
+from repulsor_jax.models.token_groups import TokenGroups
 
 Array = jax.Array
 
@@ -46,6 +47,7 @@ class Objective(NamedTuple):
     terms: tuple[Term, ...]  # the losses beside the flow loss
     # (key, data, stored condition or None, latent format) -> the model's condition [B, H, W, K]
     condition: Callable[..., Array] | None = None
+    groups: TokenGroups | None = None  # of tokens with times of their own; None: one time for all
 
     @property
     def taps(self) -> tuple[int, ...]:

@@ -25,6 +25,13 @@ from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.repulsor import row_tags
 from repulsor_jax.method.term import Rows, Seen, Term, View
 from repulsor_jax.models.dit import tokens_after
+from repulsor_jax.models.token_groups import (
+    draw_groups,
+    group_times,
+    mean_times,
+    pixel_times,
+    teacher_group_times,
+)
 from repulsor_jax.train_state import (
     Objective,
     Trainer,
@@ -38,7 +45,9 @@ Batch = dict[str, Array]
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-_CONDITION = 3_100_000  # folded into a step's key for its masks; the views' numbers are below
+# Folded into a step's key; those of the views are below, see `draw_inputs`.
+_GROUPS = 3_000_001  # the groups of tokens
+_CONDITION = 3_100_000  # the masks
 
 
 class Inputs(NamedTuple):
@@ -46,10 +55,10 @@ class Inputs(NamedTuple):
 
     data: Array  # [B, H, W, C] latents of the data (t = 1)
     noise: Array  # [B, H, W, C] standard normal; without a learned source the point at t = 0
-    t: Array  # [B] times
+    t: Array  # [B] times; [B, G] with groups of tokens, which are extras["groups"], [B, N]
     labels: Array  # [B], some replaced by the null class
-    tags: Tags  # [B] image numbers, classes and times
-    views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t [B] and noise
+    tags: Tags  # [B] image numbers, classes and times, of groups the mean over tokens
+    views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t, as above, and noise
     drawn: dict[str, Any]  # name of a term -> its own `draw`, [B, ...]
     extras: dict[str, Array]  # what else the model reads, by its argument's name, [B, ...]
 
@@ -182,25 +191,32 @@ def make_forward(trainer: Trainer) -> Callable:
     ) -> tuple[Array, Seen]:
         data, t, labels = inputs.data, inputs.t, inputs.labels
         extras: Any = inputs.extras
+        groups, size = extras.get("groups"), data.shape[1]
+        at = pixel_times(t, groups, size)
         x_0 = start_points(trainer, params["model"], inputs, inputs.noise)
-        x_t = interpolate(objective.path, data, x_0, t)
+        x_t = interpolate(objective.path, data, x_0, at)
         found: Any = model.apply(
             {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges, **extras
         )
         output, tokens = found if taps else (found, ())
         if trainer.source is not None and detaches:
             x_0 = jax.lax.stop_gradient(x_0)
-        loss = objective.flow_loss(output, data, x_0, t).mean()
+        loss = objective.flow_loss(output, data, x_0, at).mean()
 
         shown = {}
         for view, blocks in objective.views.items():
             view_time, view_noise = inputs.views[view]
             view_x_0 = start_points(trainer, teacher.params, inputs, view_noise)
-            x = interpolate(objective.path, data, view_x_0, view_time)
-            seen_tokens = tokens_after(model, teacher.params, x, view_time, labels, blocks, extras)
+            view_at = pixel_times(view_time, groups, size)
+            x = interpolate(objective.path, data, view_x_0, view_at)
+            shown_labels = inputs.tags.labels if view.true_labels else labels
+            seen_tokens = tokens_after(
+                model, teacher.params, x, view_time, shown_labels, blocks, extras
+            )
+            view_time = mean_times(view_time, groups)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
-        return loss, Seen(data, t, inputs.tags, output, tapped, shown, None)
+        return loss, Seen(data, mean_times(t, groups), inputs.tags, output, tapped, shown, None)
 
     return forward
 
@@ -280,7 +296,15 @@ def draw_inputs(
     if latent_format.stochastic:
         latents = sample_posterior(posterior_key, latents)
     data = normalize(latents, latent_format)
-    t = objective.sample_times(time_key, data.shape[0])
+    extras: dict[str, Array] = {}
+    groups, spec = None, objective.groups
+    if spec is None:
+        t = objective.sample_times(time_key, data.shape[0])
+    else:
+        groups = draw_groups(jax.random.fold_in(rng, _GROUPS), data.shape[0], spec)
+        drawn_times = objective.sample_times(time_key, data.shape[0] * len(spec.counts))
+        t = group_times(drawn_times.reshape(data.shape[0], -1), groups)
+        extras["groups"] = groups
     noise = jax.random.normal(noise_key, data.shape)
     labels = objective.drop_labels(label_key, classes)
     ids = batch.get("ids", jnp.full_like(classes, memory_bank.UNKNOWN))
@@ -293,14 +317,14 @@ def draw_inputs(
         gap_key, view_noise_key = jax.random.split(jax.random.fold_in(rng, number))
         u = jax.random.uniform(gap_key, t.shape)
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
-        views[view] = teacher_time(t, u, view.time_gap), own
-    tags, drawn = Tags(ids, classes, t), {}
+        moved = teacher_time(t, u, view.time_gap)
+        views[view] = teacher_group_times(moved, t, spec.teacher_times) if spec else moved, own
+    tags, drawn = Tags(ids, classes, mean_times(t, groups)), {}
     if any(term.draw for term in objective.terms):
-        target = target_velocity(objective.path, data, noise, t)
+        target = target_velocity(objective.path, data, noise, pixel_times(t, groups, data.shape[1]))
         drawn = {
             term.name: term.draw(target, labels, tags) for term in objective.terms if term.draw
         }
-    extras = {}
     if objective.condition is not None:
         key, stored = jax.random.fold_in(rng, _CONDITION), batch.get("condition")
         extras["condition"] = objective.condition(key, data, stored, latent_format)

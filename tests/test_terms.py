@@ -10,13 +10,17 @@ import pytest
 
 from configs import objectives
 from repulsor_jax import config as config_lib
+from repulsor_jax.flows.paths import interpolate
 from repulsor_jax.method import registry
+from repulsor_jax.method.alignment import sra_loss, teacher_time
 from repulsor_jax.method.memory_bank import tag
 from repulsor_jax.method.term import View
+from repulsor_jax.method.token_heads import TokenHead
 from repulsor_jax.models import dit
+from repulsor_jax.models.token_groups import of_tokens, pixel_times, teacher_group_times
 from repulsor_jax.models.torch_weights import from_torch_state_dict
 from repulsor_jax.planning.cost import program_cost
-from repulsor_jax.train_step import Inputs, Teacher, make_loss
+from repulsor_jax.train_step import Inputs, Teacher, make_forward, make_loss
 from tests.oracles import fixtures, tiny
 
 
@@ -66,6 +70,7 @@ def check_gradients(found, values, prefix, fields):
     """Gradients of single tensors of the published network, relative to their norm."""
     names = {
         "x_embedder.proj.weight": ("patch_embed", "kernel"),
+        "blocks.0.attn.qkv.weight": ("block_0", "qkv", "kernel"),
         "blocks.0.mlp.fc1.weight": ("block_0", "mlp_in", "kernel"),
         "blocks.2.mlp.fc1.weight": ("block_2", "mlp_in", "kernel"),
         "final_layer.linear.weight": ("final", "kernel"),
@@ -81,6 +86,9 @@ def check_gradients(found, values, prefix, fields):
             leaf = leaf[key]
         if name.startswith("x_embedder"):  # [D, C, p, p] -> [p * p * C, D]
             expected = expected.transpose(2, 3, 1, 0).reshape(-1, len(expected))
+        elif "qkv" in name:  # [3 H hd, D] -> [D, H 3 hd]
+            parts = expected.reshape(3, fields["num_heads"], -1, expected.shape[-1])
+            expected = parts.transpose(3, 1, 0, 2).reshape(expected.shape[::-1])
         elif path[-1] == "kernel":
             expected = expected.T
         error = np.linalg.norm(leaf - expected) / np.linalg.norm(expected)
@@ -137,23 +145,31 @@ class Reversed(dit.DiT):
         return (-found[0], found[1]) if has_output else found
 
 
-def test_sra_in_sit_is_the_published_program():
-    values = published("sra")
-    fields = ast.literal_eval(str(values["sra/config"]))
-    student, teacher = values["sra/blocks_1based"] - 1
-    trainer = trainer_for(
-        fields, terms="sra", sra__student_block=int(student), sra__teacher_block=int(teacher)
-    )
+def reversed_trainer(fields, **overrides):
+    trainer = trainer_for(fields, **overrides)
     shown = vars(trainer.model)
-    model = Reversed(**{name: shown[name] for name in dit.DiT.__annotations__ if name in shown})
-    trainer = trainer._replace(model=model)
-    head = {
+    names = [name for name in dit.DiT.__annotations__ if name in shown]
+    return trainer._replace(model=Reversed(**{name: shown[name] for name in names}))
+
+
+def sra_head(values):
+    return {
         ours: {
             "kernel": values[f"student/ap_head.{theirs}.weight"].T,
             "bias": values[f"student/ap_head.{theirs}.bias"],
         }
         for ours, theirs in (("hidden", "linear1"), ("out", "linear2"))
     }
+
+
+def test_sra_in_sit_is_the_published_program():
+    values = published("sra")
+    fields = ast.literal_eval(str(values["sra/config"]))
+    student, teacher = values["sra/blocks_1based"] - 1
+    trainer = reversed_trainer(
+        fields, terms="sra", sra__student_block=int(student), sra__teacher_block=int(teacher)
+    )
+    head = sra_head(values)
     params = {"model": params_of(values, "student/", fields), "terms": {"sra": head}}
     averaged = Teacher(params_of(values, "teacher/", fields), {})
     noise, labels = last(values["sra/noise"]), jnp.asarray(values["sra/labels_after_dropout"])
@@ -176,9 +192,88 @@ def test_sra_in_sit_is_the_published_program():
     assert error < 1e-4 * np.linalg.norm(expected)
 
 
+def test_dual_times_and_attention_separation_are_the_published_program():
+    values = published("sra_dts_as")
+    fields = ast.literal_eval(str(values["dts/config"]))
+    student, teacher = (int(block) for block in values["dts/blocks_1based"] - 1)
+    trainer = reversed_trainer(
+        fields,
+        terms="sra",
+        sra__student_block=student,
+        sra__teacher_block=teacher,
+        sra__teacher_labels="true",
+        flow__time_groups=2,
+        flow__group_fractions=(0.25, 0.75),
+        model__attention_separation=True,
+    )
+    params = {"model": params_of(values, "student/", fields), "terms": {"sra": sra_head(values)}}
+    averaged = Teacher(params_of(values, "teacher/", fields), {})
+    groups, labels = values["dts/group_ids"], jnp.asarray(values["dts/labels"])
+    counts = np.stack([np.bincount(row) for row in groups])
+    np.testing.assert_array_equal(counts, [trainer.objective.groups.counts] * len(groups))
+    data, noise = last(values["dts/data"]), last(values["dts/noise"])
+
+    # The times, and the images at them: each pixel is that of its group's image.
+    t = jnp.asarray(1.0 - values["dts/group_t_theirs"].T)
+    (view,) = trainer.objective.views
+    moved = teacher_time(t, jnp.asarray(values["dts/group_u"].T), view.time_gap)
+    view_time = teacher_group_times(moved, t, trainer.objective.groups.teacher_times)
+    size = fields["input_size"]
+    for name, times in (("", t), ("_teacher", view_time)):
+        expected = 1.0 - values[f"dts/token_t{name}_theirs"]
+        np.testing.assert_allclose(of_tokens(times, groups), expected, atol=1e-6)
+        x = interpolate(trainer.objective.path, data, noise, pixel_times(times, groups, size))
+        by_group = values[f"dts/x{name or '_t'}_per_group"]
+        for group, each in enumerate(by_group):
+            tokens = dit.patchify(last(each), fields["patch_size"])
+            found = dit.patchify(x, fields["patch_size"])
+            np.testing.assert_allclose(found[groups == group], tokens[groups == group], atol=1e-6)
+
+    tags = tag(labels, labels)  # the teacher reads those before dropout
+    views, extras = {view: (view_time, noise)}, {"groups": groups}
+    inputs = Inputs(data, noise, t, labels, tags, views, {}, extras)
+    _, seen = jax.jit(make_forward(trainer))(params, averaged, inputs)
+    out = dit.patchify(-seen.output, fields["patch_size"])
+    np.testing.assert_allclose(out, values["dts/out_tokens_theirs"], atol=2e-5)
+    width = fields["hidden_size"]
+    ours = TokenHead(2 * width, width).apply(
+        {"params": params["terms"]["sra"]}, seen.tokens[student]
+    )
+    theirs = seen.teacher[view][1][teacher]
+    np.testing.assert_allclose(ours, values["dts/student_feature_after_head"], atol=2e-5)
+    np.testing.assert_allclose(theirs, values["dts/teacher_feature"], atol=2e-5)
+    over_channels = sra_loss(ours, theirs, axis="channels")
+    np.testing.assert_allclose(over_channels, values["dts/align_cos_over_channels"], rtol=1e-5)
+    flow = trainer.objective.flow_loss(seen.output, data, noise, pixel_times(t, groups, size))
+    np.testing.assert_allclose(flow, values["dts/flow_per_sample"], rtol=1e-5)
+
+    loss_fn, weights = make_loss(trainer), {"sra": jnp.float32(0.5)}
+    loss = lambda params: loss_fn(params, averaged, inputs, None, weights)
+    grads, (metrics, _) = jax.jit(jax.grad(loss, has_aux=True))(params)
+    for metric, name in (
+        ("flow_loss", "flow"),
+        ("sra_loss", "align_cos_published_over_tokens"),
+        ("loss", "total"),
+    ):
+        np.testing.assert_allclose(metrics[metric], values[f"dts/{name}"], rtol=1e-5)
+    check_gradients(grads["model"], values, "dts/grad_total/", fields)
+
+    # As it is sampled: one time, and all tokens see all.
+    t = jnp.asarray(1.0 - values["dts/full_attention_t_theirs"])
+    x = last(values["dts/x_t_per_group"][0])
+    apply = jax.jit(lambda params: trainer.model.apply({"params": params}, x, t, labels, taps=(0,)))
+    np.testing.assert_allclose(
+        -apply(params["model"])[0], last(values["dts/full_attention_out_theirs"]), atol=2e-5
+    )
+
+
 # Each term of the registry, and each form of the bank's keys and negatives, in few sums.
 SUMS = {
-    "repulsor_positives+layersync+sra+latent_alignment+contrastive_flow": {},
+    "repulsor_positives+layersync+dual_times+latent_alignment+contrastive_flow": {
+        "flow.whole_fraction": 0.3,
+        "flow.path": "gvp",
+        "repulsor.time_window": 0.6,
+    },
     "repulsor_latent+dispersive": {},
     "byol+sra_smooth_l1": {"contrastive_flow.labelled_only": True},
     "repulsor": {
@@ -263,6 +358,7 @@ def test_what_a_term_costs_is_what_it_runs():
         ("layersync", 1.0, 1.01),
         ("contrastive_flow", 1.0, 1.01),
         ("sra", 1 + 0.9 * 6 / 8 / 3, 1.4),  # six blocks of eight, forward alone, and a head
+        ("dual_times", 1 + 0.9 * 6 / 8 / 3, 1.4),
         ("repulsor", 1.0, 1.02),
         ("repulsor_positives", 1 + 0.9 * 3 / 8 / 3, 1 + 1.2 * 3 / 8 / 3),  # blocks 0 to 2
     ):

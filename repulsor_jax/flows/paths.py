@@ -14,8 +14,8 @@ differs: it is -noise / (sigma scale). On the linear path and from a velocity v 
 (t v + mean - x) / ((1 - t) scale^2). SiT's (t v - x) / (1 - t), which the published sampler of CSFM
 keeps, is the score of no distribution there.
 
-Everything is computed in float32. Times have shape [B] (or []) and broadcast from the left
-against x of shape [B, ...].
+Everything is computed in float32. Times have shape [B] (or [], or [B, H, W], one for each pixel)
+and broadcast from the left against x of shape [B, ...].
 """
 
 import dataclasses
@@ -260,7 +260,7 @@ def flow_loss(
       output: [B, ...], the model's output at (x_t, t); data and noise have its shape.
       data: the end at t = 1.
       noise: the end at t = 0.
-      t: [B].
+      t: [B], or [B, H, W] for pixels at times of their own.
       weighting: "none", "velocity" or "likelihood"; "none" for a velocity prediction.
 
     Returns:
@@ -285,10 +285,10 @@ def flow_loss(
     # g = sigma * wronskian / alpha
     if weighting == "velocity":
         error *= c.wronskian / c.alpha
-    loss = jnp.mean(jnp.square(error).reshape(error.shape[0], -1), axis=1)
+    squares = jnp.square(error)
     if weighting == "likelihood":
-        loss *= (c.wronskian / (c.alpha * c.sigma)).reshape(-1)
-    return loss
+        squares *= c.wronskian / (c.alpha * c.sigma)
+    return jnp.mean(squares.reshape(len(squares), -1), axis=1)
 
 
 def time_interval(path: Path, prediction: str, *, sampling: bool = False) -> tuple[float, float]:

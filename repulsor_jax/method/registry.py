@@ -94,7 +94,7 @@ def sra_blocks(config: Any) -> tuple[int, int]:
 def _build_sra(config: Any) -> Term:
     c, width = config.sra, config.model.hidden_size
     student, teacher = sra_blocks(config)
-    view = View(c.time_gap, new_noise=False)
+    view = View(c.time_gap, new_noise=False, true_labels=c.teacher_labels == "true")
     head = TokenHead(2 * width, width)
     schedule = weight_schedule(dataclasses.replace(c, weight=1.0), config.total_steps)
 

@@ -17,13 +17,14 @@ class View(NamedTuple):
 
     time_gap: float
     new_noise: bool  # noise of its own, or that of the student
+    true_labels: bool = False  # labels before label dropout, or those of the student
 
 
 class Seen(NamedTuple):
     """What the terms may read of one micro-batch of b rows; made once for all of them."""
 
     data: Array  # [b, H, W, C] clean latents, as the model sees them
-    t: Array  # [b] times of the student
+    t: Array  # [b] times of the student, of groups of tokens the mean over tokens
     tags: Tags  # [b] image numbers, classes before label dropout, times of the student
     output: Array  # [b, H, W, C] of the student, with gradient
     tokens: Mapping[int, Array]  # block -> [b, N, D] of the student, with gradient

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repulsor_jax.models.token_groups import of_tokens
+
 Array = jax.Array
 Params = dict[str, Any]
 
@@ -133,25 +135,6 @@ def _gated_add(x: Array, gate: Array, update: Array) -> Array:
 def _over_tokens(values: Array) -> Array:
     """[B, D] as [B, 1, D], which holds for all tokens; [B, N, D] as it is."""
     return values[:, None] if values.ndim == 2 else values
-
-
-def of_tokens(values: Array, groups: Array) -> Array:
-    """What each token takes of the values of its group.
-
-    Args:
-      values: [B, G, ...], a value for each group.
-      groups: [B, N] integers in [0, G), the group of each token.
-
-    Returns:
-      [B, N, ...]. It is a choice between G broadcast arrays, which a compiler fuses into what
-      reads it, and whose gradient is a sum over the tokens of a group.
-    """
-    shape = (*groups.shape, *(1,) * (values.ndim - 2))
-    found = jnp.broadcast_to(values[:, :1], (*groups.shape, *values.shape[2:]))
-    for group in range(1, values.shape[1]):
-        is_member = (groups == group).reshape(shape)
-        found = jnp.where(is_member, values[:, group : group + 1], found)
-    return found
 
 
 def _dense(
