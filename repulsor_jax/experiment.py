@@ -309,6 +309,11 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
             f"and the data set has {dataset.num_images:,}: each image is in the bank about "
             f"{images / dataset.num_images:.1f} times, and the older copies are stale"
         )
+    if config.source.name != "gaussian" and len(dataset.class_names) == 1:
+        lines.append(
+            f"warning: config.source.name={config.source.name!r} learns a start for each class, "
+            f"and {dataset.directory} has one: a shift of them all gains little (docs/systems.md)"
+        )
     _, block = registry.layersync_blocks(config)
     if "layersync" in registry.parse_terms(config.terms) and block + 1 > 0.8 * config.model.depth:
         lines.append(

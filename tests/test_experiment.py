@@ -152,6 +152,12 @@ def test_a_late_teacher_of_layersync_is_a_warning_and_no_negatives_are_refused(w
         assert len(warnings) == count
         assert all("layersync.teacher_block=8 is in the last fifth" in line for line in warnings)
     one_class = dataclasses.replace(dataset, class_names=("digit",))
+    learned = {"source.name": "class", "source.alignment_axis": "width", "model.num_classes": 1}
+    for values, count in ((learned, 1), ({"model.num_classes": 1}, 0)):
+        c = config_lib.parse(tiny.digits_dict(terms="none", **values))
+        _, *warnings = experiment_lib.describe_data(c, one_class)
+        assert len(warnings) == count
+        assert all("config.source.name='class' learns a start for each" in w for w in warnings)
     c = config_lib.parse(tiny.digits_dict(**{"repulsor.same_class_weight": 0.0}))
     experiment_lib.check_dataset(c, dataset)
     with pytest.raises(config_lib.ConfigError, match="same_class_weight=0 leaves no negatives"):
