@@ -500,3 +500,25 @@ def test_errors(options, message):
 def test_an_unknown_way_to_draw_labels_is_refused():
     with pytest.raises(ValueError, match="'cyclic'; expected one of balanced, random"):
         sampler.sample_labels(0, jnp.arange(3), 10, mode="cyclic")
+
+
+def test_what_is_known_stands_where_the_path_has_it():
+    """With a velocity to a fixed point the rest arrives there, and what is known at the data."""
+    data = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 1)), jnp.float32)
+    noise = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 4, 1)), jnp.float32)
+    unknown = jnp.zeros((2, 4, 4, 1), bool).at[:, :2].set(True)
+    seen = []
+
+    def model_fn(params, x, t, labels):
+        seen.append((x, t))
+        return 5.0 - noise
+
+    spec = sampler.SamplerSpec(paths.get_path("linear"), null_label=3, num_steps=4)
+    draw = sampler.make_sampler(model_fn, spec)
+    with jax.disable_jit():
+        found = draw(None, noise, jnp.zeros(2, jnp.int32), known=(data, unknown))
+    np.testing.assert_array_equal(found[:, 2:], data[:, 2:])
+    np.testing.assert_allclose(found[:, :2], 5.0, rtol=1e-5)
+    for k, (x, t) in enumerate(seen):
+        np.testing.assert_allclose(t, k / 4)
+        np.testing.assert_allclose(x[:, 2:], (t[0] * data + (1 - t[0]) * noise)[:, 2:], rtol=1e-5)

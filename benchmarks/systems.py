@@ -1,0 +1,97 @@
+"""Neighbouring systems on the digits, by seed, through the program.
+
+    python -m benchmarks.systems inpaint --seeds=3
+
+trains each arm on every seed, evaluates its last checkpoint, and prints the Fréchet distance of its
+samples (pixels), mean and standard deviation over the seeds, and the time of a step. Everything
+lies under --workdir; a run that is there is not trained or evaluated again.
+
+- `inpaint`: composites of held-out digits, each of the 497 with four holes, filled by a network
+  that is shown the hole, or by a plain one into whose steps the known pixels are put.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_QUIET = ("sampling.grid_every_steps", "evaluation.every_steps", "log.diagnostics_every_steps")
+
+# Table -> arm -> flags of the program.
+ARMS: dict[str, dict[str, list[str]]] = {
+    "inpaint": {
+        "channels": ["--config=inpaint"],
+        "replace": [
+            "--config=digits:none",
+            "--config.conditioning.filling=replace",
+            "--config.evaluation.num_samples=1988",
+        ],
+    },
+}
+
+
+class Result(NamedTuple):
+    """What a run says of itself."""
+
+    distance: float  # Fréchet, of its samples
+    milliseconds: float  # of a step, the median of what was logged
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=ARMS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--samples", type=int, default=0, help="0: those of the configuration")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/systems"))
+    parser.add_argument("--platform", default="cpu", choices=["cpu", "cuda", "tpu"])
+    args = parser.parse_args(argv)
+    found: dict[str, list[Result]] = {arm: [] for arm in ARMS[args.table]}
+    for seed in range(args.seeds):  # the arms in turn, so that a busy machine is busy for all
+        for arm in found:
+            found[arm].append(run(args, arm, seed))
+            print(f"{args.table} {arm}, seed {seed}: {found[arm][-1]}", flush=True)
+    print(f"\n{args.table}, {args.steps:,} steps, {args.seeds} seeds\n")
+    print("| arm | Fréchet distance, mean | spread | ms a step |\n|---|---|---|---|")
+    for arm, results in found.items():
+        distances = [result.distance for result in results]
+        spread = f"{statistics.stdev(distances):.3f}" if len(distances) > 1 else "-"
+        step = statistics.median(result.milliseconds for result in results)
+        print(f"| {arm} | {statistics.mean(distances):.3f} | {spread} | {step:.1f} |")
+
+
+def run(args: argparse.Namespace, arm: str, seed: int) -> Result:
+    """Trains and evaluates one arm on one seed, or reads what is there."""
+    root = args.workdir.absolute()
+    workdir = root / args.table / f"{arm}_{args.steps}" / f"seed_{seed}"
+    flags = [
+        *ARMS[args.table][arm],
+        f"--workdir={workdir}",
+        f"--config.seed={seed}",
+        f"--config.total_steps={args.steps}",
+        *([f"--config.evaluation.num_samples={args.samples}"] if args.samples else []),
+    ]
+    program = [sys.executable, "-m", "repulsor_jax.main", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": args.platform}
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "log.txt").open("a") as log:
+        for options in ([f"--config.{key}=0" for key in _QUIET], ["--mode=evaluate"]):
+            done = subprocess.run([*program, *options], env=environment, stdout=log, stderr=log)
+            if done.returncode:
+                sys.exit(f"{arm}, seed {seed}: failed, see {workdir / 'log.txt'}")
+    written = max((workdir / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    distance = json.loads(written.read_text())["metrics"]["frechet_pixels"]
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    seconds = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    return Result(distance, 1e3 * statistics.median(seconds))
+
+
+if __name__ == "__main__":
+    main()
