@@ -36,7 +36,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         c.data.autoencoder = "sd-vae-ft-mse"
         c.data.dir = "data/imagenet256_sd-vae-mse"
         c.optimizer.learning_rate = 5e-5  # LFM's of both tasks
-        c.batch_size = 128
         c.sampling.solver, c.sampling.cfg_channels = "heun", 0
         c.sampling.num_steps = 50
     c.conditioning.kind = "inpaint"

@@ -33,7 +33,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         c.data.train_split, c.data.test_split = "training", "validation"
         c.conditioning.classes = 151
         c.optimizer.learning_rate = 5e-5
-        c.batch_size = 128
         c.sampling.solver, c.sampling.cfg_channels = "heun", 0
         c.sampling.num_steps = 50
         folder = "data/ade20k"

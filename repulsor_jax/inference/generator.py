@@ -110,9 +110,7 @@ def make_generator(
 
     if task is None:
         return Generator(batch_size, start, guide)
-    show = jax.jit(
-        tasks.make_pictures(experiment, experiment.autoencoder.decode), out_shardings=everywhere
-    )
+    show = jax.jit(tasks.make_pictures(experiment, _decoder(experiment)), out_shardings=everywhere)
 
     def pictures(count: int) -> tuple[np.ndarray, ...]:
         found = []
@@ -138,10 +136,7 @@ def make_batch_fn(
     """
     config, mesh, latent_format = experiment.config, experiment.mesh, experiment.latent_format
     c = config.sampling
-    assert experiment.autoencoder is not None
-    decode = experiment.autoencoder.decode
-    if c.decode_slice:
-        decode = functools.partial(decode_in_slices, decode, slice_size=c.decode_slice)
+    decode = _decoder(experiment)
     solve = make_latent_sampler(config, experiment.model, guiding_model, experiment.latent_mean)
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     classes = present_classes(experiment)  # a model may have room for more
@@ -182,6 +177,13 @@ def make_batch_fn(
         return Samples(pictures, labels, finite)
 
     return generate
+
+
+def _decoder(experiment: Experiment) -> Callable[[Any, jax.Array], jax.Array]:
+    """The autoencoder's decoder, some latents at a time where that is configured."""
+    assert experiment.autoencoder is not None
+    decode, size = experiment.autoencoder.decode, experiment.config.sampling.decode_slice
+    return functools.partial(decode_in_slices, decode, slice_size=size) if size else decode
 
 
 def present_classes(experiment: Experiment) -> list[int]:

@@ -246,3 +246,27 @@ def test_a_second_training_in_a_folder_ends_with_one_line(tmp_path, held):
     assert done.stderr.startswith(f"error: {tmp_path / held}: another job is training here (proc")
     assert done.stderr.count("\n") == 1
     assert not list(elsewhere.glob("*")) if held == "run" else True
+
+
+@pytest.mark.slow
+def test_a_run_of_digits_goes_on_filling_holes(tmp_path):
+    """As docs/systems.md has it: trained without a condition, then with one, then sampled."""
+    few = [*TINY, "--config.evaluation.every_steps=0", "--config.log.diagnostics_every_steps=0"]
+    shown = {"conditioning.kind": "inpaint", "total_steps": 8}
+    modes = {"train": [{}, shown], "sample": [shown]}
+    jobs = [
+        {"mode": mode, "workdir": str(tmp_path), "config": config}
+        for mode, configs in modes.items()
+        for config in configs
+    ]
+    start = ["tests.program.run_jobs", ".", "1", json.dumps(jobs)]
+    done = program(f"--workdir={tmp_path}", *few, "--force", start=start)
+    assert done.returncode == 0, done.stderr
+    assert "forced: config.conditioning.kind: 'none' -> 'inpaint'" in done.stdout
+    assert "its kernel begins at zero" in done.stdout
+    (path,) = (tmp_path / "samples").glob("step_8-*.npz")
+    assert np.load(path)["arr_0"].shape == (30, 8, 8, 1)
+    assert json.loads(path.with_suffix(".json").read_text())["conditioning"]["images"] == "test"
+    # Hole, filling and image of each: three in a row, of 48 dots and a border.
+    width = Image.open(tmp_path / "samples" / "train_00000008.png").size[0]
+    assert width == 9 * 49 + 1
