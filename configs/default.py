@@ -238,6 +238,9 @@ def get_config() -> ml_collections.ConfigDict:
     # model without a class.
     c.sampling.guiding_run = ""  # that run's working directory or checkpoints; "": no such run
     c.sampling.guiding_step = -1  # which of its checkpoints; -1 is the newest
+    # Numbers or names, as (207, 360) or ("golden retriever",). They go into the protocol: in an
+    # evaluation these classes are compared with the whole reference.
+    c.sampling.classes = ()  # () is all of the data set
     c.sampling.labels = "balanced"  # "balanced" (index mod the data's classes) or "random"
     c.sampling.num_samples = 64  # written by --mode=sample
     c.sampling.batch_size = 64  # global

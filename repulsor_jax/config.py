@@ -313,6 +313,7 @@ class SamplingConfig:
     cfg_channels: Natural
     guiding_run: Path
     guiding_step: CountOrFill
+    classes: tuple[int | Text, ...]
     labels: Annotated[str, _one_of(sampler.LABEL_MODES)]
     num_samples: Count
     batch_size: Count

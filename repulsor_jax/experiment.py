@@ -59,6 +59,12 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
     check_dataset(config, dataset)
     if problem := latents.spread_problem(dataset, config.data.normalization):
         raise ConfigError(problem)
+    if config.sampling.classes and config.evaluation.every_steps:
+        raise ConfigError(
+            f"config.sampling.classes={config.sampling.classes} would be compared with images of "
+            "all classes every config.evaluation.every_steps="
+            f"{config.evaluation.every_steps}: set that to 0, or choose classes in --mode=sample"
+        )
     held_out = open_held_out(config, workdir)
     if held_out is None and config.evaluation.every_steps and config.evaluation.reference == "test":
         raise ConfigError(

@@ -5,6 +5,7 @@ python -m repulsor_jax.main --config=digits --workdir=runs/digits
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -45,7 +46,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     help_string="Configuration file, as configs/digits.py, or the name of one that is shipped, as "
     "digits or imagenet256:xl_2,repulsor; override one value by --config.section.key=value. "
-    "configs/default.py explains every key.",
+    "configs/default.py explains every key. sample, evaluate, export and verify do without: the "
+    "run in the workdir knows its own.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -286,6 +288,45 @@ def _plan(config: Config, workdir: pathlib.Path) -> None:
     plan(_CONFIG.value, workdir, options)
 
 
+# Modes that need no --config: the checkpoint has the run's own.
+_OF_A_RUN = ("sample", "evaluate", "export", "verify")
+# What may then be set: how to sample and to evaluate, and where this machine has things.
+_SETTABLE = (
+    *("sampling.", "evaluation.", "conditioning.", "mesh."),
+    *("checkpoint.directory", "data.dir", "data.autoencoder_weights"),
+)
+
+
+def _with_own_config(argv: list[str]) -> list[str]:
+    """Adds, where a mode of a run has no --config, that of the run in --workdir."""
+    given = {"config": "", "mode": "train", "workdir": "", "checkpoint_step": ""}
+    keys = {}
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        name = flag.lstrip("-")
+        if not flag.startswith("-"):
+            continue
+        if name in given:
+            given[name] = value if equals else following
+        elif name.startswith("config."):
+            keys[name.removeprefix("config.")] = value if equals else following
+    if given["config"] or given["mode"] not in _OF_A_RUN or not given["workdir"]:
+        return argv
+    if wrong := [key for key in keys if not key.startswith(_SETTABLE)]:
+        sys.exit(
+            f"error: --config.{wrong[0]}: without --config the run's own configuration holds, of "
+            "which --mode=sample, evaluate, export and verify take another sampling, evaluation, "
+            "conditioning, mesh, checkpoint.directory, data.dir or data.autoencoder_weights; leave it out"
+        )
+    name = "default"
+    if given["mode"] != "verify":
+        workdir = os.path.expanduser(given["workdir"])
+        directory = keys.get("checkpoint.directory") or os.path.join(workdir, "checkpoints")
+        of = [os.path.expanduser(directory), given["checkpoint_step"]]
+        name = f"of_run:{json.dumps(of)}"
+    return [argv[0], f"--config={name}", *argv[1:]]
+
+
 _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
     "encode": _encode,
     "sample": _sample,
@@ -325,7 +366,7 @@ def _config_path(text: str) -> str:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a key that the configuration lacks is one line that names it."""
     try:
-        rest = flags.FLAGS(_with_config_paths(argv))
+        rest = flags.FLAGS(_with_config_paths(_with_own_config(argv)))
     except flags.Error as error:
         # Where a configuration file raises, the message holds a traceback before its own words.
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}; --help lists the flags")

@@ -37,6 +37,7 @@ def save_grid(
     upscale: int = 1,
     smooth: bool = False,
     column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Writes a PNG of the images, row by row, with a thin white border around each.
 
@@ -47,9 +48,11 @@ def save_grid(
       upscale: each pixel becomes `upscale x upscale` pixels.
       smooth: upscale by bicubic interpolation, which lets a person read small images far better.
       column_labels: text above each column.
+      captions: text above each image, in place of `column_labels`.
 
     Raises:
-      ValueError: the images are not uint8 `[N, H, W, 1 or 3]`, or there is not one label a column.
+      ValueError: the images are not uint8 `[N, H, W, 1 or 3]`, or there is not one label a column,
+        or one caption an image.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(
@@ -59,26 +62,29 @@ def save_grid(
         raise ValueError("found 0 images, expected 1 or more")
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"found {len(column_labels)} column labels for {columns} columns")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"found {len(captions)} captions for {len(images)} images")
     height, width = (size * upscale for size in images.shape[1:3])
     border = max(1, min(height, width) // 32)
     # PIL measures no text of several lines.
-    labels = [printable(x).replace("\n", " ")[:100] for x in column_labels or ()]
+    labels = [printable(x).replace("\n", " ")[:100] for x in captions or column_labels or ()]
     header = 0
     if labels:
         size = min(height // 3, 24)
         widest = max(ImageFont.load_default(size).getlength(label) for label in labels)
         font = ImageFont.load_default(max(9, min(size, int(size * width / max(widest, 1)))))
         header = math.ceil(max(font.getbbox(label)[3] for label in labels)) + 2
-    across, down = width + border, height + border
+    top = 0 if captions else header  # of the sheet; captions have theirs in each row
+    across, down = width + border, height + border + header - top
     rows = math.ceil(len(images) / columns)
     mode = "L" if images.shape[-1] == 1 else "RGB"
-    sheet = Image.new(mode, (columns * across + border, header + rows * down + border), "white")
+    sheet = Image.new(mode, (columns * across + border, top + rows * down + border), "white")
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     for k, image in enumerate(images):
         place = (k % columns * across + border, header + k // columns * down + border)
         sheet.paste(_picture(image).resize((width, height), method), place)
     for k, label in enumerate(labels):
-        middle = (k * across + border + width / 2, header - 1)
+        middle = (k % columns * across + border + width / 2, header + k // columns * down - 1)
         ImageDraw.Draw(sheet).text(middle, label, fill="black", font=font, anchor="md")
     with atomic.replacing(path) as temporary:
         sheet.save(temporary, format="PNG")

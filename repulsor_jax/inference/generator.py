@@ -17,6 +17,7 @@ from repulsor_jax import sharding
 from repulsor_jax.autoencoders import decode_in_slices
 from repulsor_jax.config import Config, ConfigError, SamplingConfig
 from repulsor_jax.data import conditioning
+from repulsor_jax.data.classes import find, readable
 from repulsor_jax.data.latents import denormalize
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files.pictures import save_grid, to_uint8
@@ -157,7 +158,7 @@ def make_batch_fn(
             params, guiding_params = constrain((params, guiding_params), sharding.replicated(mesh))
         indices = constrain(jnp.arange(c.batch_size, dtype=jnp.int32) + first, rows)
         labels = sampler.sample_labels(c.seed, indices, len(classes), c.labels)
-        if experiment.absent_classes:
+        if classes != [*range(len(classes))]:
             labels = jnp.asarray(classes, jnp.int32)[labels]
         noise = sampler.initial_noise(c.seed, indices, shape)
         keys = sampler.brownian_keys(c.seed, indices) if c.solver in solvers.SDE_STEPS else None
@@ -187,7 +188,16 @@ def _decoder(experiment: Experiment) -> Callable[[Any, jax.Array], jax.Array]:
 
 
 def present_classes(experiment: Experiment) -> list[int]:
-    """The labels that are sampled: those of which the data set has images."""
+    """The labels that are sampled: the configured, else all of which the data set has images.
+
+    Raises:
+      ConfigError: the configuration names a class that is not there.
+    """
+    if wanted := experiment.config.sampling.classes:
+        try:
+            return list(find(experiment.class_names, wanted))
+        except ValueError as error:
+            raise ConfigError(f"config.sampling.classes: {error}") from error
     return sorted({*range(len(experiment.class_names))} - {*experiment.absent_classes})
 
 
@@ -300,17 +310,21 @@ def write_grid(
     labels: np.ndarray,
     pictures: tuple[np.ndarray, ...] = (),
 ) -> None:
-    """Writes a PNG of images; the columns bear the classes' names where each is of one class.
+    """Writes a PNG of images; columns bear classes' names where each is of one class, else images.
+
+    For chosen classes the number of columns is a multiple of theirs.
 
     With `pictures` of `Generator.pictures` each image stands between those of what it is for.
     """
     if pictures:
         _write_beside(experiment, path, (pictures[0], images, *pictures[1:]))
         return
-    config, names = experiment.config.sampling, experiment.class_names
+    config, names = experiment.config.sampling, readable(experiment.class_names)
     columns = config.grid_columns
     count = len(present_classes(experiment))
-    by_class = columns == count <= len(labels) and config.labels == "balanced"
+    if config.classes and config.labels == "balanced" and count <= max(columns, 16):
+        columns = max(1, columns // count) * count
+    by_class = columns % count == 0 and columns <= len(labels) and config.labels == "balanced"
     save_grid(
         images,
         path,
@@ -318,6 +332,7 @@ def write_grid(
         upscale=max(1, 48 // images.shape[1]),
         smooth=True,
         column_labels=[names[k] for k in labels[:columns]] if by_class else None,
+        captions=None if by_class or len(names) == 1 else [names[k] for k in labels],
     )
 
 

@@ -315,6 +315,8 @@ def protocol(
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
     if task := open_task(experiment):
         found["conditioning"] = task.description
+    if c.classes:
+        found["chosen_classes"] = present_classes(experiment)
     if experiment.weights_file:
         found["weights_file"] = dict(experiment.weights_file)
     if experiment.absent_classes:

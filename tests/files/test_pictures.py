@@ -73,6 +73,24 @@ def test_grid_labels_stand_above_their_columns(tmp_path):
     )
 
 
+def test_a_caption_stands_above_each_image(tmp_path):
+    images = np.full((3, 8, 8, 1), 200, np.uint8)
+    save_grid(images, tmp_path / "a.png", columns=2, upscale=6)
+    save_grid(images, tmp_path / "b.png", columns=2, upscale=6, captions=["7", "", "8"])
+    plain, captioned = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in "ab")
+    header = (len(captioned) - len(plain)) // 2
+    assert 8 <= header <= 24
+    for row in range(2):
+        start = row * (header + 49)
+        ink = np.argwhere(captioned[start : start + header] < 100)
+        assert len(ink) > 5
+        assert abs(ink[:, 1].mean() - 25) < 3
+        cells = captioned[start + header + 1 : start + header + 49]
+        np.testing.assert_array_equal(cells, plain[row * 49 + 1 : row * 49 + 49])
+    with pytest.raises(ValueError, match="2 captions for 3 images"):
+        save_grid(images, tmp_path / "c.png", columns=2, captions=["a", "b"])
+
+
 def test_grid_wrong_input(tmp_path):
     images = random_images(4)
     for bad, message in [

@@ -77,8 +77,10 @@ def test_writes_images_labels_grid_pngs_and_protocol(workdir):
     # Nothing else but locks: no work in progress.
     names = {entry.name for entry in workdir.joinpath("samples").iterdir()}
     assert names == {".locks", path.stem, *(path.stem + end for end in (".npz", ".png", ".json"))}
-    # In the grid, 3 rows of 2 samples, 48 dots each.
-    assert Image.open(path.with_suffix(".png")).size == (2 * 49 + 1, 3 * 49 + 1)
+    # In the grid, 3 rows of 2 samples, 48 dots each, with a caption.
+    width, height = Image.open(path.with_suffix(".png")).size
+    assert width == 2 * 49 + 1
+    assert 3 * 57 < height < 3 * 72
 
     before = path.stat().st_mtime_ns
     shutil.rmtree(path.with_suffix(""))
@@ -97,6 +99,21 @@ def test_the_average_is_the_runs_and_a_grid_may_be_short(workdir):
     )
     assert json.loads(path.with_suffix(".json").read_text())["ema_decay"] == 0.9
     assert path.with_suffix(".png").is_file()
+
+
+def test_chosen_classes(workdir):
+    path = draw(workdir, sampling__classes=("c", 0))
+    with np.load(path) as archive:
+        np.testing.assert_array_equal(archive["arr_1"], np.resize([2, 0], 40))
+    assert json.loads(path.with_suffix(".json").read_text())["chosen_classes"] == [2, 0]
+    # A sample is that of its number and class, chosen or not.
+    plain = draw(workdir)
+    same = np.load(plain)["arr_1"] == np.load(path)["arr_1"]
+    assert 0 < same.sum() < 40
+    both = (np.load(each)["arr_0"][same] for each in (plain, path))
+    np.testing.assert_array_equal(*both)
+    with pytest.raises(config_lib.ConfigError, match="config.sampling.classes: found 'd', expect"):
+        draw(workdir, sampling__classes=("d",))
 
 
 def test_other_samples_go_elsewhere(workdir):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repulsor_jax import config as config_lib
 from repulsor_jax.files import locks
+from tests.oracles import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = [
@@ -270,3 +272,23 @@ def test_a_run_of_digits_goes_on_filling_holes(tmp_path):
     # Hole, filling and image of each: three in a row, of 48 dots and a border.
     width = Image.open(tmp_path / "samples" / "train_00000008.png").size[0]
     assert width == 9 * 49 + 1
+
+
+@pytest.mark.slow
+def test_a_run_knows_itself(tmp_path):
+    values = tiny.config_dict(model__in_channels=3)
+    tiny.save_run(tmp_path, values, {4: tiny.random_params(config_lib.parse(values))})
+    command = [sys.executable, "-m", "repulsor_jax.main", "--mode=sample", f"--workdir={tmp_path}"]
+
+    def run(*arguments):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run([*command, *arguments], timeout=300, check=False, **options)
+
+    done = run('--config.sampling.classes=("b",)', "--config.sampling.num_samples=4")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "samples").glob("step_4-*.npz")
+    np.testing.assert_array_equal(np.load(path)["arr_1"], [1] * 4)
+    refused = run("--config.model.depth=3")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: --config.model.depth: without --config the run's own")
