@@ -315,8 +315,8 @@ def _with_own_config(argv: list[str]) -> list[str]:
     if wrong := [key for key in keys if not key.startswith(_SETTABLE)]:
         sys.exit(
             f"error: --config.{wrong[0]}: without --config the run's own configuration holds, of "
-            "which --mode=sample, evaluate, export and verify take another sampling, evaluation, "
-            "conditioning, mesh, checkpoint.directory, data.dir or data.autoencoder_weights; leave it out"
+            "which sampling, evaluation, conditioning, mesh, checkpoint.directory, data.dir and "
+            "data.autoencoder_weights may be set; leave it out"
         )
     name = "default"
     if given["mode"] != "verify":
