@@ -40,6 +40,20 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.init_from = ""  # "": training starts from random parameters
     # Which way the file's time runs and what it predicts: "sit", "reversed" (REPA, SRA) or "dit".
     c.model.init_convention = "auto"  # by the tensors
+    # "blockwise" (docs/systems.md): `depth` blocks are shared by all times, and each of `segments`
+    # equal parts of time has a stack of blocks of its own.
+    c.model.architecture = "dit"  # "dit" or "blockwise"
+    c.model.segments = 6  # blockwise: parts of time; batches are multiples of it
+    c.model.segment_depth = 5  # blockwise: blocks of each stack
+    c.model.adaln_rank = 288  # blockwise: rank of the modulation; 0 is full
+    # blockwise, a second stage: blocks of a network that stands in for the shared ones after the
+    # first step of a segment. Only this network is trained, on the run residual.base_run.
+    c.model.residual_depth = 0  # 4 is published; 0 is none
+
+    # The run whose averaged parameters a residual network is trained for; read at its first step.
+    c.residual = ml_collections.ConfigDict()
+    c.residual.base_run = ""  # its working directory or checkpoints; needs model.residual_depth
+    c.residual.base_step = -1  # which of its checkpoints; -1 is the newest
 
     c.flow = ml_collections.ConfigDict()
     c.flow.path = "linear"  # "linear", "gvp", "vp" or "ddpm_linear" (DiT's 1,000 steps)

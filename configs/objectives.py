@@ -54,6 +54,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model.attention_separation": True,
         },
     ),
+    # The trunk of a blockwise network (configs/blockwise.py) without an encoder: its last block
+    # towards the clean latent, or towards its own average at less noise. The weight is BFM's, the
+    # targets are ours.
+    "semantic_latent": ("latent_alignment", {"weight": 0.05, "block": "last"}),
+    "semantic_teacher": (
+        "sra",
+        {"weight": 0.05, "student_block": "last", "teacher_block": "last", "axis": "channels"},
+    ),
     # After SRA 2 (arXiv 2601.17830), of which the abstract alone is known.
     "latent_alignment": ("latent_alignment", {}),
     # Contrastive flow matching (arXiv 2506.05350).

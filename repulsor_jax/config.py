@@ -18,7 +18,7 @@ from repulsor_jax.method import alignment, registry, repulsor
 from repulsor_jax.method.dispersive import VARIANTS
 from repulsor_jax.method.repulsion import DISTANCES
 from repulsor_jax.models import token_groups
-from repulsor_jax.models.build import build_model
+from repulsor_jax.models.build import build_model, num_segments
 
 
 class ConfigError(ValueError):
@@ -100,6 +100,18 @@ class ModelConfig:
     time_steps: Natural = 0  # defaults, for the records of older versions
     init_from: Path = ""
     init_convention: Literal["auto", "sit", "reversed", "dit"] = "auto"
+    # Runs of versions without these, which may be asked for guidance, have the defaults.
+    architecture: Literal["dit", "blockwise"] = "dit"
+    segments: Count = 6
+    segment_depth: Count = 5
+    adaln_rank: Natural = 288
+    residual_depth: Natural = 0
+
+
+@checked
+class ResidualConfig:
+    base_run: Path
+    base_step: CountOrFill
 
 
 @checked
@@ -353,6 +365,7 @@ class Config:
     total_steps: Count
     batch_size: Count
     model: ModelConfig
+    residual: ResidualConfig
     flow: FlowConfig
     conditioning: ConditioningConfig
     source: SourceConfig
@@ -414,11 +427,15 @@ def check_devices(config: Config, batch_shards: int, *, trains: bool = True) -> 
     The batch of training counts only where the mode `trains`.
     """
     accumulation = config.optimizer.accumulation_steps
-    shards = batch_shards * accumulation
+    segments = num_segments(config.model)
+    shards = batch_shards * accumulation * segments
+    factors = f"{batch_shards} x {accumulation}"
     if trains and config.batch_size % shards:
+        also = " x model.segments" if segments > 1 else ""
+        factors += f" x {segments}" if segments > 1 else ""
         raise ConfigError(
             f"config.batch_size={config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
-            f"optimizer.accumulation_steps = {batch_shards} x {accumulation} = {shards}; "
+            f"optimizer.accumulation_steps{also} = {factors} = {shards}; "
             f"the nearest are {_multiples(config.batch_size, shards)}"
         )
     if config.sampling.batch_size % batch_shards:
@@ -448,6 +465,25 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     if c.source.name != "gaussian":
         yield from _contradicting_source(c)
     yield from _contradicting_groups(c)
+    if c.model.architecture == "blockwise":
+        yield from _contradicting_segments(c)
+    is_second = c.model.residual_depth > 0
+    yield (
+        is_second and c.model.architecture != "blockwise",
+        f"model.residual_depth={c.model.residual_depth} needs model.architecture='blockwise'; set "
+        "it to 0",
+    )
+    yield (
+        is_second != bool(c.residual.base_run),
+        f"residual.base_run={c.residual.base_run!r} and config.model.residual_depth="
+        f"{c.model.residual_depth}: a residual network is trained for a run, name both or neither",
+    )
+    yield (
+        is_second and (c.terms != "none" or c.log.diagnostics_every_steps > 0),
+        f"terms={c.terms!r}, config.log.diagnostics_every_steps={c.log.diagnostics_every_steps}: "
+        "a residual network is trained alone (config.model.residual_depth); set them to 'none' and "
+        "0",
+    )
     yield (
         c.flow.prediction == "velocity" and c.flow.weighting != "none",
         f"flow.weighting={c.flow.weighting!r} has no meaning for "
@@ -615,6 +651,50 @@ def _contradicting_groups(c: Config) -> Iterator[tuple[bool, str]]:
             f"{key}={found!r} has no meaning for one group of tokens: set "
             f"config.flow.time_groups=2, or leave it at {unset!r}",
         )
+
+
+def _contradicting_segments(c: Config) -> Iterator[tuple[bool, str]]:
+    """`_contradictions` of a blockwise network."""
+    s, segments = c.sampling, c.model.segments
+    yield (
+        c.flow.prediction != "velocity" or c.flow.path not in ("linear", "gvp"),
+        f"model.architecture='blockwise' predicts a velocity at all times from 0 to 1, but "
+        f"config.flow.path={c.flow.path!r} and prediction={c.flow.prediction!r}; use 'linear' or "
+        "'gvp', and 'velocity'",
+    )
+    yield (
+        c.conditioning.kind != "none" or c.flow.time_groups > 1,
+        f"model.architecture='blockwise' takes neither config.conditioning.kind="
+        f"{c.conditioning.kind!r} nor config.flow.time_groups={c.flow.time_groups}: use 'dit', or "
+        "'none' and 1",
+    )
+    yield (
+        c.model.init_from != "",
+        f"model.init_from={c.model.init_from!r} has the weights of a plain transformer, not of "
+        "config.model.architecture='blockwise': leave it empty",
+    )
+    yield (
+        segments > 1 and (c.flow.time_distribution != "uniform" or c.flow.time_shift != 1),
+        f"flow.time_distribution={c.flow.time_distribution!r} and time_shift={c.flow.time_shift} "
+        f"have no meaning for config.model.segments={segments}, of which each gets as many rows; "
+        "set them to 'uniform' and 1",
+    )
+    yield (
+        segments > 1 and s.time_shift != 1,
+        f"sampling.time_shift={s.time_shift} has no meaning for config.model.segments={segments}, "
+        "of which each gets as many even steps; set it to 1",
+    )
+    yield (
+        s.solver not in solvers.ADAPTIVE and s.num_steps % segments != 0,
+        f"sampling.num_steps={s.num_steps} must be a multiple of config.model.segments={segments}, "
+        f"for no step crosses a boundary; the nearest are {_multiples(s.num_steps, segments)}",
+    )
+    has_last = s.solver in solvers.SDE_STEPS and s.last_step != "none"
+    yield (
+        has_last and (s.num_steps <= segments or s.last_step_size * segments >= 1),
+        f"sampling.num_steps={s.num_steps} leaves the last of config.model.segments={segments} no "
+        f"step beside config.sampling.last_step, of last_step_size={s.last_step_size}",
+    )
 
 
 def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:

@@ -80,7 +80,7 @@ def make_measure(
     forward = make_forward(trainer)
 
     def first_part(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x[0], split_batch(tree, num_parts))
+        return jax.tree.map(lambda x: x[0], split_batch(tree, num_parts, model.segments))
 
     def draw(key: Array, batch: Batch) -> Inputs:
         return first_part(draw_inputs(key, batch, objective, latent_format))

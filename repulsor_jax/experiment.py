@@ -19,7 +19,8 @@ from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
 from repulsor_jax.method.repulsor import rows_per_image
-from repulsor_jax.models.build import build_model, build_source
+from repulsor_jax.models.blockwise import stratified_times
+from repulsor_jax.models.build import build_model, build_source, num_segments
 from repulsor_jax.models.dit import DiT, drop_labels
 from repulsor_jax.models.token_groups import TokenGroups
 from repulsor_jax.optimizer import build_optimizer, learning_rate
@@ -126,18 +127,24 @@ def _make_objective(config: Config) -> Objective:
     f = config.flow
     path = paths.get_path(f.path)
     t0, t1 = paths.time_interval(path, f.prediction)
+    sample_times = functools.partial(
+        paths.sample_timesteps,
+        distribution=f.time_distribution,
+        t0=t0,
+        t1=t1,
+        location=f.logit_normal_location,
+        scale=f.logit_normal_scale,
+        shift=f.time_shift,
+    )
+    segments = num_segments(config.model)
+
+    def stratified(key: jax.Array, batch_size: int) -> jax.Array:
+        return stratified_times(sample_times(key, batch_size), segments)
+
     return Objective(
         path=path,
         flow_loss=functools.partial(paths.flow_loss, path, f.prediction, weighting=f.weighting),
-        sample_times=functools.partial(
-            paths.sample_timesteps,
-            distribution=f.time_distribution,
-            t0=t0,
-            t1=t1,
-            location=f.logit_normal_location,
-            scale=f.logit_normal_scale,
-            shift=f.time_shift,
-        ),
+        sample_times=sample_times if segments == 1 else stratified,
         drop_labels=functools.partial(
             drop_labels, num_classes=config.model.num_classes, rate=config.model.label_dropout
         ),

@@ -154,9 +154,14 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(_path_of("workdir", _WORKDIR.value)).absolute()
     with _one_line_errors(ValueError, OSError, SamplingError):
         config = config_lib.parse(_CONFIG.value)
-        directories = config.checkpoint.directory, config.sampling.guiding_run
+        directories = (
+            config.checkpoint.directory,
+            config.sampling.guiding_run,
+            config.residual.base_run,
+        )
         places.check_address("config.checkpoint.directory", directories[0])
         places.check_address("config.sampling.guiding_run", directories[1])
+        places.check_address("config.residual.base_run", directories[2])
         if any(map(places.is_bucket, directories)):
             places.bound_waiting()
         workdir.mkdir(parents=True, exist_ok=True)

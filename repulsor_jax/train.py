@@ -21,7 +21,7 @@ from repulsor_jax.evaluation.monitor import Monitor, is_due
 from repulsor_jax.experiment import Experiment, describe_data, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
 from repulsor_jax.inference import pretrained
-from repulsor_jax.inference.run import open_checkpoints
+from repulsor_jax.inference.run import open_checkpoints, with_base_params
 from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
 from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
 from repulsor_jax.runtime.preemption import Preempted, Preemption
@@ -94,6 +94,8 @@ def train(
             """The state of the newest checkpoint and its position in the data, or a fresh state."""
             if checkpointer.latest_step() is None:
                 state = program.create_state()
+                if config.model.residual_depth:
+                    state = state.replace(ema_params=with_base_params(experiment, state.ema_params))
                 return (pretrained.start_from(state, weights) if weights else state), None
             state, position, notes = checkpointer.restore(
                 program.abstract_state, config.batch_size, check=check, create=program.create_state

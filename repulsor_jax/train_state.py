@@ -30,7 +30,8 @@ class TrainState(struct.PyTreeNode):
 
     step: Array  # int32 scalar, optimizer steps taken
     params: dict[str, Any]  # {"model": ..., "terms": {name: ...}}, float32
-    ema_params: Any  # float32 moving average of params["model"]; samples are drawn from it
+    # float32 moving average of params["model"], and what is not trained; samples are drawn from it
+    ema_params: Any
     ema_terms: dict[str, Any]  # and of the parameters of the terms that compare with a teacher
     opt_state: optax.OptState  # for params
     bank: MemoryBank | None
@@ -102,13 +103,18 @@ def abstract_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:
     return sharding.abstract_arrays(boxed, shardings)
 
 
+def trained_part(trainer: Trainer, params: Any) -> Any:
+    """The parameters of the model that are trained: all, or those of the residual network alone."""
+    if trainer.config.model.residual_depth:
+        return {"residual": params["residual"]}
+    return params
+
+
 def _init(trainer: Trainer, key: Array) -> TrainState:
     """The first state; parameters come boxed with their logical axis names."""
     model_key, terms_key, rng = jax.random.split(key, 3)
-    params: dict[str, Any] = {
-        "model": init_model_params(trainer.model, model_key, trainer.source),
-        "terms": {},
-    }
+    whole = init_model_params(trainer.model, model_key, trainer.source)
+    params: dict[str, Any] = {"model": trained_part(trainer, whole), "terms": {}}
     ema_terms, bank = {}, None
     for term in trainer.objective.terms:
         # By its name, so that what else is in the sum makes no difference.
@@ -122,7 +128,7 @@ def _init(trainer: Trainer, key: Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        ema_params=params["model"],  # separate buffers: jit's outputs do not alias each other
+        ema_params=whole,  # separate buffers: jit's outputs do not alias each other
         ema_terms=ema_terms,
         opt_state=trainer.optimizer.init(params),
         bank=bank,

@@ -24,6 +24,7 @@ from repulsor_jax.method.alignment import teacher_time
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.repulsor import row_tags
 from repulsor_jax.method.term import Rows, Seen, Term, View
+from repulsor_jax.models.blockwise import segment_of_rows
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.models.token_groups import (
     draw_groups,
@@ -85,7 +86,7 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
     """
     config, objective = trainer.config, trainer.objective
     optimizer, learning_rate, terms = trainer.optimizer, trainer.learning_rate, objective.terms
-    loss_fn = make_loss(trainer)
+    loss_fn = make_residual_loss(trainer) if config.model.residual_depth else make_loss(trainer)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -97,6 +98,7 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
             lambda part: grad_fn(state.params, teacher, part, state.bank, weights),
             inputs,
             config.optimizer.accumulation_steps,
+            trainer.model.segments,
         )
 
         grad_norm = optax.tree.norm(grads)
@@ -107,15 +109,16 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             averaged = {name: params["terms"][name] for name in state.ema_terms}
+            trained = {name: state.ema_params[name] for name in params["model"]}
             ema_params, ema_terms = optax.incremental_update(
                 (params["model"], averaged),
-                (state.ema_params, state.ema_terms),
+                (trained, state.ema_terms),
                 1.0 - config.optimizer.ema_decay,
             )
             return state.replace(
                 step=state.step + 1,
                 params=params,
-                ema_params=ema_params,
+                ema_params=state.ema_params | ema_params,  # what is not trained stays as it is
                 ema_terms=ema_terms,
                 opt_state=opt_state,
             )
@@ -169,6 +172,48 @@ def make_loss(trainer: Trainer) -> Callable:
             loss += weights[term.name] * value
             metrics[f"{term.name}_loss"] = value
         return loss, (metrics | {"loss": loss}, rows)
+
+    return loss_fn
+
+
+def make_residual_loss(trainer: Trainer) -> Callable:
+    """Builds the loss of the residual network of a blockwise model, the rest of which is frozen.
+
+    It is the mean of (F(x_s, s) + r G(x_t, t) - F(x_t, t))^2, s the start of the row's segment and
+    r the part of it behind t (arXiv 2510.21167): x_s and x_t have the same data, noise and label.
+    F is of the averaged parameters, which are those of the run that it was trained in.
+
+    Returns:
+      As `make_loss`; `params["model"]` holds the residual network's alone.
+    """
+    model: Any = trainer.model
+    path, last = trainer.objective.path, (trainer.model.depth - 1,)
+
+    def loss_fn(
+        params: dict,
+        teacher: Teacher,
+        inputs: Inputs,
+        bank: MemoryBank | None,
+        weights: dict[str, Array],
+    ) -> tuple[Array, tuple[Metrics, None]]:
+        data, labels = inputs.data, inputs.labels
+        noise = start_points(trainer, teacher.params, inputs, inputs.noise)
+
+        def trunk(x: Array, t: Array) -> Array:
+            return tokens_after(model, teacher.params, x, t, labels, last, inputs.extras)[0]
+
+        start = segment_of_rows(len(data), model.segments) / model.segments
+        x_start, x = (interpolate(path, data, noise, t) for t in (start, inputs.t))
+        found = model.apply(
+            {"params": teacher.params | params["model"]},
+            x,
+            inputs.t,
+            labels,
+            start=trunk(x_start, start)[:, None],
+            has_output=False,
+        )
+        loss = jnp.mean(jnp.square(found - trunk(x, inputs.t).astype(jnp.float32)))
+        return loss, ({"residual_loss": loss, "loss": loss}, None)
 
     return loss_fn
 
@@ -331,7 +376,9 @@ def draw_inputs(
     return Inputs(data, noise, t, labels, tags, views, drawn, extras)
 
 
-def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tuple:
+def accumulate(
+    gradients: Callable, inputs: Inputs, num_microbatches: int, group_size: int = 1
+) -> tuple:
     """Averages gradients and metrics over micro-batches run one after the other.
 
     See `split_batch` for which rows are in which.
@@ -339,7 +386,8 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     Args:
       gradients: `inputs -> (grads, (metrics, rows))`.
       inputs: arrays `[B, ...]`.
-      num_microbatches: A, which divides B / devices.
+      num_microbatches: A; A group_size divides B / devices.
+      group_size: consecutive rows that stay together.
 
     Returns:
       Mean gradients, mean metrics, and the arrays `[B, ...]` of `rows` in the batch's order.
@@ -348,13 +396,14 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
         return gradients(inputs)
 
     def join(x: Array) -> Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        groups = x.reshape(num_microbatches, -1, group_size, *x.shape[2:])
+        return groups.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
     def add(total: tuple, part: Inputs) -> tuple[tuple, Rows | None]:
         grads, (metrics, rows) = gradients(part)
         return jax.tree.map(jnp.add, total, (grads, metrics)), rows
 
-    micro = split_batch(inputs, num_microbatches)
+    micro = split_batch(inputs, num_microbatches, group_size)
     first = jax.tree.map(lambda x: x[0], micro)
     abstract_grads, (abstract_metrics, _) = jax.eval_shape(gradients, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (abstract_grads, abstract_metrics))
@@ -363,15 +412,19 @@ def accumulate(gradients: Callable, inputs: Inputs, num_microbatches: int) -> tu
     return grads, (metrics, jax.tree.map(join, rows))
 
 
-def split_batch(tree: Any, num_microbatches: int) -> Any:
+def split_batch(tree: Any, num_microbatches: int, group_size: int = 1) -> Any:
     """Arrays `[B, ...]` as micro-batches `[A, B / A, ...]`.
 
-    Micro-batch a is rows a, a + A, a + 2A, ...: with the batch axis sharded, every device keeps
-    its own rows, and nothing moves.
+    Micro-batch a is groups a, a + A, a + 2A, ... of `group_size` consecutive rows: with the batch
+    axis sharded, every device keeps its own rows, and nothing moves. A row's number modulo the
+    size of a group, by which `Blockwise` finds its segment, is the same in its micro-batch.
     """
-    return jax.tree.map(
-        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), tree
-    )
+
+    def split(x: Array) -> Array:
+        groups = x.reshape(-1, num_microbatches, group_size, *x.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(num_microbatches, -1, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
 class TrainingProgram(NamedTuple):

@@ -30,6 +30,7 @@ CHANGES = {
     "model.attention_separation": NOTED,
     "model.init_from": FREE,  # read where there is no checkpoint
     "model.init_convention": FREE,
+    "residual": NOTED,  # read at the first step alone
     "flow": NOTED,
     "flow.path": FORCED,
     "flow.prediction": FORCED,

@@ -192,6 +192,7 @@ class SamplerSpec:
     time_shift: float = 1.0  # of the fixed steps, see `solvers.time_grid`
     tolerance: solvers.Tolerance = dataclasses.field(default_factory=solvers.Tolerance)
     diffusion: solvers.Diffusion = dataclasses.field(default_factory=solvers.Diffusion)
+    num_segments: int = 1  # equal parts of time with a model of their own
 
     def __post_init__(self) -> None:
         paths.check_choice("solver", self.solver, SOLVERS)
@@ -204,7 +205,30 @@ class SamplerSpec:
             raise ValueError(
                 f"num_steps is {num_steps}; expected at least 2, one being the last step"
             )
+        if self.num_segments > 1:
+            self._check_segments()
         self.times()
+
+    def _check_segments(self) -> None:
+        count, steps, size = self.num_segments, self.num_steps, self.last_step_size
+        ends = paths.time_interval(self.path, self.prediction, sampling=True)
+        if ends != (0.0, 1.0):
+            raise ValueError(
+                f"prediction {self.prediction!r} on path {self.path.name!r} leaves out an end of "
+                f"time, which {count} segments cover whole; use 'velocity' on 'linear' or 'gvp'"
+            )
+        if self.time_shift != 1.0:
+            raise ValueError(
+                f"time_shift is {self.time_shift}; expected 1 with {count} segments, whose steps "
+                "are even"
+            )
+        if self.solver not in solvers.ADAPTIVE and steps % count:
+            raise ValueError(f"num_steps is {steps}; expected a multiple of the {count} segments")
+        if size and (steps == count or size * count >= 1):
+            raise ValueError(
+                f"num_steps is {steps} and the last step {size} long: the last of {count} segments "
+                "has no place for another step; raise num_steps or shorten the last step"
+            )
 
     @property
     def is_stochastic(self) -> bool:
@@ -224,7 +248,24 @@ class SamplerSpec:
             ends = paths.sde_time_interval(self.path, self.prediction, self.diffusion.form, size)
         else:
             ends = paths.time_interval(self.path, self.prediction, sampling=True)
-        return solvers.time_grid(self.num_steps - bool(size), *ends, self.time_shift)
+        if self.num_segments == 1 or self.solver in solvers.ADAPTIVE:
+            return solvers.time_grid(self.num_steps - bool(size), *ends, self.time_shift)
+        bounds = [ends[0], *self.boundaries()[1:-1], ends[1]]
+        counts = np.bincount(self.segment_numbers())
+        parts = [
+            solvers.time_grid(int(count), bounds[s], bounds[s + 1])
+            for s, count in enumerate(counts)
+        ]
+        return np.concatenate([*(part[:-1] for part in parts), parts[-1][-1:]])
+
+    def boundaries(self) -> np.ndarray:
+        """The ends of the segments, [num_segments + 1] float64 from 0 to 1."""
+        return np.arange(self.num_segments + 1) / self.num_segments
+
+    def segment_numbers(self) -> np.ndarray:
+        """The segment of each step of the grid; the last step of an SDE is in the last one."""
+        numbers = np.repeat(np.arange(self.num_segments), self.num_steps // self.num_segments)
+        return numbers[: self.num_steps - bool(self.last_step_size)]
 
 
 def make_sampler(
@@ -232,6 +273,7 @@ def make_sampler(
     spec: SamplerSpec,
     guiding_fn: ModelWithParams | None = None,
     source_fn: Callable[[Any, Array], Source] | None = None,
+    start_fn: ModelWithParams | None = None,
 ) -> Callable[..., Array]:
     """A pure function sample(params, noise, labels, scale, ...) -> samples, to be jitted.
 
@@ -244,12 +286,17 @@ def make_sampler(
     both branches of classifier-free guidance, and the guiding model of autoguidance, go on from
     that one point. The score, which an SDE needs, is that of this source; of guided velocities it
     is the same weighted mean as of the velocities.
+    With `spec.num_segments` above 1 the models are called with `segment=`, a scalar, for all
+    evaluations of a step, those at its end included: no step crosses from one to the next.
 
     Args:
       model_fn: (params, x [B, H, W, C], t [B], labels [B]) -> [B, H, W, C].
       spec: everything but the models.
       guiding_fn: the weak model of autoguidance, where it is not `model_fn` with other parameters.
       source_fn: (params, labels [B]) -> the distribution of x at t = 0; None is N(0, I).
+      start_fn: called as `model_fn` at the first step of each segment. Its results are passed to
+        `model_fn` as `start=` in all steps of that segment, [B, 1, ...], or [B, 2, ...] with those
+        for no class behind, where samples are guided by no class.
 
     Returns:
       sample: (params, noise [B, H, W, C], labels [B], scale=None, interval=None, *, keys=None,
@@ -280,9 +327,16 @@ def make_sampler(
         if guiding_params is not None:
             weak_fn = functools.partial(guiding_fn or model_fn, guiding_params)
 
-        def predict(x: Array, t: Array, *quantities: str) -> list[Array]:
+        def predict(
+            x: Array, t: Array, *quantities: str, within: solvers.Within | None = None
+        ) -> list[Array]:
+            strong, weak, given = functools.partial(model_fn, params), weak_fn, dict(extras or {})
+            if within is not None:
+                strong = functools.partial(strong, segment=within.segment)
+                weak = weak and functools.partial(weak, segment=within.segment)
+                given |= {} if within.begun is None else {"start": within.begun}
             found = guided_prediction(
-                functools.partial(model_fn, params),
+                strong,
                 x,
                 t,
                 labels,
@@ -290,8 +344,8 @@ def make_sampler(
                 scale=scale,
                 channels=spec.channels,
                 interval=interval,
-                guiding_fn=weak_fn,
-                extras=extras,
+                guiding_fn=weak,
+                extras=given,
             )
             if spec.velocity_scale != 1.0:
                 mean = jnp.asarray(spec.mean_velocity, found.dtype)
@@ -299,9 +353,20 @@ def make_sampler(
             convert = functools.partial(paths.convert, spec.path, found, x, t, start=start)
             return [convert(source=spec.prediction, to=quantity) for quantity in quantities]
 
+        def begin(x: Array, t: Array, segment: Array) -> Array:
+            assert start_fn is not None
+            times = jnp.broadcast_to(t, x.shape[:1])
+            by_no_class = scale is not None and weak_fn is None
+            classes = [labels, jnp.full_like(labels, spec.null_label)][: 1 + by_no_class]
+            found = [start_fn(params, x, times, each, **(extras or {})) for each in classes]
+            return jnp.stack(found, axis=1)
+
+        segments = None
+        if spec.num_segments > 1 or start_fn is not None:
+            segments = solvers.Segments(spec.segment_numbers(), begin if start_fn else None)
         if spec.is_stochastic:
-            return _solve_sde(spec, predict, x_0, keys)
-        return _solve_ode(spec, predict, x_0, known)
+            return _solve_sde(spec, predict, x_0, keys, segments)
+        return _solve_ode(spec, predict, x_0, known, segments)
 
     return sample
 
@@ -310,12 +375,17 @@ def _solve_ode(
     spec: SamplerSpec,
     predict: PredictFn,
     x_0: Array,
-    known: tuple[Array, Array] | None = None,
+    known: tuple[Array, Array] | None,
+    segments: solvers.Segments | None,
 ) -> Array:
-    velocity_fn = lambda x, t: predict(x, t, "velocity")[0]
+    def velocity_fn(x: Array, t: Array, within: solvers.Within | None = None) -> Array:
+        return predict(x, t, "velocity", within=within)[0]
+
     times = spec.times()
     t_start, t_end = times[[0, -1]].tolist()
-    if spec.solver in solvers.ADAPTIVE:
+    if spec.solver in solvers.ADAPTIVE and segments is not None:
+        x = _dopri5_by_segment(spec, velocity_fn, x_0, segments)
+    elif spec.solver in solvers.ADAPTIVE:
         x, _ = solvers.dopri5(velocity_fn, x_0, t_start, t_end, spec.tolerance)
     else:
         after = None
@@ -325,11 +395,36 @@ def _solve_ode(
             def after(x: Array, t: Array) -> Array:
                 return jnp.where(is_unknown, x, paths.interpolate(spec.path, data, x_0, t))
 
-        x = solvers.solve_ode(velocity_fn, x_0, times, spec.solver, after)
+        x = solvers.solve_ode(velocity_fn, x_0, times, spec.solver, after, segments)
     return x if t_end == 1.0 else predict(x, jnp.float32(t_end), "data")[0]
 
 
-def _solve_sde(spec: SamplerSpec, predict: PredictFn, x_0: Array, keys: Array | None) -> Array:
+def _dopri5_by_segment(
+    spec: SamplerSpec,
+    velocity_fn: Callable[..., Array],
+    x_0: Array,
+    segments: solvers.Segments,
+) -> Array:
+    """`solvers.dopri5` from boundary to boundary, begun anew at each."""
+
+    def cross(x: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        segment, start, end = now
+        begun = segments.begin(x, start, segment) if segments.begin else None
+        own = lambda x, t: velocity_fn(x, t, solvers.Within(segment, begun))
+        return solvers.dopri5(own, x, start, end, spec.tolerance)[0], None
+
+    bounds = jnp.asarray(spec.boundaries(), jnp.float32)
+    parts = jnp.arange(spec.num_segments), bounds[:-1], bounds[1:]
+    return jax.lax.scan(cross, solvers.as_float(x_0), parts)[0]
+
+
+def _solve_sde(
+    spec: SamplerSpec,
+    predict: PredictFn,
+    x_0: Array,
+    keys: Array | None,
+    segments: solvers.Segments | None,
+) -> Array:
     if keys is None:
         raise ValueError(f"solver {spec.solver!r} needs keys=brownian_keys(seed, indices)")
     diffusion, times = spec.diffusion, spec.times()
@@ -337,15 +432,19 @@ def _solve_sde(spec: SamplerSpec, predict: PredictFn, x_0: Array, keys: Array | 
     def diffusion_fn(t: Array) -> Array:
         return paths.diffusion(spec.path, diffusion.form, t, diffusion.norm)
 
-    def drift_fn(x: Array, t: Array) -> Array:
-        velocity, score = predict(x, t, "velocity", "score")
+    def drift_fn(x: Array, t: Array, within: solvers.Within | None = None) -> Array:
+        velocity, score = predict(x, t, "velocity", "score", within=within)
         return velocity + diffusion_fn(t) * score
 
-    x = solvers.solve_sde(drift_fn, diffusion_fn, x_0, keys, times, spec.solver)
+    x = solvers.solve_sde(drift_fn, diffusion_fn, x_0, keys, times, spec.solver, segments)
     end = jnp.float32(times[-1])
+    last = None if segments is None else solvers.Within(spec.num_segments - 1)
     if diffusion.last_step == "none":
         return x
     if diffusion.last_step == "tweedie":
-        return predict(x, end, "data")[0]
-    velocity = drift_fn(x, end) if diffusion.last_step == "mean" else predict(x, end, "velocity")[0]
+        return predict(x, end, "data", within=last)[0]
+    if diffusion.last_step == "mean":
+        velocity = drift_fn(x, end, last)
+    else:
+        velocity = predict(x, end, "velocity", within=last)[0]
     return x + spec.last_step_size * velocity

@@ -132,6 +132,22 @@ def time_grid(
     return times
 
 
+class Segments(NamedTuple):
+    """Parts of time with a velocity of their own; no step crosses from one to the next."""
+
+    numbers: np.ndarray  # [steps] int, ascending: the segment of each step
+    # (x, t [], segment []) at the first step of a segment -> arrays that all its steps are given;
+    # None gives them none.
+    begin: Callable[[Array, Array, Array], Any] | None = None
+
+
+class Within(NamedTuple):
+    """Where in `Segments` a velocity is evaluated."""
+
+    segment: Array | int
+    begun: Any = None  # the result of `Segments.begin`
+
+
 def as_float(x: Array) -> Array:
     """x in float32, or in float64 if it is that already."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
@@ -142,12 +158,38 @@ def _starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
     return jnp.asarray(times[:-1], x.dtype), jnp.asarray(np.diff(times), x.dtype)
 
 
+def _march(
+    step: Callable[..., Array], x: Array, per_step: tuple, t: Array, segments: Segments | None
+) -> Array:
+    """Runs x = step(x, of this step) over `per_step`; in segments, step(x, of this step, within).
+
+    `t` [steps] are the times at which the steps start.
+    """
+    if segments is None:
+        return jax.lax.scan(lambda x, now: (step(x, now), None), x, per_step)[0]
+    begin = segments.begin
+
+    def advance(carry: tuple[Array, Any], now: Any) -> tuple[tuple[Array, Any], None]:
+        (x, begun), (of_step, t, segment, is_first) = carry, now
+        if begin is not None:
+            begun = jax.lax.cond(is_first, lambda: begin(x, t, segment), lambda: begun)
+        return (step(x, of_step, Within(segment, begun)), begun), None
+
+    numbers = jnp.asarray(segments.numbers, jnp.int32)
+    is_first = jnp.asarray(np.diff(segments.numbers, prepend=-1) > 0)
+    shapes = jax.eval_shape(begin, x, t[0], numbers[0]) if begin else None
+    begun = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (x, _), _ = jax.lax.scan(advance, (x, begun), (per_step, t, numbers, is_first))
+    return x
+
+
 def solve_ode(
-    velocity_fn: VelocityFn,
+    velocity_fn: Callable[..., Array],
     noise: Array,
     times: np.ndarray,
     solver: str = "euler",
     after: Callable[[Array, Array], Array] | None = None,
+    segments: Segments | None = None,
 ) -> Array:
     """Solves dx/dt = velocity_fn(x, t) from x(times[0]) = noise, one step from time to time.
 
@@ -157,26 +199,30 @@ def solve_ode(
       times: [steps + 1], of `time_grid`.
       solver: a key of `ODE_STEPS`; else ValueError.
       after: (x, t []) -> x, what is changed after each step, which ended at t.
+      segments: gives the velocity a third argument, where in them this step is: also where "heun"
+        and "rk4" evaluate it at the end of the step.
     """
     check_choice("solver", solver, tuple(ODE_STEPS))
     x = as_float(noise)
 
-    def step(x: Array, now: tuple[Array, ...]) -> tuple[Array, None]:
+    def step(x: Array, now: tuple[Array, ...], *within: Within) -> Array:
         t, dt, *end = now
-        x = ODE_STEPS[solver](velocity_fn, x, t, dt)
-        return (after(x, *end) if after else x), None
+        x = ODE_STEPS[solver](lambda x, t: velocity_fn(x, t, *within), x, t, dt)
+        return after(x, *end) if after else x
 
     ends = (jnp.asarray(times[1:], x.dtype),) if after else ()
-    return jax.lax.scan(step, x, (*_starts_and_lengths(times, x), *ends))[0]
+    steps = _starts_and_lengths(times, x)
+    return _march(step, x, (*steps, *ends), steps[0], segments)
 
 
 def solve_sde(
-    drift_fn: VelocityFn,
+    drift_fn: Callable[..., Array],
     diffusion_fn: DiffusionFn,
     noise: Array,
     keys: Array,
     times: np.ndarray,
     solver: str = "euler_maruyama",
+    segments: Segments | None = None,
 ) -> Array:
     """Solves dx = drift_fn(x, t) dt + sqrt(2 diffusion_fn(t)) dW from x(times[0]) = noise.
 
@@ -187,17 +233,20 @@ def solve_sde(
       keys: [B] PRNG keys; in row b, step k draws from `fold_in(keys[b], k)`.
       times: [steps + 1], of `time_grid`.
       solver: a key of `SDE_STEPS`; else ValueError.
+      segments: as of `solve_ode`, for the drift.
     """
     check_choice("solver", solver, tuple(SDE_STEPS))
     x = as_float(noise)
 
-    def step(x: Array, now: tuple[Array, tuple[Array, Array]]) -> tuple[Array, None]:
+    def step(x: Array, now: tuple[Array, tuple[Array, Array]], *within: Within) -> Array:
         k, (t, dt) = now
+        drift = lambda x, t: drift_fn(x, t, *within)
         draw = lambda key: jax.random.normal(jax.random.fold_in(key, k), x.shape[1:], x.dtype)
-        return SDE_STEPS[solver](drift_fn, diffusion_fn, x, t, dt, jax.vmap(draw)(keys)), None
+        return SDE_STEPS[solver](drift, diffusion_fn, x, t, dt, jax.vmap(draw)(keys))
 
     numbers = jnp.arange(len(times) - 1, dtype=jnp.int32)
-    return jax.lax.scan(step, x, (numbers, _starts_and_lengths(times, x)))[0]
+    steps = _starts_and_lengths(times, x)
+    return _march(step, x, (numbers, steps), steps[0], segments)
 
 
 # Dormand and Prince (1980), RK5(4)7M: the time of each stage after the first, as a share of the
@@ -228,8 +277,8 @@ class _Rows(NamedTuple):
 def dopri5(
     velocity_fn: VelocityFn,
     noise: Array,
-    t_start: float = 0.0,
-    t_end: float = 1.0,
+    t_start: float | Array = 0.0,
+    t_end: float | Array = 1.0,
     tolerance: Tolerance = Tolerance(),
 ) -> tuple[Array, Array]:
     """Solves dx/dt = velocity_fn(x, t) with the Dormand-Prince pair of orders 5 and 4.

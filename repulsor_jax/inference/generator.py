@@ -25,8 +25,9 @@ from repulsor_jax.files.shards import in_batches, one_late
 from repulsor_jax.flows import paths, sampler, solvers
 from repulsor_jax.flows.source import Source
 from repulsor_jax.inference import tasks
+from repulsor_jax.models.blockwise import Blockwise
 from repulsor_jax.models.build import build_source
-from repulsor_jax.models.dit import DiT
+from repulsor_jax.models.dit import DiT, tokens_after
 
 
 class SamplingError(RuntimeError):
@@ -214,8 +215,21 @@ def make_latent_sampler(
     """
     c = config.sampling
 
-    def predict_with(model: DiT) -> Callable[..., Any]:
-        return lambda params, *inputs, **extras: model.apply({"params": params}, *inputs, **extras)
+    def predict_with(model: DiT, is_guide: bool = False) -> Callable[..., Any]:
+        def predict(params: Any, *inputs: Any, segment: Any = None, **extras: Any) -> Any:
+            if segment is not None and isinstance(model, Blockwise):
+                extras["segment"] = segment
+            if is_guide:  # the guide's trunk is run at every step
+                extras.pop("start", None)
+            return model.apply({"params": params}, *inputs, **extras)
+
+        return predict
+
+    start_fn = None
+    if isinstance(model, Blockwise) and model.residual_depth:
+
+        def start_fn(params: Any, x: Any, t: Any, labels: Any, **extras: Any) -> Any:
+            return tokens_after(model, params, x, t, labels, (model.depth - 1,), extras)[0]
 
     if c.velocity_scale != 1.0 and not latent_mean:
         raise ConfigError(
@@ -236,15 +250,16 @@ def make_latent_sampler(
         diffusion=solvers.Diffusion(
             c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size
         ),
+        num_segments=model.segments,
     )
     source: Any = build_source(config.source, config.model)
 
     def source_fn(params: Any, labels: jax.Array) -> Source:
         return Source(*source.apply({"params": params["source"]}, labels))
 
-    guiding_fn = predict_with(guiding_model) if guiding_model else None
+    guiding_fn = predict_with(guiding_model, is_guide=True) if guiding_model else None
     return sampler.make_sampler(
-        predict_with(model), spec, guiding_fn, None if source is None else source_fn
+        predict_with(model), spec, guiding_fn, None if source is None else source_fn, start_fn
     )
 
 

@@ -50,6 +50,12 @@ class _Model:
     learn_sigma: bool
     qk_norm: bool
     time_steps: int = 0
+    # Older versions have the plain transformer alone.
+    architecture: str = "dit"
+    segments: int = 6
+    segment_depth: int = 5
+    adaln_rank: int = 288
+    residual_depth: int = 0
 
 
 @checked
@@ -222,11 +228,7 @@ def load_guide(experiment: Experiment) -> Guide | None:
     config = experiment.config
     if not config.sampling.guiding_run:
         return None
-    run = checkpoints = config.sampling.guiding_run
-    if not is_bucket(run):
-        run = str(pathlib.Path(run).absolute())
-        holds_steps = any(path.name.isdecimal() for path in pathlib.Path(run).glob("*"))
-        checkpoints = run if holds_steps else f"{run}/checkpoints"
+    run, checkpoints = _locate(config.sampling.guiding_run)
     with Checkpointer(checkpoints, read_only=True) as checkpointer:
         step = config.sampling.guiding_step
         step = checkpointer.resolve(None if step == -1 else step)
@@ -259,8 +261,62 @@ def load_guide(experiment: Experiment) -> Guide | None:
         device = experiment.mesh.devices.flat[0]
         model = build_model(model_config, device, conditioning=saved.conditioning)
         parts = model, build_source(saved.source, model_config)
+        if model.segments not in (1, experiment.model.segments):
+            raise ConfigError(
+                f"config.sampling.guiding_run={run!r}: config.model.segments is {model.segments}, "
+                f"and {experiment.model.segments} in the model that it would guide: they must be "
+                "the same, or the guide a plain transformer"
+            )
         params = restore_params(experiment, checkpointer, step, parts)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
+
+
+def _locate(run: str) -> tuple[str, str]:
+    """A run that a configuration names, by its directory or checkpoints, and its checkpoints."""
+    if is_bucket(run):
+        return run, run
+    run = str(pathlib.Path(run).absolute())
+    holds_steps = any(path.name.isdecimal() for path in pathlib.Path(run).glob("*"))
+    return run, run if holds_steps else f"{run}/checkpoints"
+
+
+def with_base_params(experiment: Experiment, params: Any) -> Any:
+    """The parameters of a model with a residual network, the rest being those of its base run.
+
+    Args:
+      experiment: of the residual network; `config.residual` names the base run.
+      params: of its model; those of the residual network stay.
+
+    Raises:
+      ConfigError: the base run has another model, path or latents.
+      CheckpointError: no such checkpoint.
+    """
+    config = experiment.config
+    run, checkpoints = _locate(config.residual.base_run)
+    with Checkpointer(checkpoints, read_only=True) as checkpointer:
+        step = config.residual.base_step
+        step = checkpointer.resolve(None if step == -1 else step)
+        saved = read_records(checkpointer, step)
+        own = experiment.latent_format
+        model = dataclasses.asdict(config.model) | {"residual_depth": 0}
+        found_model = dataclasses.asdict(saved.model)
+        found_model.pop("label_dropout")
+        pairs = {f"config.model.{key}": (value, model[key]) for key, value in found_model.items()}
+        pairs |= {
+            "config.flow.path": (saved.flow.path, config.flow.path),
+            "the latents' shift": (list(saved.latents.shift), own.shift.tolist()),
+            "the latents' factor": (list(saved.latents.factor), own.factor.tolist()),
+        }
+        for what, (found, expected) in pairs.items():
+            if found != expected:
+                raise ConfigError(
+                    f"config.residual.base_run={run!r}: {what} is {found!r}, expected {expected!r} "
+                    "as in the model with the residual network"
+                )
+        base: Any = experiment.model.clone(residual_depth=0)
+        parts = base, build_source(config.source, config.model)
+        found_params = restore_params(experiment, checkpointer, step, parts)
+    return found_params | {"residual": params["residual"]}
 
 
 def protocol(

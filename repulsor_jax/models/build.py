@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from repulsor_jax.models.blockwise import Blockwise
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.models.source import ClassSource
 
@@ -22,25 +23,40 @@ def build_model(config: Any, device: jax.Device | None = None, *, conditioning: 
     attention: Any = config.attention
     if attention == "auto":
         attention = "cudnn" if _has_cudnn_attention(config, device) else None
-    return DiT(
-        latent_size=config.latent_size,
-        in_channels=config.in_channels,
-        patch_size=config.patch_size,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        num_classes=config.num_classes,
-        learn_sigma=config.learn_sigma,
-        qk_norm=config.qk_norm,
-        scan_blocks=config.scan_blocks,
-        remat=config.remat,
-        dtype=jnp.dtype(config.dtype),
-        attention=attention,
-        attention_separation=config.attention_separation,
+    fields: dict[str, Any] = {
+        "latent_size": config.latent_size,
+        "in_channels": config.in_channels,
+        "patch_size": config.patch_size,
+        "hidden_size": config.hidden_size,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "num_classes": config.num_classes,
+        "learn_sigma": config.learn_sigma,
+        "qk_norm": config.qk_norm,
+        "scan_blocks": config.scan_blocks,
+        "remat": config.remat,
+        "dtype": jnp.dtype(config.dtype),
+        "attention": attention,
+        "attention_separation": config.attention_separation,
         **_condition_fields(config, conditioning),
-        time_steps=config.time_steps,
+        "time_steps": config.time_steps,
+    }
+    if config.architecture == "dit":
+        return DiT(**fields)
+    return Blockwise(
+        **fields,
+        segments=config.segments,
+        segment_depth=config.segment_depth,
+        adaln_rank=config.adaln_rank,
+        residual_depth=config.residual_depth,
     )
+
+
+def num_segments(config: Any) -> int:
+    """How many parts time has, each with a network of its own; 1 for a plain transformer."""
+    segments: int = config.segments if config.architecture == "blockwise" else 1
+    return segments
 
 
 def _condition_fields(config: Any, conditioning: Any) -> dict[str, Any]:
@@ -80,9 +96,10 @@ def init_model_params(model: DiT, key: jax.Array, source: ClassSource | None = N
 
     The parameters of the model and, under "source", those of a learned source.
     """
-    x = jnp.zeros((1, model.latent_size, model.latent_size, model.in_channels))
-    labels = jnp.zeros((1,), jnp.int32)
-    params = model.init(key, x, jnp.zeros((1,)), labels)["params"]
+    rows = model.segments
+    x = jnp.zeros((rows, model.latent_size, model.latent_size, model.in_channels))
+    labels = jnp.zeros((rows,), jnp.int32)
+    params = model.init(key, x, jnp.zeros((rows,)), labels)["params"]
     if source is not None:
         source_key = jax.random.fold_in(key, _SOURCE_KEY)
         params = params | {"source": source.init(source_key, labels)["params"]}

@@ -313,6 +313,16 @@ class Block(nn.Module):
         return _project(dense(self.hidden_size, ("mlp", "embed"), name="mlp_out"), h)
 
 
+def remat_block(block_class: Any, remat: str, in_loop: bool) -> Any:
+    """The class of a block with the rematerialisation of that name, see `DiT`.
+
+    Inside a scan (`in_loop`) the loop itself keeps XLA from undoing it.
+    """
+    if remat == "none":
+        return block_class
+    return nn.remat(block_class, policy=REMAT_POLICIES[remat], prevent_cse=not in_loop)
+
+
 class DiT(nn.Module):
     """A class-conditional diffusion transformer on square latents.
 
@@ -326,6 +336,8 @@ class DiT(nn.Module):
     Raises:
       ValueError: on construction, naming the field whose value does not fit.
     """
+
+    segments = 1  # not a field: consecutive rows that stay together, see `blockwise.Blockwise`
 
     latent_size: int  # height and width of the latents
     in_channels: int  # channels C of the latents
@@ -415,22 +427,7 @@ class DiT(nn.Module):
           ValueError: if a tap is not the index of a block, or the shapes of `x`, `t`, `labels`,
             `groups` or `condition` do not fit.
         """
-        latent = (self.latent_size, self.latent_size, self.in_channels)
-        if x.ndim != 4 or x.shape[1:] != latent:
-            raise ValueError(
-                f"x: found shape {x.shape}, expected [B, {', '.join(map(str, latent))}]"
-            )
-        num_tokens = (self.latent_size // self.patch_size) ** 2
-        shapes = {"t": (t, x.shape[:1]), "labels": (labels, x.shape[:1])}
-        if groups is not None:
-            shapes["t"] = (t, (*x.shape[:1], *t.shape[-1:]))
-            shapes["groups"] = (groups, (*x.shape[:1], num_tokens))
-        for name, (array, expected) in shapes.items():
-            if array.shape != expected:
-                raise ValueError(f"{name}: found shape {array.shape}, expected {expected}")
-        if any(not 0 <= tap < self.depth for tap in taps):
-            raise ValueError(f"taps: found {taps}, expected blocks in 0 to {self.depth - 1}")
-
+        self._check_inputs(x, t, labels, groups, taps)
         tokens = patchify(x, self.patch_size).astype(self.dtype)
         embed = _dense(self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype)
         tokens = _project(embed, tokens)
@@ -447,6 +444,25 @@ class DiT(nn.Module):
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
         out = self._final_layer(tokens, summed, groups)
         return (out, tapped) if taps else out
+
+    def _check_inputs(
+        self, x: Array, t: Array, labels: Array, groups: Array | None, taps: tuple[int, ...]
+    ) -> None:
+        latent = (self.latent_size, self.latent_size, self.in_channels)
+        if x.ndim != 4 or x.shape[1:] != latent:
+            raise ValueError(
+                f"x: found shape {x.shape}, expected [B, {', '.join(map(str, latent))}]"
+            )
+        num_tokens = (self.latent_size // self.patch_size) ** 2
+        shapes = {"t": (t, x.shape[:1]), "labels": (labels, x.shape[:1])}
+        if groups is not None:
+            shapes["t"] = (t, (*x.shape[:1], *t.shape[-1:]))
+            shapes["groups"] = (groups, (*x.shape[:1], num_tokens))
+        for name, (array, expected) in shapes.items():
+            if array.shape != expected:
+                raise ValueError(f"{name}: found shape {array.shape}, expected {expected}")
+        if any(not 0 <= tap < self.depth for tap in taps):
+            raise ValueError(f"taps: found {taps}, expected blocks in 0 to {self.depth - 1}")
 
     def _embed_condition(self, x: Array, condition: Array | None) -> Array:
         """The condition's part of the patch embedding, [B, N, D]; `x` is [B, H, W, C]."""
@@ -496,23 +512,10 @@ class DiT(nn.Module):
             h, label = h.reshape(*t.shape, -1), label[:, None]
         return nn.silu(h + label)
 
-    def _run_blocks(
-        self,
-        tokens: Array,
-        condition: Array,
-        groups: Array | None,
-        taps: tuple[int, ...],
-        nudges: Mapping[int, Array],
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Runs all blocks; the second result are the outputs of the blocks `taps`."""
-        block_class: Any = Block
-        if self.remat != "none":
-            # Inside a scan the loop itself keeps XLA from undoing the rematerialisation.
-            block_class = nn.remat(
-                Block, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_blocks
-            )
-        make_block = functools.partial(
-            block_class,
+    def _block_maker(self) -> Callable[..., Any]:
+        """What makes a block of the given name."""
+        return functools.partial(
+            remat_block(Block, self.remat, self.scan_blocks),
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
@@ -521,6 +524,17 @@ class DiT(nn.Module):
             attention=self.attention,
             attention_separation=self.attention_separation,
         )
+
+    def _run_blocks(
+        self,
+        tokens: Array,
+        condition: Any,
+        groups: Array | None,
+        taps: tuple[int, ...],
+        nudges: Mapping[int, Array],
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Runs all blocks; the second result are the outputs of the blocks `taps`."""
+        make_block = self._block_maker()
         if not self.scan_blocks:
             outputs = {}
             for i in range(self.depth):
@@ -532,10 +546,10 @@ class DiT(nn.Module):
         # The last block's tokens come out of the loop by themselves.
         carried = tuple(tap for tap in taps if tap < self.depth - 1)
 
-        def plain(block: nn.Module, x: Array, condition: Array, index: Array) -> Any:
+        def plain(block: nn.Module, x: Array, condition: Any, index: Array) -> Any:
             return block(x, condition, groups), None
 
-        def tapping(block: nn.Module, carry: Any, condition: Array, index: Array) -> Any:
+        def tapping(block: nn.Module, carry: Any, condition: Any, index: Array) -> Any:
             x, kept = carry
             x = block(x, condition, groups)
             for tap, nudge in nudges.items():

@@ -55,6 +55,8 @@ def training_flops(config: ModelConfig) -> float:
 
 def forward_flops(config: ModelConfig) -> float:
     """FLOPs of the transformer's matrix products for one image, 2 per multiply-add."""
+    if config.architecture == "blockwise":
+        return _blockwise_flops(config)
     width = config.hidden_size
     tokens = (config.latent_size // config.patch_size) ** 2
     patch = config.in_channels * config.patch_size**2
@@ -64,3 +66,21 @@ def forward_flops(config: ModelConfig) -> float:
     last = tokens * patch * width * (2 if config.learn_sigma else 1) + 2 * width**2
     first = tokens * patch * width + NUM_FREQUENCIES * width + width**2  # patches; time
     return 2.0 * (config.depth * block + first + last)
+
+
+def _blockwise_flops(config: ModelConfig) -> float:
+    """`forward_flops` of the trunk and one stack, with the modulation of every token."""
+    width, rank = config.hidden_size, config.adaln_rank
+    tokens = (config.latent_size // config.patch_size) ** 2
+    patch = config.in_channels * config.patch_size**2
+    hidden = int(width * config.mlp_ratio)
+    block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+
+    def modulation(inputs: int) -> int:  # of one block, for one condition
+        return rank * (inputs + 6 * width) if rank else inputs * 6 * width
+
+    trunk = config.depth * (block + modulation(width)) + 6 * width**2
+    stack = config.segment_depth * (block + tokens * modulation(2 * width))
+    shared = tokens * 2 * width * (6 + 2) * width  # of a stack's blocks, and of the final layer
+    ends = 3 * tokens * patch * width + NUM_FREQUENCIES * width + width**2
+    return 2.0 * (trunk + stack + shared + ends)

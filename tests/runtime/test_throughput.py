@@ -23,10 +23,13 @@ def test_forward_flops_are_the_published_counts(variant, gmacs):
     assert throughput.forward_flops(config.model) / 2e9 == pytest.approx(gmacs, rel=2e-3)
 
 
-def test_forward_flops_are_the_products_of_the_jaxpr():
-    config = tiny.config(
-        model__depth=2, model__hidden_size=64, model__latent_size=16, model__learn_sigma=True
-    )
+BLOCKWISE = {"model__architecture": "blockwise", "model__segments": 1, "model__learn_sigma": False}
+
+
+@pytest.mark.parametrize("options", [{}, BLOCKWISE, BLOCKWISE | {"model__adaln_rank": 0}])
+def test_forward_flops_are_the_products_of_the_jaxpr(options):
+    shape = {"model__depth": 2, "model__hidden_size": 64, "model__latent_size": 16}
+    config = tiny.config(**shape | {"model__learn_sigma": True} | options)
     model = build_model(config.model)
     params = jax.eval_shape(lambda key: init_model_params(model, key), jax.random.key(0))
 
