@@ -251,10 +251,11 @@ def make_forward(trainer: Trainer) -> Callable:
         shown = {}
         for view, blocks in objective.views.items():
             view_time, view_noise = inputs.views[view]
-            view_x_0 = start_points(trainer, teacher.params, inputs, view_noise)
+            shown_labels = inputs.tags.labels if view.true_labels else labels
+            own_inputs = inputs._replace(labels=shown_labels)
+            view_x_0 = start_points(trainer, teacher.params, own_inputs, view_noise)
             view_at = pixel_times(view_time, groups, size)
             x = interpolate(objective.path, data, view_x_0, view_at)
-            shown_labels = inputs.tags.labels if view.true_labels else labels
             seen_tokens = tokens_after(
                 model, teacher.params, x, view_time, shown_labels, blocks, extras
             )

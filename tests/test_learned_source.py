@@ -14,6 +14,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.config import ConfigError
+from repulsor_jax.inference import exported, pretrained
 from repulsor_jax.inference import run as run_lib
 from repulsor_jax.models import torch_weights
 from repulsor_jax.models.build import build_source
@@ -185,6 +186,16 @@ def test_what_a_run_starts_from_is_in_its_checkpoint(tmp_path):
                 run_lib.open_experiment(tiny.config(**changes), tmp_path, checkpointer, 7)
     jax.tree.map(np.testing.assert_array_equal, found, params)
     assert "source" in found
+
+    # And in its export, which our own sampler reads, and diffusers' pipeline could not start from.
+    state = exported.write_weights(tmp_path, experiment, found, "sit")
+    assert "starts from N(0, I)" in exported.write_diffusers(tmp_path, experiment, state)
+    assert not (tmp_path / "transformer").exists()
+    from_file = {"model__init_from": str(tmp_path / exported.EXPORTED)}
+    _, read = pretrained.open_published(tiny.config(**SOURCE, **from_file), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), params)
+    with pytest.raises(ConfigError, match="has other parameters than a plain DiT"):
+        pretrained.open_published(tiny.config(**from_file), tmp_path)
     guided = tiny.config(sampling__guiding_run=str(tmp_path), sampling__cfg_scale=2.0)
     plain = tiny.config_dict()
     tiny.save_run(tmp_path / "plain", plain, {7: tiny.random_params(tiny.config())})

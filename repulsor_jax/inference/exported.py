@@ -79,6 +79,8 @@ def write_diffusers(
     model, flow = experiment.model, experiment.config.flow
     if reason := diffusers_names.inexpressible(model):
         return reason
+    if experiment.config.source.name != "gaussian":
+        return "config.source: the pipeline starts from N(0, I), and not by class"
     if flow.prediction != "velocity" or flow.path not in ("linear", "gvp"):
         return (
             f"config.flow.prediction={flow.prediction!r} on path {flow.path!r}: the pipeline "
@@ -158,6 +160,12 @@ python -m repulsor_jax.main --mode=sample --workdir=out --config=CONFIG \\
 ```
 
 PyTorch: `model.load_state_dict(safetensors.torch.load_file("{EXPORTED}"))`.
+"""
+    if experiment.config.source.name != "gaussian":
+        use += """
+Samples start from mean + exp(log_variance / 2) noise of their class, not from noise alone. The
+tensors `source.*`, for which SiT's code has no place (`strict=False`), give them: a row of `table`,
+then `hidden`, SiLU, and `mean` and, where it is there, `log_variance`, each [C, H, W].
 """
     if no_diffusers:
         use += f"\nNot for diffusers: {no_diffusers}.\n"
