@@ -226,6 +226,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.log.diagnostics_every_steps = 10_000  # and at the end; 0 is never
     c.log.profile_steps = ()  # (first, last) steps to profile, into <workdir>/profile; () is none
     c.log.watchdog_minutes = 30.0  # without progress before a warning with all stacks; 0: none
+    c.log.page = True  # <workdir>/report.html: the run to look at (docs/training.md)
+    # A project of Weights & Biases, to log to it too; needs the extra `wandb`. Entity and key come
+    # from the environment: WANDB_ENTITY, WANDB_API_KEY or `wandb login`.
+    c.log.wandb = ""  # "" is off
 
     c.sampling = ml_collections.ConfigDict()
     # ODE: "euler", "midpoint", "heun", "rk4", and "dopri5", which chooses its own steps. SDE:

@@ -304,6 +304,8 @@ class LogConfig:
     diagnostics_every_steps: Natural
     profile_steps: tuple[Count, ...]
     watchdog_minutes: NonNegative
+    page: bool
+    wandb: Text
 
 
 @checked

@@ -29,6 +29,7 @@ from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
+from repulsor_jax.evaluation.page import make_page, reported
 from repulsor_jax.export import CONVENTIONS, export
 from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
@@ -36,7 +37,7 @@ from repulsor_jax.inference.generator import SamplingError
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.gpus import prepare_environment
 from repulsor_jax.planning.topology import describe_machine
-from repulsor_jax.runtime import distributed, preemption
+from repulsor_jax.runtime import distributed, preemption, wandb_tracker
 from repulsor_jax.runtime.guard import DivergedError
 from repulsor_jax.runtime.metrics import draw_curves
 from repulsor_jax.sample import sample
@@ -56,13 +57,13 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "encode", "sample", "evaluate", "export", "plan", "verify"],
+    ["train", "encode", "sample", "evaluate", "export", "plan", "verify", "page"],
     "train: to total_steps, going on from the newest checkpoint in the workdir. encode: images to "
     "latents, once. sample: an .npz and a grid from a checkpoint's EMA parameters. evaluate: FID "
     "and other metrics of checkpoints, or of an .npz (config.evaluation.samples). export: weights "
     "for PyTorch and diffusers, with a card. plan: memory, FLOPs, collectives and estimated time "
     "on --topology, which need not be here. verify: reads every checkpoint and says which are "
-    "whole.",
+    "whole. page: writes the workdir's report.html anew.",
 )
 _FORCE = flags.DEFINE_bool(
     "force",
@@ -182,6 +183,7 @@ def _path_of(flag: str, value: str) -> str:
 def _train(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     """Trains; `held` is closed at the end of the job, and keeps other jobs away until then."""
     with _one_line_errors(ValueError, OSError, SamplingError):
+        wandb_tracker.check_installed(config.log.wandb)
         _hold(config, workdir, held)
         if config.data.encode_if_missing:
             experiment_lib.checked_mesh(config)  # refuses what training would refuse, hours earlier
@@ -262,6 +264,7 @@ def _one_step() -> int | None:
 
 def _sample(config: Config, workdir: pathlib.Path) -> None:
     sample(config, workdir, _one_step())
+    _refresh_page(workdir)
 
 
 def _export(config: Config, workdir: pathlib.Path) -> None:
@@ -270,11 +273,26 @@ def _export(config: Config, workdir: pathlib.Path) -> None:
 
 def _evaluate(config: Config, workdir: pathlib.Path) -> None:
     evaluate(config, workdir, _CHECKPOINT_STEP.value)
+    _refresh_page(workdir)
 
 
 def _verify(config: Config, workdir: pathlib.Path) -> None:
     if not verify(checkpoint_directory(config.checkpoint, workdir)):
         raise CheckpointError("some checkpoints are damaged, see above")
+
+
+def _page(config: Config, workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        path = make_page(workdir)
+        if path is None:
+            raise ValueError(f"--workdir={workdir}: found no run there, of which to make a page")
+        print(path)
+
+
+def _refresh_page(workdir: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        with reported("the page is not made anew"):
+            make_page(workdir)
 
 
 def _plan(config: Config, workdir: pathlib.Path) -> None:
@@ -339,6 +357,7 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
     "export": _export,
     "plan": _plan,
     "verify": _verify,
+    "page": _page,
 }
 
 

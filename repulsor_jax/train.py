@@ -18,6 +18,7 @@ from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.evaluation.inspector import make_inspector
 from repulsor_jax.evaluation.monitor import Monitor, is_due
+from repulsor_jax.evaluation.page import Page, describe
 from repulsor_jax.experiment import Experiment, describe_data, latents_record, make_trainer
 from repulsor_jax.files.atomic import Appender
 from repulsor_jax.inference import pretrained
@@ -27,6 +28,7 @@ from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
 from repulsor_jax.runtime.preemption import Preempted, Preemption
 from repulsor_jax.runtime.profiling import Profiler
 from repulsor_jax.runtime.throughput import training_throughput
+from repulsor_jax.runtime.wandb_tracker import WandB
 from repulsor_jax.runtime.watchdog import Watchdog
 from repulsor_jax.train_state import TrainState
 from repulsor_jax.train_step import TrainingProgram, compile_training
@@ -86,6 +88,7 @@ def train(
         open_for_training(workdir, config.checkpoint) as checkpointer,  # on leaving, it waits
         Appender(workdir / EVENTS) as events,
         Appender(workdir / resuming.JSONL_NAME) as resumes,
+        Page(workdir, enabled=is_main and config.log.page) as page,
     ):
         records_of = functools.partial(batch_records, dataset, config.batch_size, config.seed)
         guard = Guard(config.divergence, events, records_of, not_finite)
@@ -143,9 +146,13 @@ def train(
         first_step = int(jax.device_get(state.step))
         done = ": nothing to do" if first_step >= total_steps else ""
         say(f"step {first_step} of {total_steps}, in {workdir}{done}")
+        page.start(describe(experiment, dataset, state.params["model"], config_record), first_step)
 
+        others = []
+        if is_main and config.log.wandb:
+            others.append(WandB(workdir, config.log.wandb, config_record))
         with (
-            MetricWriter(workdir, first_step, enabled=is_main) as writer,
+            MetricWriter(workdir, first_step, is_main, others) as writer,
             StepRecorder(
                 writer,
                 first_step=first_step,
@@ -212,6 +219,9 @@ def train(
                     watchdog.beat("diagnostics", step)
                     with recorder.pause():
                         inspector.look(step, state, batch, writer)
+                if saves or looks or inspects:
+                    with recorder.pause():
+                        page.refresh()
         watchdog.beat("save", step)
     return state
 

@@ -24,38 +24,45 @@ def write(folder: pathlib.Path, name: str, record: Record) -> None:
 def read(folder: pathlib.Path, name: str) -> Record | None:
     """Reads `<folder>/<name>.json`; None if there is no such file."""
     path = folder / f"{name}.json"
-    return _load(path) if path.is_file() else None
+    return load(path) if path.is_file() else None
 
 
 def read_all(folder: pathlib.Path) -> list[Record]:
     """All records of a folder, by step, then by guidance; with the name of its file in each."""
-    records = [_load(path) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
-
-    def order(record: Record) -> tuple:
-        p = record["protocol"]
-        return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
-
+    records = [load(path) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
     return sorted(records, key=order)
 
 
-def _load(path: pathlib.Path) -> Record:
+def order(record: Record) -> tuple:
+    """By step, then by guidance."""
+    p = record["protocol"]
+    return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
+
+
+def load(path: pathlib.Path) -> Record:
+    """Reads a record; raises ValueError where the file holds none."""
     record = read_json(path)
     if not isinstance(record, dict) or not {"metrics", "protocol"} <= record.keys():
         raise ValueError(f"{path}: found no metrics with their protocol: remove the file")
     return record
 
 
-def table(records: Sequence[Record]) -> str:
-    """A Markdown table, a row for each record: metrics, protocol in short, and the file of all."""
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """Headings, then a row for each record: metrics, protocol in short, and the file of all."""
     known = [m for m in _METRICS if any(m in record["metrics"] for record in records)]
-    header = [*known, *_PROTOCOL]
-    rows = []
+    lines = [[*known, *_PROTOCOL]]
     for record in records:
         found = record["metrics"]
         numbers = [f"{found[m]:.{_METRICS[m]}f}" if m in found else "" for m in known]
-        rows.append([*numbers, *(show(record) for show in _PROTOCOL.values())])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
+        lines.append([*numbers, *(show(record) for show in _PROTOCOL.values())])
+    return lines
+
+
+def table(records: Sequence[Record]) -> str:
+    """The same as a Markdown table."""
+    header, *others = rows(records)
+    widths = [max(map(len, column)) for column in zip(header, *others, strict=True)]
+    lines = [header, ["-" * width for width in widths], *others]
     return "\n".join(
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
         for line in lines

@@ -1,10 +1,10 @@
 """A plan in words and pictures: the text of the console, and a page with its pictures in it."""
 
-import html
 import pathlib
 from typing import Any
 
 from repulsor_jax.files import atomic
+from repulsor_jax.files.webpage import document, escaped, table
 from repulsor_jax.runtime.chips import GIB
 
 Values = dict[str, Any]
@@ -19,11 +19,6 @@ _PARTS = {
 _COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
     *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
-)
-_STYLE = (
-    "body{font-family:sans-serif;margin:2em;max-width:75em}svg{font-size:12px}"
-    "table{border-collapse:collapse}td{border:1px solid #ccc;padding:.3em .6em}"
-    "pre{background:#f6f6f6;padding:1em;overflow:auto}"
 )
 
 
@@ -159,22 +154,17 @@ def table_text(rows: list[list[str]]) -> str:
 def write_page(path: pathlib.Path, title: str, variants: list[Values]) -> None:
     """Writes an HTML page that needs no other file."""
     body = [
-        f"<h1>{html.escape(title)}</h1>",
+        f"<h1>{escaped(title)}</h1>",
         "<p>Memory, FLOPs and bytes are read from the compiled program. Times are estimates from "
         "published peak rates: nothing was run.</p>",
         *_pictures(variants),
     ]
     if len(variants) > 1:
-        rows = ["".join(f"<td>{html.escape(c)}</td>" for c in r) for r in comparison_rows(variants)]
-        body.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+        body.append(table(comparison_rows(variants)))
     for variant in variants:
-        body.append(f"<h2>{html.escape(variant['label'])}</h2>")
-        body.append(f"<pre>{html.escape(plan_text(variant))}</pre>")
-    atomic.write_text(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n",
-    )
+        body.append(f"<h2>{escaped(variant['label'])}</h2>")
+        body.append(f"<pre>{escaped(plan_text(variant))}</pre>")
+    atomic.write_text(path, document(title, "".join(body), style="svg{font-size:12px}"))
 
 
 def _pictures(variants: list[Values]) -> list[str]:
@@ -208,7 +198,7 @@ def _bars(title: str, bars: dict[str, dict[str, float]], limit: float) -> str:
     colors = dict(zip(kinds, _COLORS, strict=False))
     shapes, y = [f'<text x="0" y="14" font-weight="bold">{title}</text>'], 24
     for label, bar in bars.items():
-        shapes.append(f'<text x="0" y="{y + 12}">{html.escape(label)}</text>')
+        shapes.append(f'<text x="0" y="{y + 12}">{escaped(label)}</text>')
         x = 0.0
         for kind in (k for k in bar if k in colors):
             width = 700 * bar[kind] / widest
@@ -220,12 +210,13 @@ def _bars(title: str, bars: dict[str, dict[str, float]], limit: float) -> str:
         y += 40
     if limit:
         x = 700 * limit / widest
-        shapes.append(f'<path d="M{x:.1f} 24V{y}" stroke="black" stroke-dasharray="4"/>')
+        shapes.append(f'<path d="M{x:.1f} 24V{y}" stroke="currentColor" stroke-dasharray="4"/>')
     for k, (kind, color) in enumerate(colors.items()):
         shapes.append(f'<rect x="720" y="{24 + 18 * k}" width="12" height="12" fill="{color}"/>')
         shapes.append(f'<text x="738" y="{34 + 18 * k}">{kind}</text>')
     height = max(y, 24 + 18 * len(colors)) + 8
-    return f'<p><svg width="900" height="{height}">{"".join(shapes)}</svg></p>'
+    svg = f'<svg width="900" height="{height}">{"".join(shapes)}</svg>'
+    return f'<div class="scroll">{svg}</div>'
 
 
 def _mesh(mesh: Values) -> str:

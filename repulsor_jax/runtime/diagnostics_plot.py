@@ -67,7 +67,7 @@ def draw_diagnostics(rows: Iterable[Mapping[str, Any]], path: str | os.PathLike[
 
 def diagnostics_figure(rows: Iterable[Mapping[str, Any]]) -> Any:
     """The matplotlib Figure that `draw_diagnostics` writes, or None without diagnostics."""
-    curves = _curves(rows)
+    curves = curves_of(rows)
     if not curves:
         return None
     # Imported here: only some runs draw, and every program would start later.
@@ -75,17 +75,15 @@ def diagnostics_figure(rows: Iterable[Mapping[str, Any]]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    known = {name for panel in PANELS for name in panel.names}
-    others = [Panel(name.replace("_", " "), (name,)) for name in curves if name not in known]
-    panels = [p for p in (*PANELS, *others) if any(name in curves for name in p.names)]
-    colours = _colours({where for lines in curves.values() for where in lines})
+    panels = panels_of(curves)
+    colours = place_colours({where for lines in curves.values() for where in lines})
     columns = min(4 if len(panels) > 9 else 3, len(panels))
     num_rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1 + 4 * columns, 1 + 2.4 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)  # draws without pyplot's global state or a display
     axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for panel, axis in zip(panels, axes, strict=False):
-        _draw(axis, panel, curves, colours)
+        draw_panel(axis, panel, curves, colours)
     for axis in axes[len(panels) :]:
         axis.remove()
     figure.supxlabel("training step", fontsize="medium")
@@ -95,7 +93,14 @@ def diagnostics_figure(rows: Iterable[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
+def panels_of(curves: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+    """The panels that `curves_of` fills: those of `PANELS`, then one for each other name."""
+    known = {name for panel in PANELS for name in panel.names}
+    others = [Panel(name.replace("_", " "), (name,)) for name in curves if name not in known]
+    return [p for p in (*PANELS, *others) if any(name in curves for name in p.names)]
+
+
+def curves_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
     """What -> where -> its curve; numbers that are not finite are left out."""
     curves: dict[str, dict[str, Curve]] = {}
     for row in rows:
@@ -108,7 +113,7 @@ def _curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
     return curves
 
 
-def _colours(places: set[str]) -> dict[str, Any]:
+def place_colours(places: set[str]) -> dict[str, Any]:
     """A colour for each place, blocks from dark (the first) to light; in the legend's order."""
     from matplotlib import colormaps
 
@@ -128,9 +133,10 @@ def _number(place: str) -> tuple[str, int]:
     return name, int(place[len(name) :])
 
 
-def _draw(
+def draw_panel(
     axis: Any, panel: Panel, curves: Mapping[str, Mapping[str, Curve]], colours: Mapping[str, Any]
 ) -> None:
+    """Draws a panel on matplotlib axes, each place of `curves_of` in its colour."""
     shown = [name for name in panel.names if name in curves]
     for name, style in zip(shown, ("-", "--", ":"), strict=False):
         for where, (steps, values) in curves[name].items():

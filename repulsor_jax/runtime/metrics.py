@@ -6,8 +6,8 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -36,95 +36,170 @@ class Refusal(NamedTuple):
         return f"step {self.step}: loss {loss:.6g}, grad_norm {grad_norm:.6g} (batch {self.batch})"
 
 
+class Tracker(Protocol):
+    """Where the numbers of a run go; `step` counts finished optimizer steps.
+
+    A fault of its storage or network is its own: it raises nothing of that kind, and never waits.
+    """
+
+    def rewind(self, step: int) -> None:
+        """Drops what came after a step, as far as it can, to go on from that step."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes numbers by name."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Takes a text, to be shown as it stands."""
+
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Takes a picture file."""
+
+    def flush(self) -> None:
+        """Puts what it holds where it is to stay."""
+
+    def close(self, *, failed: bool) -> None:
+        """The last call: the run is over, or an error ended it."""
+
+
 class MetricWriter:
     """Writes scalars and pictures of one run; on processes but the first it does nothing.
 
-    Lines and events that a full or absent disk refuses are kept and written later.
+    They go to `metrics.jsonl` and to event files in `tensorboard/`, there, and to `others`. Lines
+    and events that a full or absent disk refuses are kept and written later.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], first_step: int, enabled: bool = True):
-        """Goes on after `first_step`; later lines, of an interrupted run, are dropped.
-
-        Events go to `<workdir>/tensorboard`, lines to `<workdir>/metrics.jsonl`.
-        """
-        self._enabled = enabled
-        if not enabled:
-            return
-        path = pathlib.Path(workdir) / JSONL_NAME
-        self._lines = Appender(path)
-        self._ends = _ends(path)
-        self._folder = path.parent / "tensorboard"
-        self._events: EventsWriter | None = None
-        self._kept_events: list[event_pb2.Event] = []
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        first_step: int,
+        enabled: bool = True,
+        others: Sequence[Tracker] = (),
+    ):
+        """Goes on after `first_step`; later lines, of an interrupted run, are dropped."""
+        self._trackers: list[Tracker] = []
+        if enabled:
+            path = pathlib.Path(workdir)
+            own = _Lines(path / JSONL_NAME), _EventFiles(path / "tensorboard")
+            self._trackers += [*own, *others]
         self.rewind(first_step)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.flush()
-        if self._enabled and self._events is not None:
-            self._events.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
     def rewind(self, step: int) -> None:
         """Drops the lines and events after a step, to go on from that step."""
-        if not self._enabled:
-            return
-        while self._ends and self._ends[-1][0] > step:
-            self._ends.pop()
-        self._lines.cut(self._ends[-1][1] if self._ends else 0)
-        # TensorBoard then hides what this and other files have from that step on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(step=step + 1, session_log=start))
+        for tracker in self._trackers:
+            tracker.rewind(step)
         self.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one event per scalar; `step` counts finished optimizer steps."""
-        if not self._enabled:
-            return
-        self._lines.append_or_keep((json.dumps({"step": step, **values}) + "\n").encode())
-        self._ends.append((step, self._lines.size()))
-        for name, value in values.items():
-            self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
         if time.monotonic() - self._flushed > 10.0:
             self.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Writes a text, as it stands, to the event file; on the first process alone."""
+        """Writes a text, as it stands."""
+        for tracker in self._trackers:
+            tracker.text(step, name, text)
+
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Writes a picture file."""
+        for tracker in self._trackers:
+            tracker.image(step, name, path)
+
+    def flush(self) -> None:
+        """Writes all kept lines and events, and waits until the disk has them."""
+        self._flushed = time.monotonic()
+        for tracker in self._trackers:
+            tracker.flush()
+
+
+class _Lines:
+    """A file of JSON lines, of scalars alone; it is what the program itself reads again."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._lines = Appender(path)
+        self._ends = _ends(path)
+
+    def rewind(self, step: int) -> None:
+        while self._ends and self._ends[-1][0] > step:
+            self._ends.pop()
+        self._lines.cut(self._ends[-1][1] if self._ends else 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._lines.append_or_keep((json.dumps({"step": step, **values}) + "\n").encode())
+        self._ends.append((step, self._lines.size()))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        pass
+
+    def flush(self) -> None:
+        self._lines.append_or_keep(b"")
+
+    def close(self, *, failed: bool) -> None:
+        self.flush()
+
+
+class _EventFiles:
+    """TensorBoard's event files.
+
+    They are written here and not by `SummaryWriter`, whose thread ends when the disk is full: its
+    queue then blocks the training loop.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._events: EventsWriter | None = None
+        self._kept: list[event_pb2.Event] = []
+
+    def rewind(self, step: int) -> None:
+        # TensorBoard then hides what this and other files have from that step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(event_pb2.Event(step=step + 1, session_log=start))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
+
+    def text(self, step: int, name: str, text: str) -> None:
         shown = summary.text(name, f"```\n{text}\n```")
         self._add(event_pb2.Event(step=step, summary=shown))
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
-        """Writes a picture file to the event file; on the first process alone."""
         picture = np.asarray(Image.open(path).convert("RGB"))
         shown = summary.image(name, picture, dataformats="HWC")
         self._add(event_pb2.Event(step=step, summary=shown))
 
     def _add(self, event: event_pb2.Event) -> None:
         event.wall_time = time.time()
-        self._kept_events.append(event)
+        self._kept.append(event)
 
     def flush(self) -> None:
-        """Writes all kept lines and events, and waits until the disk has them.
-
-        The event file is written here and not by `SummaryWriter`, whose thread ends when the disk
-        is full: its queue then blocks the training loop.
-        """
-        if not self._enabled:
-            return
-        self._flushed = time.monotonic()
-        self._lines.append_or_keep(b"")
         try:
             if self._events is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 suffix = f".{os.getpid()}.{time.time_ns()}"
                 self._events = EventsWriter(str(self._folder / "events"), suffix)
-            for event in self._kept_events:
+            for event in self._kept:
                 self._events.write_event(event)
             self._events.flush()
-            self._kept_events.clear()
+            self._kept.clear()
         except OSError:  # the file may end in a torn event: the next attempt opens another
             self._events = None
+
+    def close(self, *, failed: bool) -> None:
+        self.flush()
+        if self._events is not None:
+            self._events.close()
 
 
 def _ends(path: pathlib.Path) -> list[tuple[int, int]]:

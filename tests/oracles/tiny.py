@@ -82,6 +82,7 @@ def digits_dict(data_dir: Any = "", **overrides: Any):
         "checkpoint.every_steps": 5,
         "log.every_steps": 1,
         "log.diagnostics_every_steps": 0,
+        "log.page": False,
         "sampling.num_steps": 2,
         "sampling.batch_size": 16,
         "sampling.num_samples": 20,

@@ -52,7 +52,7 @@ def test_encode_train_resume_and_sample(tmp_path):
     workdir = f"--workdir={tmp_path}"
     # Sampling needs neither the head nor the bank of the run.
     modes = ["encode", "train", "train", "sample"]
-    changes = [{}, {}, {"total_steps": 8}, {"terms": "none"}]
+    changes = [{}, {"log.page": True}, {"total_steps": 8}, {"terms": "none"}]
     jobs = [
         {"mode": mode, "workdir": str(tmp_path), "config": config}
         for mode, config in zip(modes, changes, strict=True)
@@ -63,6 +63,10 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert "frechet_pixels" in done.stdout
     for name in ("loss_curve.png", "metrics.jsonl", "samples/train_00000006.png"):
         assert (tmp_path / name).is_file()
+    page = (tmp_path / "report.html").read_text()
+    for text in ("finished", "step 8 of 8", "1,300 images of 10 classes", "data:image/", "<svg"):
+        assert text in page
+    assert "is not" not in done.stdout  # written, nor made anew
 
     assert SECRET not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
