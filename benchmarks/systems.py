@@ -1,11 +1,14 @@
 """Neighbouring systems on the digits, by seed, through the program.
 
+    python -m benchmarks.systems digits --seeds=3
     python -m benchmarks.systems inpaint --seeds=3
 
 trains each arm on every seed, evaluates its last checkpoint, and prints the Fréchet distance of its
 samples (pixels), mean and standard deviation over the seeds, and the time of a step. Everything
 lies under --workdir; a run that is there is not trained or evaluated again.
 
+- `digits`: 2,000 samples by class, of the plain trainer, a learned source, blockwise networks, SRA,
+  and SRA with dual times and attention separation.
 - `inpaint`: composites of held-out digits, each of the 497 with four holes, filled by a network
   that is shown the hole, or by a plain one into whose steps the known pixels are put.
 """
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,18 @@ _QUIET = ("sampling.grid_every_steps", "evaluation.every_steps", "log.diagnostic
 
 # Table -> arm -> flags of the program.
 ARMS: dict[str, dict[str, list[str]]] = {
+    "digits": {
+        "plain": ["--config=digits:none"],
+        "class source": ["--config=learned_source:digits"],
+        "class source, no alignment": [
+            "--config=learned_source:digits",
+            "--config.source.alignment_weight=0",
+        ],
+        "blockwise": ["--config=blockwise:digits,none"],
+        "blockwise, semantic_teacher": ["--config=blockwise:digits"],
+        "sra": ["--config=digits:sra"],
+        "dual times": ["--config=digits:dual_times"],
+    },
     "inpaint": {
         "channels": ["--config=inpaint"],
         "replace": [
@@ -70,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace, arm: str, seed: int) -> Result:
     """Trains and evaluates one arm on one seed, or reads what is there."""
     root = args.workdir.absolute()
-    workdir = root / args.table / f"{arm}_{args.steps}" / f"seed_{seed}"
+    folder = re.sub(r"\W+", "_", arm) + f"_{args.steps}"
+    workdir = root / args.table / folder / f"seed_{seed}"
     flags = [
         *ARMS[args.table][arm],
         f"--workdir={workdir}",
