@@ -100,10 +100,12 @@ class RotaryBlock(Block):
         x = nn.with_logical_constraint(x, ("batch", None, None))
         own, shared = condition
         if self.adaln_rank:
-            down = dit._dense(self.adaln_rank, ("embed", None), name="adaln_in", dtype=self.dtype)
+            down = dit.make_dense(
+                self.adaln_rank, ("embed", None), name="adaln_in", dtype=self.dtype
+            )
             own = _project(down, own)
         modulation = _project(
-            dit._dense(
+            dit.make_dense(
                 6 * self.hidden_size,
                 (None if self.adaln_rank else "embed", "modulation"),
                 name="modulation",
@@ -116,27 +118,27 @@ class RotaryBlock(Block):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(
             modulation, 6, axis=-1
         )
-        h = dit._modulate(x, shift_msa, scale_msa).astype(self.dtype)
-        x = dit._gated_add(x, gate_msa, self._attend(h, groups))
-        h = dit._modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
-        x = dit._gated_add(x, gate_mlp, self._mlp(h))
+        h = dit.modulate(x, shift_msa, scale_msa).astype(self.dtype)
+        x = dit.gated_add(x, gate_msa, self._attend(h, groups))
+        h = dit.modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
+        x = dit.gated_add(x, gate_mlp, self._mlp(h))
         return nn.with_logical_constraint(x, ("batch", None, None))
 
     def _attend(self, h: Array, groups: Array | None) -> Array:
         batch, count, width = h.shape
-        dense = functools.partial(dit._dense, dtype=self.dtype)
-        parts = dit._project(dense(3 * width, ("embed", "heads"), name="qkv"), h)
+        dense = functools.partial(dit.make_dense, dtype=self.dtype)
+        parts = dit.project(dense(3 * width, ("embed", "heads"), name="qkv"), h)
         parts = parts.reshape(batch, count, self.num_heads, 3, -1)
         table = rotary_table(round(count**0.5), parts.shape[-1])
         q = rotate(RMSNorm(name="q_norm")(parts[:, :, :, 0]), *table).astype(self.dtype)
         k = rotate(RMSNorm(name="k_norm")(parts[:, :, :, 1]), *table).astype(self.dtype)
         out = dit.attend(q, k, parts[:, :, :, 2], self.attention).reshape(batch, count, width)
-        return dit._project(dense(width, ("heads", "embed"), name="proj"), out)
+        return dit.project(dense(width, ("heads", "embed"), name="proj"), out)
 
 
 def _project(dense: nn.Dense, x: Array) -> Array:
     """Applies `dense` to [B, F], or as `dit` does to [B, N, F]."""
-    return dense(x) if x.ndim == 2 else dit._project(dense, x)
+    return dense(x) if x.ndim == 2 else dit.project(dense, x)
 
 
 class Stack(nn.Module):
@@ -263,12 +265,12 @@ class Blockwise(DiT):
         )
 
     def _embed(self, name: str, patches: Array) -> Array:
-        dense = dit._dense(self.hidden_size, ("patch", "embed"), name=name, dtype=self.dtype)
-        return dit._project(dense, patches)
+        dense = dit.make_dense(self.hidden_size, ("patch", "embed"), name=name, dtype=self.dtype)
+        return dit.project(dense, patches)
 
     def _modulation(self, name: str, parts: int, condition: Array) -> Array:
         """Shifts, scales and gates, `parts` D of them, that start at zero; in condition's dtype."""
-        dense = dit._dense(
+        dense = dit.make_dense(
             parts * self.hidden_size,
             ("embed", "modulation"),
             name=name,
@@ -359,8 +361,8 @@ class Blockwise(DiT):
         tokens = nn.with_logical_constraint(tokens, ("batch", None, None))
         shift, scale = jnp.split(self._modulation("final_modulation", 2, wide), 2, axis=-1)
         zeros, size = nn.initializers.zeros, self.patch_size**2 * self.in_channels
-        dense = dit._dense(size, ("embed", "patch"), name="final", kernel_init=zeros)
-        out = dit._project(dense, dit._modulate(tokens, shift, scale))
+        dense = dit.make_dense(size, ("embed", "patch"), name="final", kernel_init=zeros)
+        out = dit.project(dense, dit.modulate(tokens, shift, scale))
         return dit.unpatchify(out, self.patch_size)
 
 

@@ -117,7 +117,7 @@ def _normalise(x: Array, eps: float) -> Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
-def _modulate(x: Array, shift: Array, scale: Array) -> Array:
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Adaptive layer norm of x [B, N, D] by shift and scale; float32 (arXiv 2212.09748, 3.2).
 
     These are [B, D], or [B, N, D] for tokens that have each their own.
@@ -126,7 +126,7 @@ def _modulate(x: Array, shift: Array, scale: Array) -> Array:
     return _normalise(x, _NORM_EPS) * (1.0 + _over_tokens(scale)) + _over_tokens(shift)
 
 
-def _gated_add(x: Array, gate: Array, update: Array) -> Array:
+def gated_add(x: Array, gate: Array, update: Array) -> Array:
     """x + gate * update with one rounding to x's dtype; [B, N, D], the gate that or [B, D]."""
     update = _over_tokens(gate.astype(jnp.float32)) * update.astype(jnp.float32)
     return (x.astype(jnp.float32) + update).astype(x.dtype)
@@ -137,7 +137,7 @@ def _over_tokens(values: Array) -> Array:
     return values[:, None] if values.ndim == 2 else values
 
 
-def _dense(
+def make_dense(
     features: int,
     names: tuple[str | None, str | None],
     *,
@@ -147,6 +147,7 @@ def _dense(
     precision: jax.lax.Precision | None = None,
     use_bias: bool = True,
 ) -> nn.Dense:
+    """A dense layer of float32 parameters; `names` are the logical axes of its kernel [in, out]."""
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -159,7 +160,7 @@ def _dense(
     )
 
 
-def _project(dense: nn.Dense, x: Array) -> Array:
+def project(dense: nn.Dense, x: Array) -> Array:
     """Applies `dense` to [B, N, F] as one matrix product, [B, N, features].
 
     With three axes the weight gradient contracts two of them, for which XLA on a CPU transposes
@@ -178,7 +179,7 @@ def _modulation(
     """
     if groups is None:
         return tuple(jnp.split(dense(condition), parts, axis=-1))
-    of_groups = jnp.split(_project(dense, condition), parts, axis=-1)
+    of_groups = jnp.split(project(dense, condition), parts, axis=-1)
     return tuple(of_tokens(each, groups) for each in of_groups)
 
 
@@ -275,7 +276,7 @@ class Block(nn.Module):
         """
         x = nn.with_logical_constraint(x, ("batch", None, None))
         zeros = nn.initializers.zeros
-        modulation = _dense(
+        modulation = make_dense(
             6 * self.hidden_size,
             ("embed", "modulation"),
             name="modulation",
@@ -285,15 +286,15 @@ class Block(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(
             modulation, condition, groups, 6
         )
-        h = _modulate(x, shift_msa, scale_msa).astype(self.dtype)
-        x = _gated_add(x, gate_msa, self._attend(h, groups))
-        h = _modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
-        x = _gated_add(x, gate_mlp, self._mlp(h))
+        h = modulate(x, shift_msa, scale_msa).astype(self.dtype)
+        x = gated_add(x, gate_msa, self._attend(h, groups))
+        h = modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
+        x = gated_add(x, gate_mlp, self._mlp(h))
         return nn.with_logical_constraint(x, ("batch", None, None))
 
     def _attend(self, h: Array, groups: Array | None) -> Array:
         batch, count, width = h.shape
-        qkv = _project(_dense(3 * width, ("embed", "heads"), name="qkv", dtype=self.dtype), h)
+        qkv = project(make_dense(3 * width, ("embed", "heads"), name="qkv", dtype=self.dtype), h)
         qkv = qkv.reshape(batch, count, self.num_heads, 3, width // self.num_heads)
         q, k, v = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         if self.qk_norm:
@@ -303,14 +304,14 @@ class Block(nn.Module):
         if groups is not None and self.attention_separation:
             mask = groups[:, :, None] == groups[:, None, :]
         out = attend(q, k, v, self.attention, mask).reshape(batch, count, width)
-        return _project(_dense(width, ("heads", "embed"), name="proj", dtype=self.dtype), out)
+        return project(make_dense(width, ("heads", "embed"), name="proj", dtype=self.dtype), out)
 
     def _mlp(self, h: Array) -> Array:
         hidden = int(self.hidden_size * self.mlp_ratio)
-        dense = functools.partial(_dense, dtype=self.dtype)
-        h = _project(dense(hidden, ("embed", "mlp"), name="mlp_in"), h)
+        dense = functools.partial(make_dense, dtype=self.dtype)
+        h = project(dense(hidden, ("embed", "mlp"), name="mlp_in"), h)
         h = gelu(h)
-        return _project(dense(self.hidden_size, ("mlp", "embed"), name="mlp_out"), h)
+        return project(dense(self.hidden_size, ("mlp", "embed"), name="mlp_out"), h)
 
 
 def remat_block(block_class: Any, remat: str, in_loop: bool) -> Any:
@@ -429,8 +430,10 @@ class DiT(nn.Module):
         """
         self._check_inputs(x, t, labels, groups, taps)
         tokens = patchify(x, self.patch_size).astype(self.dtype)
-        embed = _dense(self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype)
-        tokens = _project(embed, tokens)
+        embed = make_dense(
+            self.hidden_size, ("patch", "embed"), name="patch_embed", dtype=self.dtype
+        )
+        tokens = project(embed, tokens)
         if self.condition_channels or condition is not None:
             tokens += self._embed_condition(x, condition)
         positions = position_embedding(self.latent_size // self.patch_size, self.hidden_size)
@@ -474,10 +477,10 @@ class DiT(nn.Module):
                 f"condition: found shape {condition.shape}, expected {(*x.shape[:3], width)}"
             )
         if self.condition_classes:
-            condition = _dense(
+            condition = make_dense(
                 self.condition_channels, (None, None), name="condition_map", use_bias=False
             )(condition)
-        embed = _dense(
+        embed = make_dense(
             self.hidden_size,
             ("patch", "embed"),
             name="condition_embed",
@@ -485,7 +488,7 @@ class DiT(nn.Module):
             dtype=self.dtype,
             use_bias=False,
         )
-        return _project(embed, patchify(condition, self.patch_size).astype(self.dtype))
+        return project(embed, patchify(condition, self.patch_size).astype(self.dtype))
 
     def _condition(self, t: Array, labels: Array) -> Array:
         """SiLU of the sum of time and label embeddings, float32: [B, D], or [B, G, D] of t [B, G].
@@ -495,7 +498,7 @@ class DiT(nn.Module):
         normal = nn.initializers.normal(0.02)
         # A bfloat16 product (TPU's default for float32) would round t to 8 bits.
         time_dense = functools.partial(
-            _dense, self.hidden_size, kernel_init=normal, precision=jax.lax.Precision.HIGHEST
+            make_dense, self.hidden_size, kernel_init=normal, precision=jax.lax.Precision.HIGHEST
         )
         if self.time_steps:
             t = step_index(t, self.time_steps)
@@ -578,7 +581,7 @@ class DiT(nn.Module):
         """Adaptive norm, projection to patches in float32 and unpatchify: [B, H, W, C]."""
         zeros = nn.initializers.zeros
         channels = self.in_channels * (2 if self.learn_sigma else 1)
-        modulation = _dense(
+        modulation = make_dense(
             2 * self.hidden_size,
             ("embed", "modulation"),
             name="final_modulation",
@@ -586,8 +589,8 @@ class DiT(nn.Module):
         )
         shift, scale = _modulation(modulation, condition, groups, 2)
         features = self.patch_size**2 * channels
-        dense = _dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
-        out = _project(dense, _modulate(tokens, shift, scale))
+        dense = make_dense(features, ("embed", "patch"), name="final", kernel_init=zeros)
+        out = project(dense, modulate(tokens, shift, scale))
         return unpatchify(out, self.patch_size)[..., : self.in_channels]
 
 

@@ -281,8 +281,11 @@ def test_a_row_goes_through_the_stack_of_its_number_in_either_layout():
         return kept | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves, axis), *own)}
 
     in_loop = scanned(params, 0) | {"stacks": scanned(params["stacks"], 1)}
-    looped = jax.jit(model.clone(scan_blocks=True).apply)({"params": in_loop}, x, t, labels)
-    np.testing.assert_allclose(looped, found, atol=1e-5)
+    looped = jax.jit(model.clone(scan_blocks=True).apply)
+    np.testing.assert_allclose(looped({"params": in_loop}, x, t, labels), found, atol=1e-5)
+    rows = slice(2, None, 3)
+    expected = looped({"params": in_loop}, x[rows], t[rows], labels[rows], segment=2)
+    np.testing.assert_allclose(expected, found[rows], atol=1e-5)
 
 
 def test_a_stack_learns_from_the_rows_of_its_segment_alone():
