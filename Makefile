@@ -17,7 +17,7 @@ WORKERS := -n 3 --dist worksteal
 
 demo: $(READY)  ## Train on the embedded digits: grid, loss curve and number, in minutes on a CPU.
 	$(BIN)/python -m repulsor_jax.main --config=configs/digits.py --workdir=$(WORKDIR)
-	@echo "Look at $(WORKDIR)/samples and $(WORKDIR)/loss_curve.png"
+	@echo "Look at $(WORKDIR)/report.html"
 
 test: $(READY_DEV)  ## The whole suite, on an 8-device CPU mesh.
 	$(BIN)/python -m pytest $(WORKERS)
