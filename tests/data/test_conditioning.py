@@ -171,3 +171,16 @@ def test_fixed_steps_on_the_published_grid_end_where_theirs_do(lfm, solver, poin
     found = solvers.solve_ode(velocity, last(lfm["sampler/noise"]), times, solver)
     expected = last(lfm[f"sampler/{solver}_{points}"])
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_what_is_stored_is_shown_in_the_models_units(stochastic):
+    """Latents, or moments whose spread is as good as none, are shifted and scaled; a mask is not."""
+    rng = np.random.default_rng(0)
+    latents, sign = rng.standard_normal((2, 4, 4, 2)), rng.choice([-1.0, 1.0], (2, 4, 4, 1))
+    spread = [np.full(latents.shape, -30.0)] if stochastic else []
+    stored = jnp.asarray(np.concatenate([latents, *spread, sign], axis=-1), jnp.float32)
+    form = conditioning.LatentFormat(stochastic, np.array([1.0, 2.0]), np.array([0.5, 0.25]))
+    found = conditioning.stored_masked_latents(jax.random.key(0), None, stored, form)
+    np.testing.assert_allclose(found[..., :2], (latents - [1, 2]) * [0.5, 0.25], atol=1e-5)
+    np.testing.assert_array_equal(found[..., 2:], sign)
