@@ -175,7 +175,7 @@ def test_fixed_steps_on_the_published_grid_end_where_theirs_do(lfm, solver, poin
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_what_is_stored_is_shown_in_the_models_units(stochastic):
-    """Latents, or moments whose spread is as good as none, are shifted and scaled; a mask is not."""
+    """Latents, or moments with hardly any spread, are shifted and scaled; a mask is not."""
     rng = np.random.default_rng(0)
     latents, sign = rng.standard_normal((2, 4, 4, 2)), rng.choice([-1.0, 1.0], (2, 4, 4, 1))
     spread = [np.full(latents.shape, -30.0)] if stochastic else []
