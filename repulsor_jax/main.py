@@ -40,7 +40,7 @@ from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.runtime import distributed, preemption, wandb_tracker
 from repulsor_jax.runtime.guard import DivergedError
 from repulsor_jax.runtime.metrics import draw_curves
-from repulsor_jax.sample import sample
+from repulsor_jax.sample import draw_trajectory, sample
 from repulsor_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -75,6 +75,9 @@ _CHECKPOINT_STEP = flags.DEFINE_string(
     "",
     "Which checkpoint to sample from, evaluate or export; the newest by default. evaluate also "
     "takes several, 10000,20000, or 'all', or 'follow': each as it appears, to the last.",
+)
+_TRAJECTORY = flags.DEFINE_bool(
+    "trajectory", False, "sample: also a strip and an animation from noise to images."
 )
 _CONVENTION = flags.DEFINE_enum(
     "convention",
@@ -263,7 +266,9 @@ def _one_step() -> int | None:
 
 
 def _sample(config: Config, workdir: pathlib.Path) -> None:
-    sample(config, workdir, _one_step())
+    path = sample(config, workdir, _one_step())
+    if _TRAJECTORY.value:
+        draw_trajectory(config, workdir, path, _one_step())
     _refresh_page(workdir)
 
 

@@ -17,6 +17,7 @@ from repulsor_jax.inference.generator import (
     configured_guidance,
     draw_batches,
     make_generator,
+    trajectory,
     write_grid,
 )
 
@@ -91,6 +92,44 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
                 f"the first {shown}: {path.with_suffix('.png')}; their protocol: {record}"
             )
         return path
+
+
+def draw_trajectory(
+    config: Config, workdir: pathlib.Path, path: pathlib.Path, step: int | None = None
+) -> None:
+    """Writes, beside samples, the way of the first of them from noise: a strip, and an animation.
+
+    `<path>_trajectory.png` has a row for each of `sampling.grid_columns` samples, and a column for
+    each of nine times; `.webp` shows them at up to 50 times. A picture is the decoded latent, in
+    which noise is left.
+
+    Args:
+      config, workdir, step: as of `sample`.
+      path: what `sample` returned.
+
+    Raises:
+      ConfigError: the solver has no fixed steps, or the samples are for given images.
+    """
+    _, experiment, params, _ = pretrained.open_model(config, workdir, step)
+    frames, times = trajectory(experiment, params, run.load_guide(experiment))
+    if jax.process_index() == 0:
+        strip = path.with_name(f"{path.stem}_trajectory.png")
+        shown = np.linspace(0, len(times) - 1, 9).round().astype(int)
+        shown = np.unique(shown)
+        rows = frames[shown].swapaxes(0, 1)
+        pictures.save_grid(
+            rows.reshape(-1, *rows.shape[2:]),
+            strip,
+            columns=len(shown),
+            upscale=max(1, 48 // rows.shape[2]),
+            smooth=True,
+            column_labels=[f"t = {times[k]:.2f}" for k in shown],
+        )
+        size = max(1, 96 // frames.shape[2])
+        moving = [np.concatenate(list(frame), axis=1) for frame in frames]
+        moving = [np.kron(frame, np.ones((size, size, 1), np.uint8)) for frame in moving]
+        pictures.save_animation(moving, strip.with_suffix(".webp"), milliseconds=80)
+        print(f"from noise to image: {strip}, and as an animation {strip.with_suffix('.webp')}")
 
 
 def _save_pngs(path: pathlib.Path, pieces: Iterable[tuple[range, np.ndarray]]) -> None:

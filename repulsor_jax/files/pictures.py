@@ -124,6 +124,15 @@ def save_samples(path: PathLike, images: Iterable[np.ndarray], labels: np.ndarra
             raise ValueError(f"found {count} images, labels {labels.shape}, expected equal numbers")
 
 
+def save_animation(frames: Sequence[np.ndarray], path: PathLike, *, milliseconds: int) -> None:
+    """Writes an animated WebP, without loss, of frames uint8 `[H, W, 1 or 3]`; the last stays."""
+    pictures = [_picture(frame).convert("RGB") for frame in frames]
+    durations = [milliseconds] * (len(frames) - 1) + [1_500]
+    options = {"save_all": True, "duration": durations, "loop": 0, "lossless": True}
+    with atomic.replacing(path) as temporary:
+        pictures[0].save(temporary, format="WEBP", append_images=pictures[1:], **options)
+
+
 def save_pngs(folder: PathLike, first: int, images: np.ndarray) -> None:
     """Writes uint8 `[N, H, W, 1 or 3]` as `<folder>/000000.png` and so on, from number `first`."""
     folder = pathlib.Path(folder)

@@ -193,6 +193,7 @@ class SamplerSpec:
     tolerance: solvers.Tolerance = dataclasses.field(default_factory=solvers.Tolerance)
     diffusion: solvers.Diffusion = dataclasses.field(default_factory=solvers.Diffusion)
     num_segments: int = 1  # equal parts of time with a model of their own
+    trajectory: bool = False  # return x at all times of the grid, [steps + 1, B, H, W, C]
 
     def __post_init__(self) -> None:
         paths.check_choice("solver", self.solver, SOLVERS)
@@ -200,6 +201,11 @@ class SamplerSpec:
         if self.solver in solvers.ADAPTIVE and shift != 1.0:
             raise ValueError(
                 f"time_shift is {shift}, but {self.solver!r} chooses its steps; expected 1"
+            )
+        if self.trajectory and self.solver not in solvers.ODE_STEPS:
+            raise ValueError(
+                f"trajectory: found solver {self.solver!r}, expected one of "
+                f"{', '.join(solvers.ODE_STEPS)}"
             )
         if self.last_step_size and num_steps < 2:
             raise ValueError(
@@ -395,8 +401,14 @@ def _solve_ode(
             def after(x: Array, t: Array) -> Array:
                 return jnp.where(is_unknown, x, paths.interpolate(spec.path, data, x_0, t))
 
-        x = solvers.solve_ode(velocity_fn, x_0, times, spec.solver, after, segments)
-    return x if t_end == 1.0 else predict(x, jnp.float32(t_end), "data")[0]
+        x = solvers.solve_ode(
+            velocity_fn, x_0, times, spec.solver, after, segments, spec.trajectory
+        )
+    if t_end == 1.0:
+        return x
+    if spec.trajectory:
+        return x.at[-1].set(predict(x[-1], jnp.float32(t_end), "data")[0])
+    return predict(x, jnp.float32(t_end), "data")[0]
 
 
 def _dopri5_by_segment(

@@ -159,28 +159,44 @@ def _starts_and_lengths(times: np.ndarray, x: Array) -> tuple[Array, Array]:
 
 
 def _march(
-    step: Callable[..., Array], x: Array, per_step: tuple, t: Array, segments: Segments | None
+    step: Callable[..., Array],
+    x: Array,
+    per_step: tuple,
+    t: Array,
+    segments: Segments | None,
+    keeps: bool = False,
 ) -> Array:
     """Runs x = step(x, of this step) over `per_step`; in segments, step(x, of this step, within).
 
-    `t` [steps] are the times at which the steps start.
+    `t` [steps] are the times at which the steps start. With `keeps` all x, from the first on.
     """
+    start = x
+
+    def result(last: Array, states: Array | None) -> Array:
+        return last if states is None else jnp.concatenate([start[None], states])
+
     if segments is None:
-        return jax.lax.scan(lambda x, now: (step(x, now), None), x, per_step)[0]
+
+        def plain(x: Array, now: tuple) -> tuple[Array, Array | None]:
+            x = step(x, now)
+            return x, x if keeps else None
+
+        return result(*jax.lax.scan(plain, x, per_step))
     begin = segments.begin
 
-    def advance(carry: tuple[Array, Any], now: Any) -> tuple[tuple[Array, Any], None]:
+    def advance(carry: tuple[Array, Any], now: Any) -> tuple[tuple[Array, Any], Array | None]:
         (x, begun), (of_step, t, segment, is_first) = carry, now
         if begin is not None:
             begun = jax.lax.cond(is_first, lambda: begin(x, t, segment), lambda: begun)
-        return (step(x, of_step, Within(segment, begun)), begun), None
+        x = step(x, of_step, Within(segment, begun))
+        return (x, begun), x if keeps else None
 
     numbers = jnp.asarray(segments.numbers, jnp.int32)
     is_first = jnp.asarray(np.diff(segments.numbers, prepend=-1) > 0)
     shapes = jax.eval_shape(begin, x, t[0], numbers[0]) if begin else None
     begun = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (x, _), _ = jax.lax.scan(advance, (x, begun), (per_step, t, numbers, is_first))
-    return x
+    (x, _), states = jax.lax.scan(advance, (x, begun), (per_step, t, numbers, is_first))
+    return result(x, states)
 
 
 def solve_ode(
@@ -190,6 +206,7 @@ def solve_ode(
     solver: str = "euler",
     after: Callable[[Array, Array], Array] | None = None,
     segments: Segments | None = None,
+    keeps: bool = False,
 ) -> Array:
     """Solves dx/dt = velocity_fn(x, t) from x(times[0]) = noise, one step from time to time.
 
@@ -201,6 +218,7 @@ def solve_ode(
       after: (x, t []) -> x, what is changed after each step, which ended at t.
       segments: gives the velocity a third argument, where in them this step is: also where "heun"
         and "rk4" evaluate it at the end of the step.
+      keeps: return x at all times, [steps + 1, B, ...].
     """
     check_choice("solver", solver, tuple(ODE_STEPS))
     x = as_float(noise)
@@ -212,7 +230,7 @@ def solve_ode(
 
     ends = (jnp.asarray(times[1:], x.dtype),) if after else ()
     steps = _starts_and_lengths(times, x)
-    return _march(step, x, (*steps, *ends), steps[0], segments)
+    return _march(step, x, (*steps, *ends), steps[0], segments, keeps)
 
 
 def solve_sde(

@@ -207,8 +207,12 @@ def make_latent_sampler(
     model: DiT,
     guiding_model: DiT | None = None,
     latent_mean: Sequence[float] = (),
+    *,
+    trajectory: bool = False,
 ) -> Callable[..., jax.Array]:
     """Returns the configured sampler of latents; see `sampler.make_sampler` for its call.
+
+    With `trajectory` it gives the latents at all times, see `SamplerSpec`.
 
     Raises:
       ConfigError: the velocity is to be scaled about the mean latent, and that is not known.
@@ -251,6 +255,7 @@ def make_latent_sampler(
             c.diffusion_form, c.diffusion_norm, c.last_step, c.last_step_size
         ),
         num_segments=model.segments,
+        trajectory=trajectory,
     )
     source: Any = build_source(config.source, config.model)
 
@@ -261,6 +266,68 @@ def make_latent_sampler(
     return sampler.make_sampler(
         predict_with(model), spec, guiding_fn, None if source is None else source_fn, start_fn
     )
+
+
+def trajectory(
+    experiment: Experiment, params: Any, guide: Guide | None = None, most: int = 50
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `sampling.grid_columns` samples on their way from noise.
+
+    Args:
+      experiment, params, guide: as of `make_generator` and a `Generator`.
+      most: of the times of the solver's grid.
+
+    Returns:
+      uint8 images [times, samples, H, W, C] on every process, and their times.
+
+    Raises:
+      ConfigError: the solver has no fixed steps, or the samples are for given images.
+    """
+    config, c = experiment.config, experiment.config.sampling
+    if c.solver not in solvers.ODE_STEPS or tasks.has_task(config):
+        raise ConfigError(
+            f"--trajectory follows {', '.join(solvers.ODE_STEPS)} without a "
+            f"config.conditioning.kind: found config.sampling.solver={c.solver!r} and "
+            f"{config.conditioning.kind!r}"
+        )
+    weak = guide.model if guide else None
+    solve = make_latent_sampler(
+        config, experiment.model, weak, experiment.latent_mean, trajectory=True
+    )
+    classes = jnp.asarray(present_classes(experiment), jnp.int32)
+    shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
+    kept = np.unique(np.linspace(0, c.num_steps, most).round().astype(int))
+    guidance = configured_guidance(c)
+    scale, interval = (None, None) if guidance is None else (guidance[0], guidance[1:])
+    assert experiment.autoencoder is not None
+    decode = experiment.autoencoder.decode
+
+    def states(params: Any, guiding_params: Any) -> jax.Array:
+        indices = jnp.arange(c.grid_columns, dtype=jnp.int32)
+        labels = classes[sampler.sample_labels(c.seed, indices, len(classes), c.labels)]
+        noise = sampler.initial_noise(c.seed, indices, shape)
+        return solve(params, noise, labels, scale, interval, guiding_params=guiding_params)[kept]
+
+    def pictures(decoder_params: Any, latents: jax.Array) -> jax.Array:
+        images = decode(decoder_params, denormalize(latents, experiment.latent_format))
+        return jnp.asarray(to_uint8(images, c.rounding))
+
+    everywhere = sharding.replicated(experiment.mesh)
+    with sharding.use_mesh(experiment.mesh):
+        latents = jax.jit(states, out_shardings=everywhere)(
+            params, guide.params if guide and guidance else None
+        )
+        decoder_params = jax.device_put(experiment.autoencoder.params, everywhere)
+        shown = jax.jit(pictures, out_shardings=everywhere)
+        found = [np.asarray(shown(decoder_params, frame)) for frame in latents]
+    times = solvers.time_grid(
+        c.num_steps,
+        *paths.time_interval(
+            paths.get_path(config.flow.path), config.flow.prediction, sampling=True
+        ),
+        c.time_shift,
+    )
+    return np.stack(found), times[kept]
 
 
 def draw_batches(

@@ -11,10 +11,11 @@ from PIL import Image
 
 from repulsor_jax import config as config_lib
 from repulsor_jax.checkpoints.checkpointer import CheckpointError
+from repulsor_jax.flows import sampler
 from repulsor_jax.inference import generator as generator_lib
 from repulsor_jax.inference import run as run_lib
 from repulsor_jax.models.build import build_model
-from repulsor_jax.sample import sample
+from repulsor_jax.sample import draw_trajectory, sample
 from tests.oracles import tiny
 
 OPTIONS = {
@@ -293,3 +294,24 @@ def test_a_class_without_images_is_never_sampled(tmp_path, mode):
     if mode == "balanced":
         np.testing.assert_array_equal(labels, np.arange(40) % 2 * 2)
     assert json.loads(path.with_suffix(".json").read_text())["absent_classes"] == [1]
+
+
+def test_the_way_from_noise(workdir):
+    path = draw(workdir)
+    draw_trajectory(config_lib.parse(values()), workdir, path)
+    c = config_lib.parse(values())
+    with run_lib.open_checkpoints(c, workdir) as checkpointer:
+        experiment = run_lib.open_experiment(c, workdir, checkpointer, 5)
+        params = run_lib.restore_params(experiment, checkpointer, 5)
+    frames, times = generator_lib.trajectory(experiment, params)
+    np.testing.assert_allclose(times, [0, 1 / 3, 2 / 3, 1])
+    assert frames.shape == (4, 2, 4, 4, 3)
+    np.testing.assert_array_equal(frames[-1], np.load(path)["arr_0"][:2])  # it ends at the samples
+    noise = np.asarray(sampler.initial_noise(0, np.arange(2), (4, 4, 3)))
+    levels = np.clip(noise * 127.5 + 128, 0, 255)
+    assert np.abs(frames[0] - (levels - 0.5)).max() < 0.501
+    strip = Image.open(path.with_name(f"{path.stem}_trajectory.png"))
+    assert strip.size[0] == 4 * 49 + 1
+    assert Image.open(path.with_name(f"{path.stem}_trajectory.webp")).n_frames == 4
+    with pytest.raises(config_lib.ConfigError, match="--trajectory follows euler, midpoint, heun"):
+        draw_trajectory(config_lib.parse(values(sampling__solver="dopri5")), workdir, path)
