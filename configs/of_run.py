@@ -2,9 +2,9 @@
 
     python -m repulsor_jax.main --mode=sample --workdir=runs/digits
 
-`of_run:JSON` is a list of the folder of checkpoints and a step, "" for the newest. The mesh is the
-default's, for the run's may not be of this machine; keys that the run did not know have their
-defaults.
+`of_run:JSON` is a list of the folder of checkpoints and a step, "" for the newest; or of the
+training_config.json that --mode=export wrote, and "". The mesh is the default's, for the run's may
+not be of this machine; keys that the run did not know have their defaults.
 """
 
 import json
@@ -38,11 +38,13 @@ def get_config(of: str = '["checkpoints", ""]') -> ml_collections.ConfigDict:
 
 
 def _record(directory: epath.Path, asked: str) -> dict[str, Any]:
-    """The content of a checkpoint's record, read without the library of checkpoints.
+    """The content of a checkpoint's record, or of a file, without the library of checkpoints.
 
     That would ask for the devices, before this process has joined the others.
     """
     found = {}
+    if directory.is_file():
+        return dict(json.loads(directory.read_text()))
     if directory.is_dir():
         steps = (path for path in directory.iterdir() if path.name.isdecimal())
         found = {int(path.name): path / "config" / "metadata" for path in steps}

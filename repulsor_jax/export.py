@@ -68,7 +68,8 @@ def export(
         if is_main:
             write_grid(experiment, partial / "samples.png", images, labels)
             saved = exported.without_folders(records["config"])
-            exported.write_json(partial / "training_config.json", saved)
+            saved["model"]["learn_sigma"] &= convention != "reversed"
+            exported.write_json(partial / exported.TRAINING_CONFIG, saved)
             evaluations = _copy_evaluations(workdir / "evaluations", partial, opened.step)
             exported.write_card(
                 partial,
@@ -98,7 +99,7 @@ def _origin(opened: pretrained.Opened, guidance: object) -> list[str]:
         lines.append(f"Converted from the file {file['file']}, SHA-256 {file['sha256']}")
     else:
         data = opened.records["latents"].get("dataset", {})
-        about = ", ".join(f"{key} {value}" for key, value in data.items())
+        about = ", ".join(f"{key} {value}" for key, value in data.items() if value)
         lines.append(f"Trained for {opened.step:,} steps of {config['batch_size']:,} images")
         lines.append(f"Parameters: the average with decay {config['optimizer']['ema_decay']}")
         lines.append(f"Data set: {about or 'not known'}")

@@ -33,6 +33,7 @@ from repulsor_jax.evaluation.page import make_page, reported
 from repulsor_jax.export import CONVENTIONS, export
 from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
+from repulsor_jax.inference.exported import TRAINING_CONFIG
 from repulsor_jax.inference.generator import SamplingError
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.gpus import prepare_environment
@@ -340,7 +341,10 @@ def _with_own_config(argv: list[str]) -> list[str]:
             keys[name.removeprefix("config.")] = value if equals else following
     if given["config"] or given["mode"] not in _OF_A_RUN or not given["workdir"]:
         return argv
-    if wrong := [key for key in keys if not key.startswith(_SETTABLE)]:
+    record = pathlib.Path(keys.get("model.init_from", "")) / TRAINING_CONFIG
+    is_export = bool(keys.get("model.init_from")) and record.is_file()  # of --mode=export
+    settable = (*_SETTABLE, *(["model.init_"] if is_export else []))
+    if wrong := [key for key in keys if not key.startswith(settable)]:
         sys.exit(
             f"error: --config.{wrong[0]}: without --config the run's own configuration holds, of "
             "which sampling, evaluation, conditioning, mesh, checkpoint.directory, data.dir and "
@@ -351,6 +355,8 @@ def _with_own_config(argv: list[str]) -> list[str]:
         workdir = os.path.expanduser(given["workdir"])
         directory = keys.get("checkpoint.directory") or os.path.join(workdir, "checkpoints")
         of = [os.path.expanduser(directory), given["checkpoint_step"]]
+        if is_export:
+            of = [str(record), ""]
         name = f"of_run:{json.dumps(of)}"
     return [argv[0], f"--config={name}", *argv[1:]]
 

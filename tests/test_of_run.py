@@ -39,6 +39,12 @@ def test_a_run_of_an_older_version(tmp_path):
     assert found.terms == saved["regularizer"]["name"]
 
 
+def test_what_an_export_wrote(tmp_path):
+    values = tiny.config_dict(model__qk_norm=True, sampling__classes=("a",))
+    (tmp_path / "x.json").write_text(json.dumps(values.to_dict()))
+    assert config_lib.parse(load(tmp_path / "x.json")) == config_lib.parse(values)
+
+
 def test_no_run(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint: check --workdir and --config.check"):
         load(tmp_path / "checkpoints")

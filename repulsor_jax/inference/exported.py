@@ -18,6 +18,7 @@ from repulsor_jax.inference.pretrained import EXPORTED
 from repulsor_jax.models import diffusers_names, published, torch_weights
 
 PIPELINE = "pipeline.py"
+TRAINING_CONFIG = "training_config.json"  # read by configs/of_run.py
 _REPOSITORIES = "stabilityai/"  # of the autoencoders that diffusers' AutoencoderKL reads
 
 
@@ -155,11 +156,12 @@ def write_card(
     }. Ours:
 
 ```
-python -m repulsor_jax.main --mode=sample --workdir=out --config=CONFIG \\
-    --config.model.init_from=FOLDER{guidance}
+python -m repulsor_jax.main --mode=sample --workdir=out --config.model.init_from=FOLDER{guidance}
 ```
 
-PyTorch: `model.load_state_dict(safetensors.torch.load_file("{EXPORTED}"))`.
+The configuration is `{
+        TRAINING_CONFIG
+    }`. PyTorch: `model.load_state_dict(safetensors.torch.load_file("{EXPORTED}"))`.
 """
     if experiment.config.source.name != "gaussian":
         use += """

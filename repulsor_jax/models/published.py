@@ -62,10 +62,10 @@ def recognise(tensors: Mapping[str, np.ndarray]) -> Published:
     elif not origin and not learn_sigma:
         kind = "SiT, or that of REPA or SRA without its head"
     left = f", without its head ({len(tensors) - len(state)} tensors)" if origin else ""
-    sigma = "and a variance" if learn_sigma else "alone"
+    sigma = ", with a variance" if learn_sigma else ""
     description = (
         f"{kind}{left}: {depth} blocks of width {width}, patch {patch}, {sizes['num_classes']:,} "
-        f"classes, {channels} channels {sigma}"
+        f"classes, latents of {channels} channel{'s' * (channels > 1)}{sigma}"
     )
     return Published(state, convention, bool(origin), description, sizes)
 
