@@ -123,7 +123,7 @@ def draw_trajectory(
             columns=len(shown),
             upscale=max(1, 48 // rows.shape[2]),
             smooth=True,
-            column_labels=[f"t = {times[k]:.2f}" for k in shown],
+            column_labels=[f"{times[k]:.2f}" for k in shown],
         )
         size = max(1, 96 // frames.shape[2])
         moving = [np.concatenate(list(frame), axis=1) for frame in frames]
