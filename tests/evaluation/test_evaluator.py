@@ -33,6 +33,8 @@ MEANS, STD, DIM = np.array([-0.3, 0.0, 0.45]), 0.12, 4 * 4 * 3
 class ExactModel:
     """The velocity of the flow to each class's Gaussian."""
 
+    segments = 1  # as of a `DiT`
+
     def apply(self, variables, x, t, labels):
         path = paths.get_path("linear")
         of_class = [
