@@ -48,6 +48,8 @@ class ExactModel:
 class BrokenModel:
     """NaN for the last class."""
 
+    segments = 1
+
     def apply(self, variables, x, t, labels):
         return jnp.where(labels[:, None, None, None] == 2, jnp.nan, x)
 
