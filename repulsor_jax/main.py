@@ -34,7 +34,7 @@ from repulsor_jax.export import CONVENTIONS, export
 from repulsor_jax.files import locks
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.exported import TRAINING_CONFIG
-from repulsor_jax.inference.generator import SamplingError
+from repulsor_jax.inference.generator import SamplingError, check_trajectory
 from repulsor_jax.plan import Options, plan
 from repulsor_jax.planning.gpus import prepare_environment
 from repulsor_jax.planning.topology import describe_machine
@@ -267,6 +267,8 @@ def _one_step() -> int | None:
 
 
 def _sample(config: Config, workdir: pathlib.Path) -> None:
+    if _TRAJECTORY.value:
+        check_trajectory(config)
     path = sample(config, workdir, _one_step())
     if _TRAJECTORY.value:
         draw_trajectory(config, workdir, path, _one_step())

@@ -106,9 +106,6 @@ def draw_trajectory(
     Args:
       config, workdir, step: as of `sample`.
       path: what `sample` returned.
-
-    Raises:
-      ConfigError: the solver has no fixed steps, or the samples are for given images.
     """
     _, experiment, params, _ = pretrained.open_model(config, workdir, step)
     frames, times = trajectory(experiment, params, run.load_guide(experiment))

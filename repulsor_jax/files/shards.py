@@ -29,7 +29,7 @@ T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
 # Errors of zipfile on a damaged file; RuntimeError on flags and methods that it does not know.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Shards(Restartable):
         try:
             with zipfile.ZipFile(path) as archive:
                 is_whole = archive.testzip() is None
-        except _DAMAGED:
+        except DAMAGED:
             is_whole = False
         if not is_whole:
             path.unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class Shards(Restartable):
             try:
                 with np.load(path, allow_pickle=False) as archive:
                     array = archive[name]
-            except (*_DAMAGED, ValueError, KeyError, MemoryError) as error:
+            except (*DAMAGED, ValueError, KeyError, MemoryError) as error:
                 remedy = "delete it, and the same command makes it anew"
                 raise ValueError(f"{path}: damaged ({error}): {remedy}") from error
             yield array

@@ -268,10 +268,22 @@ def make_latent_sampler(
     )
 
 
+def check_trajectory(config: Config) -> None:
+    """Raises ConfigError where the solver has no fixed steps, or samples are for given images."""
+    solver = config.sampling.solver
+    if solver not in solvers.ODE_STEPS or tasks.has_task(config):
+        c = config.conditioning
+        raise ConfigError(
+            f"--trajectory follows {', '.join(solvers.ODE_STEPS)} without given images: found "
+            f"config.sampling.solver={solver!r}, config.conditioning.kind={c.kind!r} and "
+            f"filling={c.filling!r}"
+        )
+
+
 def trajectory(
     experiment: Experiment, params: Any, guide: Guide | None = None, most: int = 50
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `sampling.grid_columns` samples on their way from noise.
+    """The first `sampling.grid_columns` samples on their way from noise; `check_trajectory`.
 
     Args:
       experiment, params, guide: as of `make_generator` and a `Generator`.
@@ -279,17 +291,8 @@ def trajectory(
 
     Returns:
       uint8 images [times, samples, H, W, C] on every process, and their times.
-
-    Raises:
-      ConfigError: the solver has no fixed steps, or the samples are for given images.
     """
     config, c = experiment.config, experiment.config.sampling
-    if c.solver not in solvers.ODE_STEPS or tasks.has_task(config):
-        raise ConfigError(
-            f"--trajectory follows {', '.join(solvers.ODE_STEPS)} without a "
-            f"config.conditioning.kind: found config.sampling.solver={c.solver!r} and "
-            f"{config.conditioning.kind!r}"
-        )
     weak = guide.model if guide else None
     solve = make_latent_sampler(
         config, experiment.model, weak, experiment.latent_mean, trajectory=True

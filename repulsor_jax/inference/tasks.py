@@ -5,9 +5,7 @@ Sample i is of item i mod n, whatever batch or device computes it.
 
 import colorsys
 import dataclasses
-import io
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from repulsor_jax.data.pipeline import read_records
 from repulsor_jax.experiment import Experiment, check_weights, data_directory, image_size
 from repulsor_jax.files.checksums import file_sha256, values_sha256
 from repulsor_jax.files.pictures import to_uint8
+from repulsor_jax.files.shards import DAMAGED
 
 Array = jax.Array
 Given = dict[str, Any]  # [B, ...] by name: "latents" or "images" and "masks", "maps", "labels", ...
@@ -71,6 +70,11 @@ def open_task(experiment: Experiment) -> Task | None:
         task = _dataset(experiment) if stored else _archive(experiment, pathlib.Path(c.images))
     except (OSError, ValueError) as error:
         raise ConfigError(f"config.conditioning.images={c.images!r}: {error}") from error
+    if config.sampling.classes and "labels" in task.read(np.arange(1)):
+        raise ConfigError(
+            f"config.sampling.classes={config.sampling.classes}: a sample has the class of the "
+            f"image that it is for (config.conditioning.images={c.images!r}); set it to ()"
+        )
     about = {"kind": c.kind, "images": c.images, **task.description}
     if c.kind != "semantic":
         about |= {"filling": c.filling, "measured": "composites"}
@@ -139,13 +143,14 @@ def _archive(experiment: Experiment, path: pathlib.Path) -> Task:
         with np.load(path, allow_pickle=False) as file:
             wanted = [name for name in (*shapes, "labels") if name in file.files]
             arrays = {name: file[name] for name in wanted}
-    except (zipfile.BadZipFile, EOFError, io.UnsupportedOperation) as error:
+    except (*DAMAGED, TypeError, ValueError, MemoryError) as error:  # TypeError for an .npy
         raise ValueError(f"damaged or no .npz ({error})") from error
     for name, shape in shapes.items():
         if name not in arrays:
             raise ValueError(f"found no {name}, expected {' and '.join(shapes)}")
         found = arrays[name]
-        if found.shape[1:] != shape or found.dtype.kind not in "bu" or not len(found):
+        fits = found.dtype == np.uint8 or (name != "images" and found.dtype.kind in "bu")
+        if found.shape[1:] != shape or not fits or not len(found):
             kind = f"{found.dtype} {list(found.shape)}"
             raise ValueError(f"{name}: found {kind}, expected uint8 {['n', *shape]}")
         if len(found) != len(arrays[next(iter(shapes))]):
@@ -155,7 +160,7 @@ def _archive(experiment: Experiment, path: pathlib.Path) -> Task:
         labels = arrays["labels"]
         if labels.shape != (count,) or labels.dtype.kind not in "iu":
             raise ValueError(
-                f"labels: found {labels.dtype} {list(labels.shape)}, expected [{count}]"
+                f"labels: found {labels.dtype} {list(labels.shape)}, expected integers [{count}]"
             )
         if labels.min() < 0 or labels.max() > m.num_classes:
             raise ValueError(

@@ -314,4 +314,4 @@ def test_the_way_from_noise(workdir):
     assert strip.size[0] == 4 * 49 + 1
     assert Image.open(path.with_name(f"{path.stem}_trajectory.webp")).n_frames == 4
     with pytest.raises(config_lib.ConfigError, match="--trajectory follows euler, midpoint, heun"):
-        draw_trajectory(config_lib.parse(values(sampling__solver="dopri5")), workdir, path)
+        generator_lib.check_trajectory(config_lib.parse(values(sampling__solver="dopri5")))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -168,6 +169,49 @@ def test_a_file_that_does_not_fit_is_refused_by_its_key(folder, tmp_path, kind, 
         np.savez(given, **{name: np.full(shape, 7, np.uint8) for name, shape in arrays.items()})
     with pytest.raises(ConfigError, match=f"config.conditioning.images=.*{message}"):
         draw(folder, tmp_path, kind, conditioning__images=str(given))
+
+
+def wide(path):
+    np.savez(path, images=np.full((2, 4, 4, 1), 700, np.uint16), masks=np.ones((2, 4, 4), bool))
+
+
+def one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros((2, 4, 4, 1), np.uint8))
+
+
+def encrypted(path):
+    wide(path)
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # headers of zip, and their flags
+        for found in re.finditer(re.escape(mark), bytes(content)):
+            content[found.start() + offset] |= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (wide, r"images: found uint16 \[2, 4, 4, 1\], expected uint8"),
+        (one_array, "damaged or no .npz"),
+        (encrypted, "damaged or no .npz .*encrypted"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(folder, tmp_path, write, message):
+    write(tmp_path / "given.npz")
+    with pytest.raises(ConfigError, match=f"config.conditioning.images=.*{message}"):
+        draw(folder, tmp_path, "latent", conditioning__images=str(tmp_path / "given.npz"))
+
+
+def test_classes_are_not_chosen_where_images_have_theirs(folder, tmp_path):
+    given = tmp_path / "given.npz"
+    arrays = {"images": np.zeros((2, 4, 4, 1), np.uint8), "masks": np.ones((2, 4, 4), bool)}
+    chosen = {"sampling__classes": (1,), "conditioning__images": str(given)}
+    np.savez(given, labels=[0, 1], **arrays)
+    with pytest.raises(ConfigError, match=r"sampling.classes=\(1,\): a sample has the class of"):
+        draw(folder, tmp_path, "latent", **chosen)
+    np.savez(given, **arrays)
+    assert set(draw(folder, tmp_path, "latent", **chosen)[1].tolist()) == {1}
 
 
 def test_a_data_set_without_what_is_asked_for_is_refused(folder, tmp_path):
