@@ -54,9 +54,11 @@ def _record(directory: epath.Path, asked: str) -> dict[str, Any]:
             "or give --config"
         )
     step = int(asked) if asked.isdecimal() else max(found)
+    if step not in found:
+        raise ValueError(f"{directory} holds no step {step}, but {sorted(found)}")
     try:
         return dict(json.loads(found[step].read_text()))
-    except (KeyError, OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}/{step}: found no readable configuration of a run ({error!r}): give "
             "--config, or another --checkpoint_step"

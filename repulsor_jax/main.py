@@ -343,9 +343,9 @@ def _with_own_config(argv: list[str]) -> list[str]:
             keys[name.removeprefix("config.")] = value if equals else following
     if given["config"] or given["mode"] not in _OF_A_RUN or not given["workdir"]:
         return argv
-    record = pathlib.Path(keys.get("model.init_from", "")) / TRAINING_CONFIG
+    record = pathlib.Path(os.path.expanduser(keys.get("model.init_from", ""))) / TRAINING_CONFIG
     is_export = bool(keys.get("model.init_from")) and record.is_file()  # of --mode=export
-    settable = (*_SETTABLE, *(["model.init_"] if is_export else []))
+    settable = (*_SETTABLE, *(["model.init_", "model.learn_sigma"] if is_export else []))
     if wrong := [key for key in keys if not key.startswith(settable)]:
         sys.exit(
             f"error: --config.{wrong[0]}: without --config the run's own configuration holds, of "

@@ -48,5 +48,9 @@ def test_what_an_export_wrote(tmp_path):
 def test_no_run(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint: check --workdir and --config.check"):
         load(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match="4: found no readable configuration of a run"):
+    with pytest.raises(ValueError, match=r"holds no step 4, but \[3\]"):
         load(FIRST, "4")
+    (tmp_path / "checkpoints" / "2" / "config").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "2" / "config" / "metadata").write_text("[1]")
+    with pytest.raises(ValueError, match="2: found no readable configuration of a run"):
+        load(tmp_path / "checkpoints")

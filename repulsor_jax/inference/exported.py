@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 from repulsor_jax import __version__
 from repulsor_jax.config import ConfigError
 from repulsor_jax.data import classes
-from repulsor_jax.experiment import Experiment
+from repulsor_jax.experiment import Experiment, latents_record
 from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.pretrained import EXPORTED
 from repulsor_jax.models import diffusers_names, published, torch_weights
+from repulsor_jax.models.blockwise import Blockwise
 
 PIPELINE = "pipeline.py"
 TRAINING_CONFIG = "training_config.json"  # read by configs/of_run.py
@@ -43,6 +44,11 @@ def write_weights(
     model, flow = experiment.model, experiment.config.flow
     sizes = {"num_heads": model.num_heads, "patch_size": model.patch_size}
     sizes["latent_size"] = model.latent_size
+    if isinstance(model, Blockwise):
+        raise ConfigError(
+            "--mode=export writes a plain SiT or DiT, and this run's network is another: "
+            "config.model.architecture='blockwise'"
+        )
     try:
         state = torch_weights.to_torch_state_dict(params, **sizes)
     except ValueError as error:
@@ -64,6 +70,7 @@ def write_weights(
             is_kept = np.arange(len(found[name])) % channels < model.in_channels
             found[name] = found[name][is_kept]
     about = {"convention": convention if convention == "reversed" else own, "format": "pt"}
+    about["latents"] = json.dumps(latents_record(experiment))
     about |= {"path": flow.path, "prediction": flow.prediction, "num_heads": str(model.num_heads)}
     save_file(found, folder / EXPORTED, about)
     return state
@@ -142,7 +149,9 @@ def write_card(
         f"{m.num_heads} heads, patch {m.patch_size}, on latents of {m.latent_size}x{m.latent_size}x"
         f"{m.in_channels} by the autoencoder `{autoencoder}`"
     )
-    guidance = f" --config.sampling.cfg_scale={sampling.cfg_scale:g}"
+    settings = f" --config.sampling.cfg_scale={sampling.cfg_scale:g}"
+    if convention == "reversed" and m.learn_sigma:  # its channels are not in the file
+        settings = f" --config.model.learn_sigma=False{settings}"
     vae = ""
     if autoencoder.startswith("sd-vae"):
         vae = f', vae=AutoencoderKL.from_pretrained("{_REPOSITORIES}{autoencoder}")'
@@ -156,7 +165,7 @@ def write_card(
     }. Ours:
 
 ```
-python -m repulsor_jax.main --mode=sample --workdir=out --config.model.init_from=FOLDER{guidance}
+python -m repulsor_jax.main --mode=sample --workdir=out --config.model.init_from=FOLDER{settings}
 ```
 
 The configuration is `{

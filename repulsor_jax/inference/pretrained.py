@@ -18,6 +18,7 @@ from repulsor_jax.data.classes import names_of
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import (
     Experiment,
+    check_weights,
     checked_mesh,
     latents_record,
     load_autoencoder,
@@ -25,7 +26,7 @@ from repulsor_jax.experiment import (
 )
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.tensors import open_safetensors, read_tensors
-from repulsor_jax.files.untrusted import printable
+from repulsor_jax.files.untrusted import parse_json, printable
 from repulsor_jax.flows import paths
 from repulsor_jax.inference import run
 from repulsor_jax.models import published, torch_weights
@@ -43,6 +44,7 @@ class Pretrained(NamedTuple):
     params: Any
     record: dict[str, str]  # file, SHA-256 and convention, for protocols
     description: str  # what was recognised
+    latents: run.Latents | None  # of what `exported.write_weights` wrote
 
 
 class Opened(NamedTuple):
@@ -91,6 +93,7 @@ def load(config: Config) -> Pretrained:
         raise ConfigError(f"config.model.init_from={source!r} is {found.description}; {problem}")
     m = config.model
     try:
+        latents = _latents(config, path, metadata)
         params = torch_weights.from_torch_state_dict(
             found.state,
             num_heads=m.num_heads,
@@ -104,7 +107,8 @@ def load(config: Config) -> Pretrained:
     if m.scan_blocks:
         params = torch_weights.stack_blocks(params)
     record = {"file": path.name, "sha256": file_sha256(path), "convention": convention}
-    return Pretrained(params, record, f"{source}: {found.description}; read as {convention!r}{how}")
+    description = f"{source}: {found.description}; read as {convention!r}{how}"
+    return Pretrained(params, record, description, latents)
 
 
 def reads_file(config: Config, checkpointer: Checkpointer, asked: object = None) -> bool:
@@ -175,18 +179,33 @@ def locate(source: str) -> pathlib.Path:
 def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, Any]:
     """What sampling needs of a file alone: the experiment, and the parameters on its mesh.
 
-    The latents are those of the configured autoencoder, with its scale and shift; the classes are
-    ImageNet's where there are 1,000, else numbers.
+    The latents are those of the configured autoencoder. Their scale and shift, and the names of the
+    classes, are those of the run that was exported; of other files the autoencoder's, and
+    ImageNet's where there are 1,000 classes, else numbers.
 
     Raises:
-      ConfigError: see `load`.
+      ConfigError: see `load`; or an exported run had another autoencoder.
     """
     found = load(config)
     mesh = checked_mesh(config, trains=False)
     autoencoder = load_autoencoder(config)
     if jax.process_index() == 0:
         print(f"draws from {found.description}", flush=True)
-    channels = config.model.in_channels
+    m = config.model
+    latents = found.latents or run.Latents(
+        autoencoder=config.data.autoencoder,
+        weights_sha256=autoencoder.weights_sha256,
+        shift=(float(autoencoder.shift),) * m.in_channels,
+        factor=(float(autoencoder.scale),) * m.in_channels,
+        class_names=names_of(m.num_classes),
+    )
+    source = f"config.model.init_from={config.model.init_from!r} was trained on latents"
+    if latents.autoencoder != config.data.autoencoder:
+        raise ConfigError(
+            f"config.data.autoencoder={config.data.autoencoder!r}: {source} of "
+            f"{latents.autoencoder!r}; set it to that"
+        )
+    check_weights(autoencoder, latents.weights_sha256, f"{source} made")
     experiment = Experiment(
         config=config,
         workdir=workdir,
@@ -194,16 +213,16 @@ def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, A
         model=model_of(config, mesh),
         autoencoder=autoencoder,
         latent_format=LatentFormat(
-            False,
-            np.full(channels, autoencoder.shift, np.float32),
-            np.full(channels, autoencoder.scale, np.float32),
+            False, np.array(latents.shift, np.float32), np.array(latents.factor, np.float32)
         ),
         latents_sha256=autoencoder.weights_sha256,
-        class_names=names_of(config.model.num_classes),
+        class_names=latents.class_names,
+        absent_classes=latents.absent_classes,
+        latent_mean=latents.mean,
         weights_file=found.record,
     )
-    source = build_source(config.source, config.model)
-    init = lambda key: init_model_params(experiment.model, key, source)
+    learned = build_source(config.source, config.model)
+    init = lambda key: init_model_params(experiment.model, key, learned)
     boxed = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.tree_shardings(boxed, mesh)
     return experiment, place(found.params, nn.unbox(boxed), shardings)
@@ -233,6 +252,22 @@ def place(params: Any, expected: Any, shardings: Any) -> Any:
 def _metadata(path: pathlib.Path) -> Mapping[str, str]:
     """What `exported.write_weights` wrote of a file."""
     return (path.suffix == ".safetensors" and open_safetensors(path).metadata()) or {}
+
+
+def _latents(config: Config, path: pathlib.Path, metadata: Mapping[str, str]) -> run.Latents | None:
+    """What an export says of its latents; None for other files."""
+    if "latents" not in metadata:
+        return None
+    where = f"{path}: latents"
+    found = run.parse_latents(parse_json(metadata["latents"].encode(), where), where)
+    m = config.model
+    sizes = len(found.shift), len(found.factor), len(found.class_names)
+    if sizes[:2] != (m.in_channels, m.in_channels) or sizes[2] > m.num_classes:
+        raise ValueError(
+            f"{where}: found {sizes[0]} in shift, {sizes[1]} in factor and {sizes[2]} classes, "
+            f"expected {m.in_channels}, {m.in_channels} and at most {m.num_classes}"
+        )
+    return found
 
 
 def _convention(
@@ -272,6 +307,12 @@ def _misfit(
             is_same = own == value
         if not is_same:
             wanted[f"model.{key}"] = (own, value)
+    if metadata.get("num_heads", "").isdecimal():  # of an export: tensors alone do not tell
+        heads = int(metadata["num_heads"])
+        if heads != config.model.num_heads:
+            wanted["model.num_heads"] = (config.model.num_heads, heads)
+    if config.source.name == "gaussian" and any(name.startswith("source.") for name in found.state):
+        wanted["source.name"] = ("gaussian", "class")
     steps = paths.DDPM_STEPS if convention == "dit" else 0
     flow: dict[str, tuple[Any, Any]] = {"model.time_steps": (config.model.time_steps, steps)}
     prediction = metadata.get("prediction", "noise" if convention == "dit" else "velocity")

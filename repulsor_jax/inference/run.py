@@ -85,7 +85,9 @@ class _Optimizer:
 
 
 @checked
-class _Latents:
+class Latents:
+    """What `experiment.latents_record` says, but for the data set."""
+
     autoencoder: str
     weights_sha256: str
     shift: tuple[float, ...]
@@ -106,7 +108,7 @@ class RunRecords:
     flow: _Flow
     conditioning: _Conditioning = _Conditioning()  # older versions have none
     optimizer: _Optimizer
-    latents: _Latents
+    latents: Latents
     source: _Source = _Source()  # older versions had no other
 
 
@@ -127,6 +129,11 @@ def read_records(checkpointer: Checkpointer, step: int) -> RunRecords:
         return parse(RunRecords, values, f"{checkpointer.directory}/{step}")
     except ValueError as error:
         raise CheckpointError(f"{error}; another version saved it, or it is damaged") from error
+
+
+def parse_latents(values: Any, where: str) -> Latents:
+    """Checks a record of `experiment.latents_record`; ValueError names what is wrong in `where`."""
+    return parse(Latents, _known(Latents, values), where)
 
 
 def _known(schema: Any, values: Any) -> Any:

@@ -104,6 +104,16 @@ def test_diffusers_draws_the_same_images(folder, ours):
     assert np.abs(pictures[0].astype(int) - images["arr_0"][1]).max() <= 1
 
 
+def test_what_ours_draws_from_the_export_is_what_the_run_draws(folder, ours, tmp_path):
+    """Shift and factor of the latents are of the run, not of the autoencoder."""
+    c = config_lib.parse(values(model__init_from=str(folder), sampling__classes=("b",)))
+    with np.load(sample(c, tmp_path)) as found:
+        assert set(found["arr_1"].tolist()) == {1}
+    c = config_lib.parse(values(model__init_from=str(folder)))
+    with np.load(sample(c, tmp_path)) as found:
+        np.testing.assert_array_equal(found["arr_0"], ours[0]["arr_0"])
+
+
 def exact_images(folder, ours):
     """What we draw from the export, as floats about [-1, 1]."""
     c = config_lib.parse(values(model__init_from=str(folder)))
@@ -124,6 +134,11 @@ def test_the_export_is_read_back(run, tmp_path, convention):
     folder = export(c, tmp_path, convention=convention)
     learns = {"model__learn_sigma": convention == "sit"}
     found = pretrained.load(config_lib.parse(values(model__init_from=str(folder), **learns)))
+    other = values(model__init_from=str(folder), model__num_heads=4, **learns)
+    with pytest.raises(config_lib.ConfigError, match="it needs --config.model.num_heads=2$"):
+        pretrained.load(config_lib.parse(other))
+    is_said = "--config.model.learn_sigma=False" in (folder / "README.md").read_text()
+    assert is_said == (convention == "reversed")
     assert found.record["convention"] == convention
     expected = tiny.random_params(c)
     for name in ("time_in", "time_out", "label_embed", "blocks"):
@@ -174,6 +189,16 @@ def test_what_diffusers_cannot_express_is_said(tmp_path, overrides, said):
     assert said in (folder / "README.md").read_text()
     assert (folder / "model.safetensors").is_file()
     assert not (folder / "transformer").exists()
+
+
+def test_another_network_is_refused(tmp_path):
+    overrides = {"model__architecture": "blockwise", "model__segments": 2}
+    overrides |= {"model__segment_depth": 1, "model__learn_sigma": False}
+    overrides |= {"sampling__num_steps": 4}
+    c = config_lib.parse(values(**overrides))
+    tiny.save_run(tmp_path, values(**overrides), {1: tiny.random_params(c)})
+    with pytest.raises(config_lib.ConfigError, match="is another: config.model.architecture="):
+        export(c, tmp_path)
 
 
 def test_a_folder_is_uploaded(folder, monkeypatch):

@@ -119,6 +119,13 @@ def test_what_does_not_fit_is_named_with_the_flags_to_set(file, overrides, messa
         pretrained.load(config(file, **overrides))
 
 
+def test_a_learned_source_that_the_configuration_lacks(tmp_path, state):
+    source = {"source.table.weight": np.zeros((5, 2), np.float32)}
+    save_file(state | source, tmp_path / "source.safetensors")
+    with pytest.raises(config_lib.ConfigError, match=r"it needs --config.source.name=class$"):
+        pretrained.load(config(tmp_path / "source.safetensors"))
+
+
 def test_a_convention_that_the_tensors_contradict(tmp_path, state):
     head = {"ap_head.linear.0.weight": np.zeros((2, 2), np.float32)}
     save_file(state | head, tmp_path / "sra.safetensors")
