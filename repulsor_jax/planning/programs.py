@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.config import Config, stored_condition_channels
+from repulsor_jax.config import Config, stored_condition_channels, stored_features
 from repulsor_jax.data.encoder import compiled_encoder
 from repulsor_jax.data.latents import Description, LatentFormat
 from repulsor_jax.experiment import (
@@ -32,6 +32,7 @@ from repulsor_jax.experiment import (
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.inference.tasks import abstract_given, has_task
 from repulsor_jax.method.repulsor import rows_per_image
+from repulsor_jax.models.build import num_segments
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host
 from repulsor_jax.runtime.chips import GIB
@@ -148,6 +149,7 @@ def largest_batch(
             best = larger
         return best
     smallest = sharding.batch_shards(first.mesh) * config.optimizer.accumulation_steps
+    smallest *= num_segments(config.model)
     while not fits(best) and best.images % (2 * smallest) == 0:
         best = compile_train(with_batch(config, best.images // 2))
     return best if fits(best) else None
@@ -178,7 +180,8 @@ def _train(experiment: Experiment) -> Built:
     size, channels = config.model.latent_size, config.model.in_channels
     record = (size, size, channels * (2 if experiment.latent_format.stochastic else 1))
     stored = stored_condition_channels(config.conditioning, record[-1])
-    batch = abstract_batch(config.batch_size, record, config.data.dtype, mesh, stored)
+    features = stored_features(config)
+    batch = abstract_batch(config.batch_size, record, config.data.dtype, mesh, stored, features)
     kinds = {
         "parameters": state.params,
         "optimizer": state.opt_state,

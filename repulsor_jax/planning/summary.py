@@ -6,6 +6,7 @@ from typing import Any
 
 from repulsor_jax import sharding
 from repulsor_jax.config import Config
+from repulsor_jax.models.build import num_segments
 from repulsor_jax.planning.estimate import estimate, mesh_axes, spread
 from repulsor_jax.planning.programs import Program
 from repulsor_jax.planning.topology import Topology
@@ -119,7 +120,7 @@ def describe_run(step: Values, config: Config, topology: Topology, price: float)
 def _advice(program: Program, config: Config, topology: Topology) -> list[str]:
     """Changes that make a program fit, the most helpful first."""
     if program.name == "train":
-        return _training_advice(program, config, topology)
+        return training_advice(program, config, topology)
     if program.name == "encode":
         half = max(config.data.encode_batch_per_device // 2, 1)
         return [f"--config.data.encode_batch_per_device={half}"]
@@ -134,7 +135,8 @@ def _advice(program: Program, config: Config, topology: Topology) -> list[str]:
     return advice
 
 
-def _training_advice(program: Program, config: Config, topology: Topology) -> list[str]:
+def training_advice(program: Program, config: Config, topology: Topology) -> list[str]:
+    """Flags with which a train step that does not fit would take less memory, each with why."""
     memory, available = program.memory, topology.device_bytes or math.inf
     shards = sharding.batch_shards(program.mesh)
     fsdp, per_shard = program.mesh.shape.get("fsdp", 1), config.batch_size // shards
@@ -157,11 +159,12 @@ def _training_advice(program: Program, config: Config, topology: Topology) -> li
                 "again instead"
             )
         accumulation = config.optimizer.accumulation_steps
+        segments = num_segments(config.model)
         # Activations shrink with the rows in flight: the least divisor that makes them fit.
         free = available - (program.total_bytes - temporaries)
         needed = temporaries / free if free > 0 else 2
         more = range(2 * accumulation, per_shard + 1, accumulation)
-        divisors = [n // accumulation for n in more if per_shard % n == 0]
+        divisors = [n // accumulation for n in more if per_shard % (n * segments) == 0]
         if divisors:
             fewer = next((n for n in divisors if n >= needed), divisors[-1])
             advice += [

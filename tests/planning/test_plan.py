@@ -21,7 +21,7 @@ from repulsor_jax.planning import gpus, programs
 from repulsor_jax.planning import topology as topology_lib
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.hlo import Array, Collective
-from repulsor_jax.planning.summary import describe_collectives
+from repulsor_jax.planning.summary import describe_collectives, training_advice
 from tests.oracles import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -259,6 +259,34 @@ def test_the_batch_is_doubled_or_halved_until_it_fits(available, tried, expected
     best = programs.largest_batch(c, compile_train(c), available, compile_train)
     assert found == tried
     assert (best and best.images) == expected
+
+
+def test_a_batch_that_does_not_fit_stays_a_multiple_of_the_segments():
+    changes = {"architecture": "blockwise", "segments": 2, "segment_depth": 1, "adaln_rank": 4}
+    c = tiny.config(
+        batch_size=128,
+        sampling__num_steps=4,
+        terms="none",
+        **{f"model__{name}": value for name, value in changes.items()},
+    )
+    topology = open_topology("local")
+    built, found = build_train(topology, c), []
+
+    def compile_train(config):
+        config_lib.check_devices(config, 8)
+        found.append(config.batch_size)
+        step = dataclasses.replace(built, images=config.batch_size)
+        return programs.Program(
+            **vars(step), memory={"temporaries": 8.0}, cost=None, seconds=0.0, refusal=""
+        )
+
+    first = compile_train(c)
+    assert programs.largest_batch(c, first, 1.0, compile_train) is None
+    assert found == [128, 64, 32, 16]  # 8 devices with a row of each of 2 segments
+    device = dataclasses.replace(topology, known_bytes=0.8)  # a tenth of what is needed
+    advice = "".join(training_advice(first, c, device))
+    assert "accumulation_steps=8: about 1/8" in advice  # of 16 rows on a device, two at a time
+    assert "batch_size=16: about 1/8" in advice
 
 
 def test_another_batch_keeps_the_bank():
