@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -14,14 +15,17 @@ import pytest
 from scipy import stats
 
 from benchmarks.evidence import __main__ as bench
-from benchmarks.evidence import ledger, report
+from benchmarks.evidence import ledger, measure, report
 from benchmarks.evidence.classifier import Classifier, Trained
 from benchmarks.evidence.control import control_term
 from benchmarks.evidence.measure import nearest
+from benchmarks.evidence.pictures import Pictures
 from benchmarks.evidence.statistics import paired_ratio
 from configs import evidence as configs
 from repulsor_jax import config as config_lib
 from repulsor_jax.method.term import Seen
+from repulsor_jax.models.build import build_model, build_source
+from tests.oracles import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -168,6 +172,36 @@ def test_the_control_is_a_cosine_with_the_features_of_the_clean_picture():
     norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
     assert float(value) == pytest.approx(1 - ((ours * theirs).sum(-1) / norms).mean(), rel=1e-4)
     assert rows is None
+
+
+def test_the_held_out_loss_is_by_the_own_segment_and_from_the_learned_source():
+    changes = {"architecture": "blockwise", "segments": 3, "segment_depth": 1, "adaln_rank": 4}
+    c = tiny.config(
+        batch_size=12,
+        source__name="class",
+        source__rank=8,
+        terms="none",
+        **{f"model__{name}": value for name, value in changes.items()},
+    )
+    model, params = build_model(c.model), tiny.random_params(c)
+    rng = np.random.default_rng(3)
+    images, labels = rng.integers(0, 256, (7, *tiny.SHAPE)).astype(np.uint8), np.arange(7) % 3
+    pictures = Pictures(images, labels, images, labels)
+    network = measure._make_network(
+        types.SimpleNamespace(pictures=pictures), types.SimpleNamespace(model=model, config=c)
+    )
+    found = network(params)["flow_loss"]
+
+    held = measure._hold(images, labels, 3)
+    mean, _ = build_source(c.source, c.model).apply({"params": params["source"]}, held.labels)
+    apply, errors = jax.jit(model.apply, static_argnames="segment"), []
+    for i, t in enumerate(held.t):
+        x_0 = held.noise[i] + mean[i]
+        x = (t * held.data[i] + (1 - t) * x_0)[None]
+        segment = int(np.floor(t * 3))
+        v = apply({"params": params}, x, t[None], held.labels[i : i + 1], segment=segment)[0]
+        errors.append(np.square(v - held.data[i] + x_0).mean())
+    assert found == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def _run(workdir, *arguments):

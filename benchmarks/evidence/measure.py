@@ -18,9 +18,12 @@ from repulsor_jax.evaluation.frechet import GaussianStatistics, fit_gaussian, fr
 from repulsor_jax.experiment import Experiment
 from repulsor_jax.files import atomic
 from repulsor_jax.flows.paths import get_path, interpolate, target_velocity
+from repulsor_jax.flows.source import Source, sample
 from repulsor_jax.inference import run
 from repulsor_jax.inference.generator import Generator, generate_images, make_generator
 from repulsor_jax.method import diagnostics
+from repulsor_jax.models.blockwise import segment_of
+from repulsor_jax.models.build import build_source
 from repulsor_jax.models.dit import tokens_after
 
 Array = jax.Array
@@ -143,6 +146,7 @@ class _Tools:
 def _make_network(yardstick: Yardstick, experiment: Experiment) -> Callable[[Any], dict[str, Any]]:
     """Returns EMA parameters -> flow loss by bins of t; probe, rank and cosine by block."""
     model, pictures = experiment.model, yardstick.pictures
+    source: Any = build_source(experiment.config.source, experiment.config.model)
     path, classes = get_path(experiment.config.flow.path), experiment.config.model.num_classes
     blocks = tuple(range(experiment.config.model.depth))
     count = int(pictures.train_labels.max()) + 1
@@ -152,12 +156,26 @@ def _make_network(yardstick: Yardstick, experiment: Experiment) -> Callable[[Any
         jnp.asarray(a) for a in (pictures.train_labels[:PROBED], pictures.test_labels[:HELD_OUT])
     ]
 
+    def predict(params: Any, x: Array, held: _Held) -> Array:
+        inputs = {"params": params}, x, held.t, held.labels
+        if model.segments == 1:
+            found: Any = model.apply(*inputs)
+            return found
+        own, found = segment_of(held.t, model.segments)[:, None, None, None], jnp.zeros_like(x)
+        for segment in range(model.segments):
+            velocity: Any = model.apply(*inputs, segment=segment)
+            found = jnp.where(own == segment, velocity, found)
+        return found
+
     @jax.jit
     def flow_loss(params: Any, held: _Held) -> Array:
-        x = interpolate(path, held.data, held.noise, held.t)
-        output: Any = model.apply({"params": params}, x, held.t, held.labels)
-        target = target_velocity(path, held.data, held.noise, held.t)
-        return jnp.square(output - target).mean((1, 2, 3))
+        x_0 = held.noise
+        if source is not None:
+            start = Source(*source.apply({"params": params["source"]}, held.labels))
+            x_0 = sample(start, held.noise)
+        x = interpolate(path, held.data, x_0, held.t)
+        target = target_velocity(path, held.data, x_0, held.t)
+        return jnp.square(predict(params, x, held) - target).mean((1, 2, 3))
 
     @jax.jit
     def pooled(params: Any, held: _Held) -> Array:
