@@ -5,8 +5,9 @@
 
 `:SIZE,OBJECTIVE`: SIZE is `digits` (three segments, minutes on a CPU) or `xl_2`, the published
 sizes on ImageNet 256x256; OBJECTIVE is none or a sum of the presets of configs/objectives.py. The
-published alignment with DINOv2 needs an encoder; `semantic_latent` and `semantic_teacher`, which
-align the trunk with the clean latent and with its own average, are ours.
+published alignment with DINOv2, `feature_alignment`, needs its features in a file (data.features);
+`semantic_latent` and `semantic_teacher`, which align the trunk with the clean latent and with its
+own average, are ours.
 
 `xl_2` follows the paper: AdamW 1e-4, gradients clipped at 1, batch 1,536, EMA 0.9999. Not run here.
 """

@@ -101,9 +101,9 @@ def get_config() -> ml_collections.ConfigDict:
     # each step what is known is put in the place of what was drawn.
     c.conditioning.filling = "channels"  # "channels" or "replace"
 
-    # "none", or a sum as "repulsor+layersync" of contrastive_flow, dispersive, latent_alignment,
-    # layersync, repulsor and sra. Each has its section below; docs/method.md explains them, and
-    # configs/objectives.py has published sets of values.
+    # "none", or a sum as "repulsor+layersync" of contrastive_flow, dispersive, feature_alignment,
+    # latent_alignment, layersync, repulsor and sra. Each has its section below; docs/method.md
+    # explains them, and configs/objectives.py has published sets of values.
     c.terms = "repulsor"  # losses beside the flow loss
 
     c.repulsor = _term(weight=0.5)
@@ -153,6 +153,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.latent_alignment = _term(weight=0.5)
     c.latent_alignment.block = -1  # -1 is depth // 4
 
+    # Needs data.features. The weight is BFM's.
+    c.feature_alignment = _term(weight=0.05)
+    # -1 is the trunk's last of a blockwise network, else block depth // 3 counted from 1 (REPA has
+    # block 8 of XL's 28, which is 7 here, and the weight 0.5).
+    c.feature_alignment.block = -1  # a block's index
+    c.feature_alignment.dim = 768  # P, width of the stored features: DINOv2-B's
+    c.feature_alignment.head_size = 2_048  # of the two hidden layers of its head
+
     c.contrastive_flow = _term(weight=0.05)
     c.contrastive_flow.labelled_only = False  # leave out rows whose label was dropped
 
@@ -192,6 +200,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.dtype = "float16"  # of the stored latents: "float16" or "float32"
     c.data.verify = True  # check the files' SHA-256 before training, once while they are unchanged
     c.data.normalization = "scale"  # by the autoencoder's factor, or "statistics" (per channel)
+    # Features of the training images, for the term feature_alignment: an .npy of float16 or float32
+    # [images, tokens, feature_alignment.dim]; row i is image i of train/ (docs/systems.md).
+    c.data.features = ""  # "": none
     c.data.read_threads = 4  # threads that read batches
     c.data.prefetch_batches = 8  # batches read ahead; at least read_threads
 

@@ -33,7 +33,6 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
     c.model.patch_size = int(patch)
     c.model.learn_sigma = True  # as the published checkpoints have it
     c.model.remat = "dots" if name in ("l", "xl") else "none"
-    objectives.use(c, objective or "repulsor", name)
 
     c.data.dir = "data/imagenet256_sd-vae"
     c.data.source = "tfds:imagenet2012"  # docs/data.md: from nothing to training, and other sources
@@ -41,6 +40,7 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
     c.data.image_size = 256
     c.data.flips = True
     c.data.autoencoder = "sd-vae-ft-ema"
+    objectives.use(c, objective or "repulsor", name)
 
     c.sampling.solver = "euler"
     c.sampling.num_steps = 250

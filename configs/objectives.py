@@ -62,6 +62,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "sra",
         {"weight": 0.05, "student_block": "last", "teacher_block": "last", "axis": "channels"},
     ),
+    # BFM's form of the same, with features of an encoder that the user has stored (data.features),
+    # which has none of mirror images.
+    "feature_alignment": ("feature_alignment", {"data.flips": False}),
     # After SRA 2 (arXiv 2601.17830), of which the abstract alone is known.
     "latent_alignment": ("latent_alignment", {}),
     # Contrastive flow matching (arXiv 2506.05350).

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import ml_collections
+import numpy as np
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from repulsor_jax.data.features import open_features
 from repulsor_jax.files.untrusted import checked, has_secret
 from repulsor_jax.files.untrusted import parse as parse_values
 from repulsor_jax.flows import paths, sampler, solvers, source
@@ -160,6 +162,19 @@ def stored_condition_channels(c: ConditioningConfig, latent_channels: int) -> in
     return latent_channels + 1 if c.kind == "inpaint" and c.masked == "image" else 0
 
 
+def stored_features(c: "Config") -> np.ndarray | None:
+    """The features that a batch holds rows of, mapped into memory; None where no term reads them.
+
+    Raises:
+      FileNotFoundError, ValueError: the file is not one of features for this network.
+    """
+    is_read = "feature_alignment" in registry.parse_terms(c.terms) and c.feature_alignment.weight
+    if not is_read:
+        return None
+    num_tokens = (c.model.latent_size // c.model.patch_size) ** 2
+    return open_features(c.data.features, num_tokens, c.feature_alignment.dim)
+
+
 @checked
 class TermConfig:
     """What the sections of all terms share; `method.schedule`."""
@@ -224,6 +239,13 @@ class LatentAlignmentConfig(TermConfig):
 
 
 @checked
+class FeatureAlignmentConfig(TermConfig):
+    block: CountOrFill
+    dim: Count
+    head_size: Count
+
+
+@checked
 class ContrastiveFlowConfig(TermConfig):
     weight: Annotated[float, Field(ge=0, lt=1)]  # from 1 on the loss has no minimum
     labelled_only: bool
@@ -269,6 +291,7 @@ class DataConfig:
     dtype: Literal["float16", "float32"]
     verify: bool
     normalization: Literal["scale", "statistics"]
+    features: Path
     read_threads: Count
     prefetch_batches: Count
 
@@ -377,6 +400,7 @@ class Config:
     layersync: LayerSyncConfig
     sra: SRAConfig
     latent_alignment: LatentAlignmentConfig
+    feature_alignment: FeatureAlignmentConfig
     contrastive_flow: ContrastiveFlowConfig
     optimizer: OptimizerConfig
     data: DataConfig
@@ -730,6 +754,17 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
         "contrastive_flow" in names and c.flow.prediction != "velocity",
         f"contrastive_flow compares velocities, but config.flow.prediction={c.flow.prediction!r}; "
         "set it to 'velocity'",
+    )
+    reads_features = "feature_alignment" in names and c.feature_alignment.weight > 0
+    yield (
+        reads_features and not c.data.features,
+        "data.features='' names no file, of which config.terms="
+        f"{c.terms!r} needs an .npy: [images, tokens, {c.feature_alignment.dim}]",
+    )
+    yield (
+        reads_features and c.data.flips,
+        f"data.flips=True stores mirror images, of which config.data.features={c.data.features!r} "
+        "has no rows: set it to False",
     )
     # What each term compares a sample with, where that is the other samples alone.
     micro_batch = c.batch_size // c.optimizer.accumulation_steps

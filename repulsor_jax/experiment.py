@@ -14,7 +14,7 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data import conditioning, latents, listing
+from repulsor_jax.data import conditioning, features, latents, listing
 from repulsor_jax.data.latents import LatentDataset, LatentFormat
 from repulsor_jax.flows import paths
 from repulsor_jax.method import registry
@@ -58,6 +58,9 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Experiment, LatentDa
     data_dir = data_directory(config, workdir)
     dataset = latents.open_latent_dataset(data_dir / "train")
     check_dataset(config, dataset)
+    stored = config_lib.stored_features(config)
+    if stored is not None:
+        features.check_rows(stored, config.data.features, dataset)
     if problem := latents.spread_problem(dataset, config.data.normalization):
         raise ConfigError(problem)
     if config.sampling.classes and config.evaluation.every_steps:

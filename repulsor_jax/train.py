@@ -14,6 +14,7 @@ from repulsor_jax import sharding
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.checkpoints.checkpointer import CheckpointError, open_for_training
 from repulsor_jax.checkpoints.manifest import not_finite
+from repulsor_jax.config import stored_features
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import batch_records, training_iterator
 from repulsor_jax.evaluation.inspector import make_inspector
@@ -270,4 +271,5 @@ def open_feed(experiment: Experiment, dataset: LatentDataset) -> grain.DatasetIt
         rows=sharding.local_row_numbers(experiment.mesh, config.batch_size),
         num_threads=config.data.read_threads,
         prefetch=config.data.prefetch_batches,
+        features=stored_features(config),
     )

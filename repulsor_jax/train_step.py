@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -62,6 +63,7 @@ class Inputs(NamedTuple):
     views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t, as above, and noise
     drawn: dict[str, Any]  # name of a term -> its own `draw`, [B, ...]
     extras: dict[str, Array]  # what else the model reads, by its argument's name, [B, ...]
+    features: Array | None = None  # [B, N, P] of an encoder, where they are stored
 
 
 class Teacher(NamedTuple):
@@ -262,7 +264,9 @@ def make_forward(trainer: Trainer) -> Callable:
             view_time = mean_times(view_time, groups)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
-        return loss, Seen(data, mean_times(t, groups), inputs.tags, output, tapped, shown, None)
+        times = mean_times(t, groups)
+        seen = Seen(data, times, inputs.tags, output, tapped, shown, None, inputs.features)
+        return loss, seen
 
     return forward
 
@@ -333,7 +337,8 @@ def draw_inputs(
     Args:
       rng: the key of this step.
       batch: `{"latents": [B, H, W, C] or moments [B, H, W, 2C], "labels": int32 [B]}`, and "ids"
-        int32 [B] where the images have numbers, "condition" [B, h, w, K] where it is stored.
+        int32 [B] where the images have numbers, "condition" [B, h, w, K] and "features" [B, N, P]
+        where they are stored.
       objective: draws times, drops labels, makes the condition, and has the terms.
       latent_format: how stored latents become the model's.
     """
@@ -374,7 +379,8 @@ def draw_inputs(
     if objective.condition is not None:
         key, stored = jax.random.fold_in(rng, _CONDITION), batch.get("condition")
         extras["condition"] = objective.condition(key, data, stored, latent_format)
-    return Inputs(data, noise, t, labels, tags, views, drawn, extras)
+    features = batch.get("features")
+    return Inputs(data, noise, t, labels, tags, views, drawn, extras, features)
 
 
 def accumulate(
@@ -445,10 +451,12 @@ def abstract_batch(
     record_dtype: str,
     mesh: Mesh,
     condition_channels: int = 0,
+    features: np.ndarray | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What a compiled step takes: shapes, dtypes and shardings of one global batch.
 
-    With `condition_channels` it holds a condition of so many, stored as the latents are.
+    With `condition_channels` it holds a condition of so many, stored as the latents are; with
+    `features`, rows of these.
     """
     rows = sharding.batch_sharding(mesh)
     numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
@@ -457,6 +465,9 @@ def abstract_batch(
     if condition_channels:
         shape = (batch_size, *record_shape[:-1], condition_channels)
         batch["condition"] = jax.ShapeDtypeStruct(shape, record_dtype, sharding=rows)
+    if features is not None:
+        shape = (batch_size, *features.shape[1:])
+        batch["features"] = jax.ShapeDtypeStruct(shape, features.dtype, sharding=rows)
     return batch
 
 
@@ -477,8 +488,10 @@ def compile_training(
       mesh: of devices that need not be here.
     """
     abstract_state = abstract_train_state(trainer, mesh)
-    stored = config_lib.stored_condition_channels(trainer.config.conditioning, record_shape[-1])
-    batch = abstract_batch(trainer.config.batch_size, record_shape, record_dtype, mesh, stored)
+    config = trainer.config
+    stored = config_lib.stored_condition_channels(config.conditioning, record_shape[-1])
+    features = config_lib.stored_features(config)
+    batch = abstract_batch(config.batch_size, record_shape, record_dtype, mesh, stored, features)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(
         make_train_step(trainer, latent_format),

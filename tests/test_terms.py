@@ -274,7 +274,10 @@ SUMS = {
         "flow.path": "gvp",
         "repulsor.time_window": 0.6,
     },
-    "repulsor_latent+dispersive": {},
+    "repulsor_latent+dispersive+feature_alignment": {
+        "feature_alignment.dim": 6,
+        "feature_alignment.head_size": 8,
+    },
     "byol+sra_smooth_l1": {"contrastive_flow.labelled_only": True},
     "repulsor": {
         "repulsor.positives": "view",
@@ -290,12 +293,18 @@ SUMS = {
 IN_BATCH = {"repulsor", "dispersive"}  # compare samples of a micro-batch with each other
 
 
-def run(name, mesh, microbatches=1):
+def run(folder, name, mesh, microbatches=1):
     values = tiny.config_dict(
         model__depth=4, model__scan_blocks=True, optimizer__accumulation_steps=microbatches
     )
     objectives.use(values, name)
     values.update_from_flattened_dict(SUMS[name])
+    batches = tiny.batches(tiny.SLOTS)
+    if "feature_alignment" in values.terms:
+        features = np.random.default_rng(1).standard_normal((tiny.SLOTS * tiny.BATCH, 4, 6))
+        values.data.features = str(folder / "features.npy")
+        np.save(values.data.features, features.astype(np.float16))
+        batches = [b | {"features": features[b["ids"]].astype(np.float16)} for b in batches]
     step = tiny.build(config_lib.parse(values), mesh)
     rng = np.random.default_rng(0)
 
@@ -304,15 +313,15 @@ def run(name, mesh, microbatches=1):
         return jax.device_put(np.asarray(x) + noise, x.sharding)
 
     params = jax.tree.map(shake, step.state.params)
-    return step._replace(state=step.state.replace(params=params)).run(tiny.batches(tiny.SLOTS))
+    return step._replace(state=step.state.replace(params=params)).run(batches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SUMS)
-def test_every_term_on_meshes_and_in_micro_batches(name):
-    expected_state, expected = run(name, tiny.mesh())
+def test_every_term_on_meshes_and_in_micro_batches(name, tmp_path):
+    expected_state, expected = run(tmp_path, name, tiny.mesh())
     for shape, microbatches in (((4, 2, 1), 1), ((2, 1, 1), 2)):
-        state, history = run(name, tiny.mesh(*shape), microbatches)
+        state, history = run(tmp_path, name, tiny.mesh(*shape), microbatches)
         differ = microbatches > 1 and IN_BATCH & {m.removesuffix("_loss") for m in expected[0]}
         if differ and SUMS[name].get("repulsor.negatives") != "none" and "byol" not in name:
             # The first step has one bank and one network: only negatives within the batch differ.

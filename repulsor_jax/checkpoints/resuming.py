@@ -60,9 +60,13 @@ CHANGES = {
     "sra.student_block": FORCED,
     "sra.teacher_block": FORCED,
     "latent_alignment.block": FORCED,
+    "feature_alignment.block": FORCED,
+    "feature_alignment.dim": FIXED,
+    "feature_alignment.head_size": FIXED,
     "optimizer": NOTED,
     "data": FREE,  # a data set is known by its identity, wherever it lies
     "data.normalization": FORCED,
+    "data.features": NOTED,
     "mesh": FREE,
     "checkpoint": FREE,
     "divergence": FREE,
@@ -71,7 +75,24 @@ CHANGES = {
     "evaluation": FREE,
 }
 # What runs of versions without these keys did.
-_BEFORE = {"source.name": "gaussian", "flow.time_shift": 1.0}
+_BEFORE = {
+    "data.features": "",
+    "flow.group_fractions": [],
+    "flow.teacher_times": "sra",
+    "flow.time_groups": 1,
+    "flow.time_shift": 1.0,
+    "flow.whole_fraction": 0.0,
+    "model.adaln_rank": 288,
+    "model.architecture": "dit",
+    "model.attention_separation": False,
+    "model.residual_depth": 0,
+    "model.segment_depth": 5,
+    "model.segments": 6,
+    "model.time_steps": 0,
+    "residual.base_run": "",
+    "residual.base_step": -1,
+    "source.name": "gaussian",
+}
 JSONL_NAME = "resumes.jsonl"
 
 

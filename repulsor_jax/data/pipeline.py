@@ -23,6 +23,7 @@ def training_iterator(
     rows: np.ndarray | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
+    features: np.ndarray | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Returns this process's share of every global batch, for ever.
 
@@ -41,19 +42,20 @@ def training_iterator(
       rows: of each global batch, to read, see `sharding.local_row_numbers`; None is all.
       num_threads: threads that read batches ahead; 0 reads in the caller.
       prefetch: batches to read ahead; 0 reads in the caller.
+      features: `[num_images, ...]`, row by image (`data.features`), or None.
 
     Returns:
       A grain iterator of {"latents": `[b, *dataset.shape]` of the data set's dtype, "labels": int32
       `[b]`, "ids": int32 `[b]`} with b rows, and `get_state` / `set_state`; with conditions also
-      "condition" `[b, h, w, condition_channels]`. An id is the number of the image, which its
-      mirror image shares. Where a record turns out to be damaged, `next`
-      raises `DamagedDataError`.
+      "condition" `[b, h, w, condition_channels]`, with features "features" `[b, ...]`. An id is the
+      number of the image, which its mirror image shares. Where a record turns out to be damaged,
+      `next` raises `DamagedDataError`.
     """
     own = np.arange(global_batch_size) if rows is None else rows
     source, order = dataset.open(), _record_order(dataset, seed)
 
     def read(batch: int) -> dict[str, np.ndarray]:
-        return read_records(dataset, source, order(batch * global_batch_size + own))
+        return read_records(dataset, source, order(batch * global_batch_size + own), features)
 
     batches = grain.MapDataset.range(sys.maxsize // global_batch_size)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -61,7 +63,10 @@ def training_iterator(
 
 
 def read_records(
-    dataset: LatentDataset, source: grain.sources.ArrayRecordDataSource, numbers: np.ndarray
+    dataset: LatentDataset,
+    source: grain.sources.ArrayRecordDataSource,
+    numbers: np.ndarray,
+    features: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads records by their numbers `[b]`: what `training_iterator` gives, row by row.
 
@@ -69,6 +74,7 @@ def read_records(
       dataset: the data set.
       source: `dataset.open()`.
       numbers: of the records; image i is the records from `i * dataset.views` on.
+      features: row i is of image i; None is without.
 
     Raises:
       DamagedDataError: a checksum is wrong.
@@ -88,6 +94,8 @@ def read_records(
     if dataset.condition:
         parts = np.split(found["latents"], [dataset.shape[-1]], axis=-1)
         found["latents"], found["condition"] = map(np.ascontiguousarray, parts)
+    if features is not None:
+        found["features"] = np.asarray(features[ids])
     return found
 
 

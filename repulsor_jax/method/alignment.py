@@ -1,4 +1,4 @@
-"""Losses that turn tokens towards other tokens of the same image: LayerSync, SRA, clean latents.
+"""Losses that turn tokens towards others of the same image: LayerSync, SRA, latents, features.
 
 The targets are always under a stop-gradient, and every loss is a plain mean over a batch, so that
 neither the mesh nor the number of micro-batches changes it. Computed in float32. Needs jax alone.
@@ -158,3 +158,18 @@ def _unit(x: Array, axis: int) -> Array:
     has_direction = squares > 1e-24
     # The inner `where` keeps the gradient of the branch not taken finite, the outer one makes it 0.
     return jnp.where(has_direction, x * jax.lax.rsqrt(jnp.where(has_direction, squares, 1.0)), 0.0)
+
+
+def feature_loss(projected: Array, features: Array) -> Array:
+    """Minus the mean cosine between projected tokens and an encoder's, token by token.
+
+    The alignment of REPA (arXiv 2410.06940) and of BFM's trunk (arXiv 2510.21167).
+
+    Args:
+      projected: [B, N, P] tokens of a block after a head.
+      features: [B, N, P] of the clean image, stored; no gradient.
+
+    Returns:
+      A float32 scalar in [-1, 1].
+    """
+    return cosine_distance(projected, jax.lax.stop_gradient(features)) - 1.0

@@ -129,6 +129,32 @@ def _build_latent_alignment(config: Any) -> Term:
     return Term("latent_alignment", weight, loss, taps=(block,), init=init)
 
 
+def feature_alignment_block(config: Any) -> int:
+    """The block that is aligned; by default a trunk's last, or block depth // 3, counted from 1."""
+    block: int = config.feature_alignment.block
+    depth: int = config.model.depth
+    if block != -1:
+        return block
+    return depth - 1 if config.model.architecture == "blockwise" else max(depth // 3, 1) - 1
+
+
+def _build_feature_alignment(config: Any) -> Term:
+    c, width = config.feature_alignment, config.model.hidden_size
+    block = feature_alignment_block(config)
+    head = TokenHead(c.head_size, c.dim, num_hidden=2)
+
+    def init(key: Array) -> Any:
+        return head.init(key, jnp.zeros((1, 1, width)))["params"]
+
+    def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
+        assert seen.features is not None, "the batch holds the features"
+        ours: Any = head.apply({"params": params}, seen.tokens[block])
+        return alignment.feature_loss(ours, seen.features), None
+
+    weight = weight_schedule(c, config.total_steps)
+    return Term("feature_alignment", weight, loss, taps=(block,), init=init)
+
+
 def _build_contrastive_flow(config: Any) -> Term:
     c, null_class = config.contrastive_flow, config.model.num_classes
 
@@ -154,6 +180,7 @@ PAIRS = {"layersync": layersync_blocks, "sra": sra_blocks}
 TERMS: dict[str, Callable[[Any], Term]] = {
     "contrastive_flow": _build_contrastive_flow,
     "dispersive": _build_dispersive,
+    "feature_alignment": _build_feature_alignment,
     "latent_alignment": _build_latent_alignment,
     "layersync": _build_layersync,
     "repulsor": repulsor.build,

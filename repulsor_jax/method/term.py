@@ -30,6 +30,7 @@ class Seen(NamedTuple):
     tokens: Mapping[int, Array]  # block -> [b, N, D] of the student, with gradient
     teacher: Mapping[View, tuple[Array, Mapping[int, Array]]]  # view -> its t [b], tokens by block
     drawn: Any  # the term's own `draw`, [b, ...]
+    features: Array | None = None  # [b, N, P] of an encoder, where they are stored
 
 
 class Rows(NamedTuple):

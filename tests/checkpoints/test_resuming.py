@@ -129,3 +129,23 @@ def test_a_run_goes_on_with_a_condition_where_it_is_forced_to_and_with_no_other(
             resuming.check(
                 tiny.config_dict(**other).to_dict(), LATENTS, present, LATENTS, force=True
             )
+
+
+def test_a_run_of_before_the_neighbouring_systems_was_plain():
+    present = json.loads(json.dumps(tiny.config_dict().to_dict()))
+    saved = json.loads(json.dumps(present))
+    for key in resuming._BEFORE:
+        section, _, name = key.partition(".")
+        del saved[section][name]
+    del saved["residual"], saved["source"], saved["conditioning"], saved["feature_alignment"]
+    assert resuming.check(present, LATENTS, saved, LATENTS) == []
+    for section, name, value, message in (
+        ("model", "architecture", "blockwise", "config.model.architecture: 'dit' -> 'blockwise'"),
+        ("source", "name", "class", "config.source.name: 'gaussian' -> 'class'"),
+    ):
+        other = present | {section: present[section] | {name: value}}
+        with pytest.raises(ConfigError, match=message):
+            resuming.check(other, LATENTS, saved, LATENTS, force=True)
+    grouped = present | {"flow": present["flow"] | {"time_groups": 2}}
+    notes = resuming.check(grouped, LATENTS, saved, LATENTS)
+    assert notes == ["config.flow.time_groups: 1 -> 2"]

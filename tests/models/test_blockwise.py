@@ -14,7 +14,8 @@ from repulsor_jax import config as config_lib
 from repulsor_jax.experiment import make_trainer
 from repulsor_jax.flows import paths, sampler, solvers
 from repulsor_jax.method import memory_bank
-from repulsor_jax.method.alignment import cosine_distance
+from repulsor_jax.method.alignment import feature_loss
+from repulsor_jax.method.token_heads import TokenHead
 from repulsor_jax.models import blockwise
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import tokens_after
@@ -158,18 +159,21 @@ def test_the_loss_of_a_batch_and_its_gradients_are_the_published_ones(paper):
     )
     np.testing.assert_allclose(own_x, last(paper["train/x_t"]), atol=2e-6)
 
+    weights = {name.split(".", 1)[1]: value for name, value in paper.head.items()}
+    layers = {
+        name: {"kernel": weights[f"{i}.weight"].T, "bias": weights[f"{i}.bias"]}
+        for name, i in (("hidden", 0), ("hidden_1", 2), ("out", 4))
+    }
+    hidden, dim = layers["out"]["kernel"].shape
+    head = TokenHead(hidden, dim, num_hidden=2)
+
     def loss(params):
         trunk = paper.model.depth - 1
         out, (feature,) = paper.apply(params, x_t, t, labels, taps=(trunk,))
-        for layer in (0, 2, 4):
-            weight, bias = (
-                paper.head[f"linear_projection.{layer}.{n}"] for n in ("weight", "bias")
-            )
-            feature = feature @ weight.T + bias
-            feature = nn.silu(feature) if layer < 4 else feature
+        feature = head.apply({"params": layers}, feature)
         flow = jnp.square(out - target)[counts].mean()
         encoder = jnp.asarray(paper["train/encoder_features"])[rows]
-        align = cosine_distance(feature[counts], encoder[counts]) - 1.0
+        align = feature_loss(feature[counts], encoder[counts])
         return flow + paper["train/align_weight"] * align, (out, feature, flow, align)
 
     grads, (out, projected, flow, align) = jax.jit(jax.grad(loss, has_aux=True))(paper.params)
