@@ -591,8 +591,9 @@ def _contradicting_conditions(c: Config) -> Iterator[tuple[bool, str]]:
     """`_contradictions` within the section `conditioning`, and of it with others."""
     k, s = c.conditioning, c.sampling
     yield (
-        k.kind == "semantic" and k.classes == 0,
-        "conditioning.classes=0: set it to the number of classes of the label maps",
+        k.kind == "semantic" and not 0 < k.classes < 256,
+        f"conditioning.classes={k.classes}: set it to the number of classes of the label maps, at "
+        "most 255, for 255 is no class",
     )
     replaces = k.filling == "replace"
     yield (

@@ -233,6 +233,7 @@ def test_another_condition_than_the_runs_is_refused(folder, tmp_path):
     ("changes", "message"),
     [
         ({"conditioning__kind": "semantic"}, "conditioning.classes=0"),
+        ({"conditioning__kind": "semantic", "conditioning__classes": 256}, "at most 255"),
         ({"conditioning__kind": "inpaint", "conditioning__filling": "replace"}, "without a cond"),
         ({"conditioning__filling": "replace", "sampling__solver": "dopri5"}, "fixed steps"),
         ({"conditioning__images": "pictures"}, "expected 'test', 'train' or the path of an .npz"),
