@@ -271,7 +271,7 @@ def _sample(config: Config, workdir: pathlib.Path) -> None:
         check_trajectory(config)
     path = sample(config, workdir, _one_step())
     if _TRAJECTORY.value:
-        draw_trajectory(config, workdir, path, _one_step())
+        draw_trajectory(config, workdir, path)
     _refresh_page(workdir)
 
 

@@ -94,9 +94,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         return path
 
 
-def draw_trajectory(
-    config: Config, workdir: pathlib.Path, path: pathlib.Path, step: int | None = None
-) -> None:
+def draw_trajectory(config: Config, workdir: pathlib.Path, path: pathlib.Path) -> None:
     """Writes, beside samples, the way of the first of them from noise: a strip, and an animation.
 
     `<path>_trajectory.png` has a row for each of `sampling.grid_columns` samples, and a column for
@@ -104,10 +102,12 @@ def draw_trajectory(
     which noise is left.
 
     Args:
-      config, workdir, step: as of `sample`.
+      config, workdir: as of `sample`.
       path: what `sample` returned.
     """
-    _, experiment, params, _ = pretrained.open_model(config, workdir, step)
+    # The step of the samples: by now a run that trains may have saved another.
+    step = json.loads(path.with_suffix(".json").read_text())["step"]
+    _, experiment, params, _ = pretrained.open_model(config, workdir, step or None)
     frames, times = trajectory(experiment, params, run.load_guide(experiment))
     if jax.process_index() == 0:
         strip = path.with_name(f"{path.stem}_trajectory.png")

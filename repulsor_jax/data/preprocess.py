@@ -16,6 +16,7 @@ from repulsor_jax.files.untrusted import refuse_pointer
 MAX_PIXELS = 2**28 // 3  # 256 MiB as RGB, and where PIL itself begins to warn
 MAX_FILE_BYTES = 2**29  # of an encoded image: as many pixels with 6 bytes each, not compressed
 
+_ORIENTATION = 0x0112  # the number of that EXIF tag
 _PNG = b"\x89PNG\r\n\x1a\n"  # how one begins
 # PIL also reads formats that run other programs (EPS) or read other files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -76,12 +77,8 @@ def read_images(
             labels[i] = item.label
             image = prepare_image(item.image, size, item.name)
             if item.label_map is not None:
+                _check_same_frame(item.image, item.label_map, item.name)
                 label_map = prepare_map(item.label_map, size, f"map of {item.name}")
-                if label_map.shape != image.shape[:2]:
-                    found, expected = label_map.shape, image.shape[:2]
-                    raise BadImageError(
-                        f"map of {item.name}: found {found} pixels, expected the image's {expected}"
-                    )
                 image = np.concatenate([image, label_map[..., None]], axis=-1)
             images.append(image)
         except BadImageError as error:
@@ -90,6 +87,30 @@ def read_images(
             where = error.filename or f"item {index}"
             images.append(BadImageError(f"{where}: cannot be read: {error.strerror or error}"))
     return images, labels
+
+
+def _check_same_frame(image: bytes | np.ndarray, label_map: bytes, name: str) -> None:
+    """Raises BadImageError unless a label map is as large as its image, which nothing turns."""
+    try:
+        with Image.open(io.BytesIO(label_map), formats=_FORMATS) as opened:
+            found = opened.size
+        if isinstance(image, np.ndarray):
+            expected, turn = (image.shape[1], image.shape[0]), 1
+        else:
+            with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
+                expected, turn = opened.size, opened.getexif().get(_ORIENTATION, 1)
+    except Exception:  # `prepare_image` and `prepare_map` say what is wrong
+        return
+    if turn != 1:
+        raise BadImageError(
+            f"{name}: found an EXIF orientation of {turn}, by which the image but not its label "
+            "map would be turned: save it upright"
+        )
+    if found != expected:
+        raise BadImageError(
+            f"map of {name}: found {found[0]} x {found[1]} pixels, expected the image's "
+            f"{expected[0]} x {expected[1]}"
+        )
 
 
 def prepare_map(data: bytes, size: int, name: str) -> np.ndarray:

@@ -89,7 +89,10 @@ def test_label_maps_are_stored_as_shares_of_classes(tmp_path):
         (lambda path: path.unlink(), "cannot be read: No such file"),
         (lambda path: path.write_bytes(b"no"), "map of .*: no label map can be read"),
         (lambda path: Image.new("RGB", (8, 8)).save(path), "found colour mode RGB"),
-        (lambda path: Image.new("L", (8, 9)).save(path), r"found \(9, 8\) pixels, expected the"),
+        (
+            lambda path: Image.new("L", (8, 9)).save(path),
+            "found 8 x 9 pixels, expected the image's 8 x 8",
+        ),
         (lambda path: Image.new("L", (8, 8), 4).save(path), "found the class 4, expected 0 to 3"),
     ],
 )
@@ -97,6 +100,18 @@ def test_a_label_map_that_is_none_is_named(tmp_path, spoil, message):
     write_mapped(tmp_path)
     spoil(tmp_path / "maps" / "train" / "b" / "3.png")
     with pytest.raises(ValueError, match=message):
+        encode.encode(mapped_config(tmp_path), tmp_path)
+
+
+def test_an_image_that_would_be_turned_has_no_label_map(tmp_path):
+    """The map would not be turned with it, in silence where both are square."""
+    write_mapped(tmp_path)
+    path = tmp_path / "images" / "train" / "b" / "3.png"
+    image = Image.open(path)
+    turned = image.getexif()
+    turned[0x0112] = 6
+    image.save(path, exif=turned)
+    with pytest.raises(ValueError, match="b/3.png: found an EXIF orientation of 6"):
         encode.encode(mapped_config(tmp_path), tmp_path)
 
 
