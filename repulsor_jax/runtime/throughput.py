@@ -49,7 +49,14 @@ def training_throughput(
 
 
 def training_flops(config: ModelConfig) -> float:
-    """FLOPs of a training step for one image: the backward pass costs twice the forward pass."""
+    """FLOPs of a training step for one image: the backward pass costs twice the forward pass.
+
+    With a residual network that is of it alone; the frozen trunk is run forward, twice.
+    """
+    if config.residual_depth:
+        trunk = _trunk_flops(config)
+        own = config.residual_depth * (_block_flops(config) + 12.0 * config.hidden_size**2)
+        return 2.0 * trunk + _ends_flops(config) + 3.0 * own
     return 3.0 * forward_flops(config)
 
 
@@ -70,17 +77,36 @@ def forward_flops(config: ModelConfig) -> float:
 
 def _blockwise_flops(config: ModelConfig) -> float:
     """`forward_flops` of the trunk and one stack, with the modulation of every token."""
-    width, rank = config.hidden_size, config.adaln_rank
-    tokens = (config.latent_size // config.patch_size) ** 2
-    patch = config.in_channels * config.patch_size**2
+    width, tokens = config.hidden_size, _num_tokens(config)
+    own = _block_flops(config) + tokens * _modulation_flops(config, 2 * width)
+    shared = 4.0 * tokens * width * (6 + 2) * width  # of a stack's blocks, and of the final layer
+    patches = 4.0 * tokens * config.in_channels * config.patch_size**2 * width  # in and out
+    return _trunk_flops(config) + config.segment_depth * own + shared + patches
+
+
+def _trunk_flops(config: ModelConfig) -> float:
+    own = _block_flops(config) + _modulation_flops(config, config.hidden_size)
+    return config.depth * own + 12.0 * config.hidden_size**2 + _ends_flops(config)
+
+
+def _ends_flops(config: ModelConfig) -> float:
+    """Of the trunk's patches, and of the time."""
+    width, patch = config.hidden_size, config.in_channels * config.patch_size**2
+    return 2.0 * (_num_tokens(config) * patch * width + NUM_FREQUENCIES * width + width**2)
+
+
+def _block_flops(config: ModelConfig) -> float:
+    """Of one block without its modulation."""
+    width, tokens = config.hidden_size, _num_tokens(config)
     hidden = int(width * config.mlp_ratio)
-    block = tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+    return 2.0 * (tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)
 
-    def modulation(inputs: int) -> int:  # of one block, for one condition
-        return rank * (inputs + 6 * width) if rank else inputs * 6 * width
 
-    trunk = config.depth * (block + modulation(width)) + 6 * width**2
-    stack = config.segment_depth * (block + tokens * modulation(2 * width))
-    shared = tokens * 2 * width * (6 + 2) * width  # of a stack's blocks, and of the final layer
-    ends = 3 * tokens * patch * width + NUM_FREQUENCIES * width + width**2
-    return 2.0 * (trunk + stack + shared + ends)
+def _modulation_flops(config: ModelConfig, inputs: int) -> float:
+    """Of one block's own modulation, for one condition."""
+    width, rank = config.hidden_size, config.adaln_rank
+    return 2.0 * (rank * (inputs + 6 * width) if rank else inputs * 6 * width)
+
+
+def _num_tokens(config: ModelConfig) -> int:
+    return (config.latent_size // config.patch_size) ** 2

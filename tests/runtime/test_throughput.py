@@ -9,8 +9,10 @@ import pytest
 
 from configs import imagenet256
 from repulsor_jax import config as config_lib
+from repulsor_jax.method.memory_bank import tag
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.runtime import throughput
+from repulsor_jax.train_step import Inputs, Teacher, make_residual_loss
 from tests.oracles import tiny
 
 
@@ -39,6 +41,29 @@ def test_forward_flops_are_the_products_of_the_jaxpr(options):
     x = jax.ShapeDtypeStruct((1, 16, 16, 2), jnp.float32)
     jaxpr = jax.make_jaxpr(forward)(params, x, jnp.zeros(1), jnp.zeros(1, jnp.int32))
     assert throughput.forward_flops(config.model) == sum(dot_flops(jaxpr.jaxpr))
+
+
+def test_a_residual_network_is_trained_beside_two_passes_of_the_frozen_trunk():
+    shape = {"model__depth": 3, "model__hidden_size": 64, "model__latent_size": 16}
+    second = {"model__residual_depth": 2, "residual__base_run": "base", "terms": "none"}
+    c = tiny.config(**shape | BLOCKWISE | second, log__diagnostics_every_steps=0)
+    trainer = tiny.trainer(c)
+    params = tiny.random_params(c)
+    x, zero = jnp.zeros((1, 16, 16, 2)), jnp.zeros(1, jnp.int32)
+    inputs = Inputs(x, x, jnp.zeros(1), zero, tag(zero), {}, {}, {})
+
+    def loss(residual):
+        own = {"model": {"residual": residual}, "terms": {}}
+        return make_residual_loss(trainer)(own, Teacher(params, {}), inputs, None, {})[0]
+
+    forward, both = (
+        sum(dot_flops(jax.make_jaxpr(f)(params["residual"]).jaxpr)) for f in (loss, jax.grad(loss))
+    )
+    found = throughput.training_flops(c.model)
+    # Backward is twice forward, but for the network's inputs, which need no gradient.
+    assert found == pytest.approx(both, rel=0.05)
+    block = 2 * (64 * 12 * 64**2 + 2 * 64**2 * 64) + 12 * 64**2  # 64 tokens of width 64
+    assert (found - forward) / 2 == 2 * block
 
 
 def dot_flops(jaxpr):
