@@ -194,7 +194,7 @@ def test_what_a_run_starts_from_is_in_its_checkpoint(tmp_path):
     from_file = {"model__init_from": str(tmp_path / exported.EXPORTED)}
     _, read = pretrained.open_published(tiny.config(**SOURCE, **from_file), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), params)
-    with pytest.raises(ConfigError, match="has other parameters than a plain DiT"):
+    with pytest.raises(ConfigError, match="it needs --config.source.name=class"):
         pretrained.open_published(tiny.config(**from_file), tmp_path)
     guided = tiny.config(sampling__guiding_run=str(tmp_path), sampling__cfg_scale=2.0)
     plain = tiny.config_dict()

@@ -139,7 +139,7 @@ BAD_FLAGS = {
     "--config.optimizer.learning_rate=inf": "config.optimizer.learning_rate: expected a finite",
     "--config.optimizer.lr=1": "error: config.optimizer.lr: unknown key",
     "--config=absent.py": f"error: --config=absent.py: found no file {ROOT / 'absent.py'};",
-    "--config=digit": "the name of one that is shipped: cifar10, default, digits, evidence, ",
+    "--config=digit": "the name of one that is shipped: blockwise, cifar10, default, ",
     "--config=imagenet256:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
     "--config.data.dir=None": "error: config.data.dir: found the word 'None'; expected a text",
     "--workdir=None": "error: --workdir: found the word 'None'; expected a path",
@@ -153,7 +153,7 @@ BAD_FLAGS = {
     "--config.data.source_path=https://me:hunter2@host/x": "error: config.data.source_path: f",
 }
 BAD_PLANS = {
-    "--topology=v5e-256": "error: --topology='v5e-256': expected 'local', or a kind of TPU",
+    "--topology=v5e-256": "error: --topology='v5e-256': expected 'local', or a kind of chip",
     "--price_per_chip_hour=-1": "error: --price_per_chip_hour=-1 must be at least 0",
     "--compare=mesh.fsdq=2": "error: --compare='mesh.fsdq=2': config.mesh.fsdq: unknown key",
 }
