@@ -283,13 +283,18 @@ def test_any_mesh_says_the_same():
 
 
 @pytest.mark.parametrize("preset", [*objectives.PRESETS, "none", "layersync+contrastive_flow"])
-def test_every_objective_can_be_looked_at(preset):
+def test_every_objective_can_be_looked_at(preset, tmp_path):
     values = tiny.config_dict(model__depth=4)
     objectives.use(values, preset)
+    stored = {}
+    if preset == "feature_alignment":
+        stored["features"] = np.zeros((tiny.BATCH, 4, values.feature_alignment.dim), np.float16)
+        values.data.features = str(tmp_path / "features.npy")
+        np.save(values.data.features, stored["features"])
     c = config_lib.parse(values)
     trainer = tiny.trainer(c)
     state = abstract_train_state(trainer, tiny.mesh())
-    batch = read(np.arange(tiny.BATCH))
+    batch = read(np.arange(tiny.BATCH)) | stored
     measure = make_measure(trainer, tiny.FORMAT, IMAGES, CLASSES)
     found = jax.eval_shape(measure, state, batch, None if state.bank is None else batch, None)
     assert all((x.shape, x.dtype) == ((), jnp.float32) for x in found.values())
