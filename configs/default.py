@@ -28,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.learn_sigma = False  # twice the output channels, of which the first half is used
     c.model.qk_norm = False  # normalise queries and keys: steadier at high learning rates
     c.model.scan_blocks = True  # one compiled block for all: compiles faster; same results
-    c.model.remat = "none"  # recompute in the backward pass: "none", "dots", "full" (least memory)
+    # Recomputed in the backward pass: "dots" all but projections, "dots_attention" all but these
+    # and cuDNN's attention, "full" everything.
+    c.model.remat = "none"  # docs/plan.md, "What remat costs"
     c.model.dtype = "bfloat16"  # of the computation; parameters are always float32
     c.model.attention = "auto"  # "xla", "cudnn" (NVIDIA, bfloat16); "auto": cuDNN where it runs
     # In training a token sees those of its group alone; in sampling all see all.

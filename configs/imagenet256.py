@@ -32,7 +32,7 @@ def get_config(variant: str = "xl_2,repulsor") -> ml_collections.ConfigDict:
         c.model[field] = value
     c.model.patch_size = int(patch)
     c.model.learn_sigma = True  # as the published checkpoints have it
-    c.model.remat = "dots" if name in ("l", "xl") else "none"
+    c.model.remat = "dots_attention" if name in ("l", "xl") else "none"
 
     c.data.dir = "data/imagenet256_sd-vae"
     c.data.source = "tfds:imagenet2012"  # docs/data.md: from nothing to training, and other sources

@@ -95,7 +95,7 @@ class ModelConfig:
     learn_sigma: bool
     qk_norm: bool
     scan_blocks: bool
-    remat: Literal["none", "dots", "full"]
+    remat: Literal["none", "dots", "dots_attention", "full"]
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["auto", "xla", "cudnn"]
     attention_separation: bool = False  # which runs of before this key do not say

@@ -17,7 +17,11 @@ CONFIGS = pathlib.Path(default.__file__).parent
     [
         ("model.patch_size", 3, "model.patch_size: found 3, expected a divisor of latent_size 4"),
         ("model.attention", "cudnn", "model.attention: found 'cudnn' with dtype float32"),
-        ("model.remat", "some", "model.remat: expected 'none', 'dots' or 'full', found 'some'"),
+        (
+            "model.remat",
+            "some",
+            "model.remat: expected 'none', 'dots', 'dots_attention' or 'full', found 'some'",
+        ),
         ("model.depht", 3, "model.depht: unknown key; expected one of adaln_rank, .*depth"),
         ("repulsor.block", 1, "repulsor.block=1 is past the last block, 0"),
         ("repulsor.bank_rows", 40, r"repulsor.bank_rows=40 .* 32 and 48"),

@@ -30,8 +30,21 @@ DIT_SIZES: dict[str, dict[str, int]] = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 
+_saves_projection = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def _saves_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
+    """Also the results of cuDNN's attention: the output and the sums of its softmax.
+
+    Its backward kernel reads both, and a name on the output alone would not save the sums.
+    """
+    is_fused = primitive.name.startswith("dot_product_attention_fwd")
+    return is_fused or _saves_projection(primitive, *avals, **params)
+
+
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _saves_projection,
+    "dots_attention": _saves_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -329,10 +342,12 @@ class DiT(nn.Module):
 
     `scan_blocks` loops one compiled block over stacked parameters ("blocks") instead of `depth`
     blocks with parameters of their own ("block_0", ...). `remat` is what the backward pass finds
-    saved: "none" rematerialises nothing, "dots" saves the projections' outputs alone, "full" saves
-    only the blocks' inputs. XLA's CPU compiler merges the second computation with the first again
-    unless `scan_blocks` is set. `dtype` is that of the computation: parameters, normalisation,
-    softmax, the time embedding and the final layer stay in float32.
+    saved: "none" rematerialises nothing, "dots" saves the projections' outputs alone,
+    "dots_attention" those and what cuDNN's attention gives, so that it runs once (with any other
+    attention it is "dots"), "full" saves only the blocks' inputs. XLA's CPU compiler merges the
+    second computation with the first again unless `scan_blocks` is set. `dtype` is that of the
+    computation: parameters, normalisation, softmax, the time embedding and the final layer stay in
+    float32.
 
     Raises:
       ValueError: on construction, naming the field whose value does not fit.
@@ -387,7 +402,9 @@ class DiT(nn.Module):
                 f"{self.hidden_size}"
             )
         if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat: found {self.remat!r}, expected one of none, dots, full")
+            raise ValueError(
+                f"remat: found {self.remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}"
+            )
         if self.attention == "cudnn" and jnp.dtype(self.dtype).itemsize != 2:
             raise ValueError(
                 f"attention: found 'cudnn' with dtype {jnp.dtype(self.dtype)}, expected dtype "

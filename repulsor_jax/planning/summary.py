@@ -152,9 +152,10 @@ def training_advice(program: Program, config: Config, topology: Topology) -> lis
             f"of each device now, and about {state * fsdp / best / GIB:.1f} GiB then"
         )
     if temporaries > 0.25 * available:
-        if stricter := {"none": "dots", "dots": "full"}.get(config.model.remat):
+        stricter = {"none": "dots_attention", "dots": "full", "dots_attention": "full"}
+        if remat := stricter.get(config.model.remat):
             advice.append(
-                f"--config.model.remat={stricter}: of the {temporaries / GIB:.1f} GiB of "
+                f"--config.model.remat={remat}: of the {temporaries / GIB:.1f} GiB of "
                 "temporaries, most are activations kept for the backward pass; it computes them "
                 "again instead"
             )

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,7 +171,10 @@ def gradient(tiny: Reference) -> Any:
     return lambda scan, remat, weights: compiled(scan, remat)(weights)[0]["params"]
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(False, "dots"), (True, "none"), (True, "full")])
+@pytest.mark.parametrize(
+    ("scan", "remat"),
+    [(False, "dots"), (True, "none"), (True, "dots_attention"), (True, "full")],
+)
 def test_gradients_agree_with_an_independent_evaluation(
     tiny: Reference, gradient: Any, scan: bool, remat: str
 ) -> None:
@@ -189,6 +193,32 @@ def test_remat_leaves_the_gradient_of_a_tap_alone(gradient: Any) -> None:
         assert not np.any(leaf[1])
     check = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     jax.tree.map(check, gradient(True, "full", OF_TAP), expected)
+
+
+@pytest.mark.parametrize("remat", ["dots", "dots_attention", "full"])
+def test_what_remat_saves_changes_no_number(gradient: Any, remat: str) -> None:
+    expected, found = gradient(True, "none", OF_OUTPUT), gradient(True, remat, OF_OUTPUT)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def num_products(jaxpr: Any) -> int:
+    """Matrix products of a program, those of a loop's body once."""
+    inner = (jax.extend.core.jaxprs_in_params(equation.params) for equation in jaxpr.eqns)
+    own = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
+    return own + sum(num_products(each) for jaxprs in inner for each in jaxprs)
+
+
+@pytest.mark.parametrize(("remat", "expected"), [("dots", 2), ("dots_attention", 2), ("full", 7)])
+def test_remat_computes_so_many_products_again(tiny: Reference, remat: str, expected: int) -> None:
+    """Those of the attention alone or, with "full", those of the four projections and adaLN too."""
+
+    def products(remat: str) -> int:
+        model, variables = layout(tiny, True, remat=remat)
+        loss = lambda variables: model.apply(variables, *tiny.inputs).sum()
+        return num_products(jax.make_jaxpr(jax.grad(loss))(variables).jaxpr)
+
+    assert products(remat) - products("none") == expected
 
 
 def test_gelu_and_its_derivative_follow_the_formula() -> None:

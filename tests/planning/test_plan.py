@@ -10,12 +10,15 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
 
 from configs import imagenet256
 from repulsor_jax import config as config_lib
 from repulsor_jax import plan as plan_lib
 from repulsor_jax import sharding
 from repulsor_jax.config import ConfigError
+from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.plan import Options
 from repulsor_jax.planning import gpus, programs
 from repulsor_jax.planning import topology as topology_lib
@@ -462,3 +465,26 @@ def test_gpus_are_planned_without_them(tmp_path, capsys):
     assert not train["unknown_kernels"]
     assert {row["over"] for row in train["collectives"]} == {"links", "network"}
     assert "75% of a GPU's memory" in text
+
+
+@needs_plugin
+@pytest.mark.parametrize(("remat", "expected"), [("none", 1), ("dots", 2), ("dots_attention", 1)])
+def test_attention_that_is_saved_runs_once_on_gpus(remat, expected):
+    c = tiny.config(model__dtype="bfloat16", model__scan_blocks=True, model__remat=remat)
+    model = build_model(c.model).clone(attention="cudnn")
+    where = SingleDeviceSharding(open_topology("h100:1").devices[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    params = nn.unbox(jax.eval_shape(lambda: init_model_params(model, jax.random.key(0))))
+    inputs = np.empty((2, *tiny.SHAPE), np.float32), np.empty(2, np.float32), np.empty(2, np.int32)
+    loss = lambda params, *inputs: model.apply({"params": params}, *inputs).sum()
+    text = jax.jit(jax.grad(loss)).lower(*jax.tree.map(place, (params, *inputs))).as_text()
+    assert text.count("custom_call @__cudnn$fmhaSoftmax(") == expected
+    assert text.count("custom_call @__cudnn$fmhaSoftmaxBackward(") == 1
+
+
+@needs_plugin
+@pytest.mark.slow
+def test_the_update_is_no_branch_on_gpus():
+    """A branch on GPUs copies what it gives, which is the whole state."""
+    built = build_train(open_topology("h100:1"), tiny.config(terms="none"))
+    assert "conditional(" not in built.compile().as_text()
