@@ -73,12 +73,14 @@ class Teacher(NamedTuple):
     terms: dict[str, Any]  # name of a term -> its own
 
 
-def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
+def make_train_step(trainer: Trainer, latent_format: LatentFormat, in_branch: bool = True) -> Step:
     """Builds the step.
 
     Args:
       trainer: model, objective and optimizer.
       latent_format: how stored latents become the model's.
+      in_branch: whether the update is a branch, which a refused step does not take, or a selection
+        between the new and the old value of every number; the results are the same.
 
     Returns:
       A pure function of the state and one global batch, `{"latents": [B, H, W, C] (or
@@ -125,7 +127,6 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
                 opt_state=opt_state,
             )
 
-        # A branch, and not a select on every array: that would read and write the state once more.
         # The bank stays outside of the branch, which would copy it.
         good = _within(metrics["loss"], config.divergence.max_loss)
         good &= _within(grad_norm, config.divergence.max_grad_norm)
@@ -135,7 +136,12 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat) -> Step:
             (start,) = (term.bank_start_step for term in terms if term.create_bank)
             valid = good & (state.step >= start) if start else good
             bank = _enqueue(bank, rows, inputs.tags, valid)
-        state = jax.lax.cond(good, update, lambda state: state, state.replace(bank=None))
+        state = state.replace(bank=None)
+        if in_branch:
+            state = jax.lax.cond(good, update, lambda state: state, state)
+        else:
+            select = lambda new, old: old if new is old else jnp.where(good, new, old)
+            state = jax.tree.map(select, update(state), state)
         return state.replace(bank=bank), metrics
 
     return train_step
@@ -493,8 +499,9 @@ def compile_training(
     features = config_lib.stored_features(config)
     batch = abstract_batch(config.batch_size, record_shape, record_dtype, mesh, stored, features)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    in_branch = mesh.devices.flat[0].platform != "gpu"
     jitted = jax.jit(
-        make_train_step(trainer, latent_format),
+        make_train_step(trainer, latent_format, in_branch),
         donate_argnums=0,
         out_shardings=(state_shardings, sharding.replicated(mesh)),
     )

@@ -124,6 +124,25 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_state_is_donated():
     assert int(after.step) == 2
 
 
+def test_an_update_that_is_selected_is_that_of_the_branch():
+    """As the steps of GPUs have it: the same next state, and after a refused step the old one."""
+    trainer = tiny.trainer(tiny.config())
+    state = create_train_state(trainer, tiny.mesh())
+    branch, select = (
+        jax.jit(make_train_step(trainer, tiny.FORMAT, in_branch)) for in_branch in (True, False)
+    )
+    good, bad = tiny.batches(2)
+    bad["latents"][3] = np.nan
+    expected, _ = jax.device_get(branch(state, good))
+    found, metrics = jax.device_get(select(state, good))
+    assert metrics["refused"] == 0
+    check = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    jax.tree.map(check, tiny.raw(found), tiny.raw(expected))
+    kept, metrics = jax.device_get(select(found, bad))
+    assert metrics["refused"] == 1
+    jax.tree.map(np.testing.assert_array_equal, tiny.raw(kept), tiny.raw(found))
+
+
 def test_ema_is_float32_under_bfloat16_compute_and_follows():
     step = tiny.build(tiny.config(model__dtype="bfloat16"), tiny.mesh())
     state, history = step.run(tiny.batches(2))
