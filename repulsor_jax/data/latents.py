@@ -15,13 +15,11 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from pydantic import AfterValidator, Field, FiniteFloat
 from tqdm import tqdm
 
@@ -35,6 +33,9 @@ from repulsor_jax.files.untrusted import (
     read_json,
     refuse_pointer,
 )
+
+if TYPE_CHECKING:
+    import grain  # imported where files are read: a compiled step needs no reader
 
 FORMAT_VERSION = 2
 DTYPES = {"float16": "<f2", "float32": "<f4"}
@@ -144,8 +145,10 @@ class LatentDataset(Description):
         """Labels of which there is no image, as where none of a class could be read."""
         return tuple(k for k, count in enumerate(self.class_counts) if not count)
 
-    def open(self) -> grain.sources.ArrayRecordDataSource:
+    def open(self) -> "grain.sources.ArrayRecordDataSource":
         """Returns a random access source of the raw records, with `__getitems__`."""
+        import grain
+
         paths = [str(self.directory / shard.name) for shard in self.shards]
         return grain.sources.ArrayRecordDataSource(paths)
 
@@ -157,6 +160,8 @@ def open_latent_dataset(directory: str | os.PathLike[str]) -> LatentDataset:
       FileNotFoundError: dataset.json or a shard is missing.
       ValueError: dataset.json is damaged or of another version, or a shard is damaged.
     """
+    from array_record.python.array_record_module import ArrayRecordReader
+
     directory = pathlib.Path(directory).absolute()
     path = directory / METADATA
     if not path.is_file():
