@@ -16,6 +16,7 @@ them (--allocator=default), every step pays for the page faults of its temporari
 import argparse
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import statistics
@@ -132,18 +133,31 @@ def forward_flops(args: argparse.Namespace) -> float:
 
 
 class Worker:
-    """A process that builds one variant, then times it when asked."""
+    """A process that builds one variant, then times it when asked.
 
-    def __init__(self, build: Build, args: argparse.Namespace) -> None:
+    At the `deadline` of `time.monotonic` it is ended, and what waits for it raises TimeoutError.
+    """
+
+    def __init__(self, build: Build, args: argparse.Namespace, deadline: float = math.inf) -> None:
+        self._deadline = deadline
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, args, theirs), daemon=True)
         self._process.start()
-        self.info = self._pipe.recv()  # workers build one after the other: each build has all cores
+        theirs.close()
+        self.info = self._receive()  # workers build one after the other: each build has all cores
 
     def run(self, *case: Any) -> float:
         """Runs the variant's case and returns its seconds."""
         self._pipe.send(case)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        left = self._deadline - time.monotonic()
+        if not self._pipe.poll(None if math.isinf(left) else max(left, 0)):
+            self._process.kill()
+            self.close()
+            raise TimeoutError
         return self._pipe.recv()
 
     def close(self) -> None:
@@ -223,7 +237,11 @@ def build_jax(objective: str, args: argparse.Namespace) -> tuple[Timed, dict[str
 
     from repulsor_jax import sharding
     from repulsor_jax.planning.cost import program_cost
+    from repulsor_jax.planning.estimate import estimate
+    from repulsor_jax.planning.topology import Topology
 
+    cost = program_cost(compiled.as_text() or "")
+    parts = estimate(cost, mesh, Topology("local", tuple(mesh.devices.flat)))
     state = program.create_state()
     rng = np.random.default_rng(0)
     batch = sharding.to_global(
@@ -249,10 +267,19 @@ def build_jax(objective: str, args: argparse.Namespace) -> tuple[Timed, dict[str
         "label": f"repulsor_jax, {objective}",
         "device_kind": jax.devices()[0].device_kind,
         "compile_seconds": compile_seconds,
-        "program_flops": program_cost(compiled.as_text() or "").matmul_flops,
+        "program_flops": cost.matmul_flops,
+        "planned_seconds": parts and (max(parts.values()), sum(parts.values())),
+        "planned_bytes": compiled_bytes(compiled),
         "bank_bytes": _num_bytes(abstract.bank),
         "state_bytes": _num_bytes(abstract),
     }
+
+
+def compiled_bytes(compiled: Any) -> int:
+    """Memory of a device that a compiled step takes, its arguments included."""
+    found = compiled.memory_analysis()
+    used = found.argument_size_in_bytes + found.temp_size_in_bytes
+    return used + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def _num_bytes(tree: Any) -> int:
@@ -273,7 +300,7 @@ def build_jax_matmul(args: argparse.Namespace, size: int = 2048) -> tuple[Timed,
         jax.block_until_ready([product(a, a) for _ in range(5)])
         return time.perf_counter() - started
 
-    return timed, {"flops": 5 * 2 * size**3}
+    return timed, {"flops": 5 * 2 * size**3, "device_kind": jax.devices()[0].device_kind}
 
 
 def torch_dit(args: argparse.Namespace) -> Any:
