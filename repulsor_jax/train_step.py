@@ -499,6 +499,7 @@ def compile_training(
     features = config_lib.stored_features(config)
     batch = abstract_batch(config.batch_size, record_shape, record_dtype, mesh, stored, features)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    # A GPU's conditional copies the whole state; a TPU's moves less than a selection does.
     in_branch = mesh.devices.flat[0].platform != "gpu"
     jitted = jax.jit(
         make_train_step(trainer, latent_format, in_branch),
