@@ -103,9 +103,16 @@ _COMPARE = flags.DEFINE_string(
     "separated by ',': 'mesh.fsdp=16; mesh.fsdp=16,model.remat=full; topology=v5p:4x4x4'.",
 )
 _PRICE = flags.DEFINE_float("price_per_chip_hour", 0.0, "plan: prints what the run would cost.")
-_LARGEST_BATCH = flags.DEFINE_bool(
-    "largest_batch", False, "plan: also find a batch that fits, by doubling or halving it."
+_SEARCH = flags.DEFINE_bool(
+    "search",
+    False,
+    "plan: compile train steps with other meshes, split_update and remat, and print those than "
+    "which none is both quicker and smaller, as commands.",
 )
+_SEARCH_BATCHES = flags.DEFINE_list(
+    "search_batches", [], "plan: --search among these batches: 256,512,1024."
+)
+_SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 16, "plan: compilations of --search.")
 
 
 _DISTRIBUTED = flags.DEFINE_enum(
@@ -314,9 +321,38 @@ def _plan(config: Config, workdir: pathlib.Path) -> None:
         num_slices=_NUM_SLICES.value,
         compare=_COMPARE.value,
         price_per_chip_hour=_PRICE.value,
-        largest_batch=_LARGEST_BATCH.value,
+        search=_SEARCH.value or bool(_SEARCH_BATCHES.value),
+        search_batches=_batches(),
+        search_limit=_SEARCH_LIMIT.value,
+        command=("python", "-m", "repulsor_jax.main", *_training_arguments(sys.argv[1:])),
     )
     plan(_CONFIG.value, workdir, options)
+
+
+def _batches() -> tuple[int, ...]:
+    wrong = [text for text in _SEARCH_BATCHES.value if not text.isdecimal() or not int(text)]
+    if wrong:
+        raise ConfigError(
+            f"--search_batches: found {wrong[0]!r}, expected batch sizes, as 256,512,1024"
+        )
+    return tuple(map(int, _SEARCH_BATCHES.value))
+
+
+def _training_arguments(argv: list[str]) -> list[str]:
+    """The arguments without those of the plan mode."""
+    switches = ("search", "nosearch")
+    values = (
+        *("mode", "topology", "num_slices", "compare", "price_per_chip_hour"),
+        *("search_batches", "search_limit"),
+    )
+    kept, skips = [], False
+    for argument in argv:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        is_of_plan = argument.startswith("-") and name in (*switches, *values)
+        if not (skips or is_of_plan):
+            kept.append(argument)
+        skips = is_of_plan and not equals and name in values
+    return kept
 
 
 # Modes that need no --config: the checkpoint has the run's own.

@@ -4,11 +4,14 @@ The programs of the run are compiled for a TPU slice and read: memory, FLOPs, co
 """
 
 import ast
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +22,11 @@ from flax import traverse_util
 from repulsor_jax import __version__
 from repulsor_jax import config as config_lib
 from repulsor_jax.config import Config, ConfigError
+from repulsor_jax.experiment import Experiment
 from repulsor_jax.files import atomic
 from repulsor_jax.planning import programs as programs_lib
 from repulsor_jax.planning import report
+from repulsor_jax.planning import search as search_lib
 from repulsor_jax.planning.summary import describe_program, describe_run, describe_topology
 from repulsor_jax.planning.topology import Topology, open_topology
 
@@ -38,7 +43,11 @@ class Options:
     # configuration, `topology` or `num_slices`.
     compare: str = ""
     price_per_chip_hour: float = 0.0  # in any currency; 0 prints no cost
-    largest_batch: bool = False  # look for it, by a few more compilations
+    search: bool = False  # compile train steps with other meshes and rematerialisation
+    search_batches: tuple[int, ...] = ()  # to search among; () keeps the configured one
+    search_limit: int = 16  # compilations of a search
+    # The user's own, which found settings are added to.
+    command: tuple[str, ...] = ("python", "-m", "repulsor_jax.main")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,8 @@ def plan(
 ) -> pathlib.Path:
     """Plans, prints, and writes plan.json and plan.html to `<workdir>/plan/<topology>`.
 
-    With variants to compare, only train steps are compiled, and the files are called `compare`.
+    With variants to compare, or a search, only train steps are compiled. The files of a comparison
+    are called `compare`.
 
     Returns:
       The page.
@@ -68,14 +78,23 @@ def plan(
         raise ConfigError(
             f"--price_per_chip_hour={options.price_per_chip_hour:g} must be at least 0"
         )
+    if options.search:
+        _check_search(options)
     variants = _variants(config_lib.plain_values(config_dict), options)
-    autoencoder = variants[0].config.data.autoencoder if len(variants) == 1 else "none"
+    is_whole = len(variants) == 1 and not options.search
+    autoencoder = variants[0].config.data.autoencoder if is_whole else "none"
     names = {"none": programs_lib.PROGRAMS[:1], "identity": programs_lib.PROGRAMS[:2]}.get(
         autoencoder, programs_lib.PROGRAMS
     )
-    for variant in variants:  # errors come before the first compilation
+    names = names if is_whole else ("train",)
+    experiments = [  # errors come before the first compilation
         programs_lib.abstract_experiment(variant.config, workdir, variant.topology)
-    found = [_plan_one(variant, workdir, names, options) for variant in variants]
+        for variant in variants
+    ]
+    if options.search:
+        found = [_search(variants[0], experiments[0], config_dict, options)]
+    else:
+        found = _plan_all(variants, experiments, names, options.price_per_chip_hour)
     if len(found) == 1:
         print(f"\n{report.plan_text(found[0])}")
     else:
@@ -94,42 +113,141 @@ def plan(
     return page
 
 
-def _plan_one(
-    variant: Variant, workdir: pathlib.Path, names: tuple[str, ...], options: Options
-) -> dict[str, Any]:
-    """Compiles the programs of a variant and describes them, as `plan.json` holds them."""
+def _plan_all(
+    variants: list[Variant], experiments: list[Experiment], names: tuple[str, ...], price: float
+) -> list[dict[str, Any]]:
+    """Compiles the programs of all variants side by side, and describes each variant."""
+    described: list[dict[str, Any]] = [{} for _ in variants]
+    jobs = [(k, name) for k in range(len(variants)) for name in names]
+
+    def compiled(k: int, name: str) -> programs_lib.Program:
+        topology = variants[k].topology
+        # The train step is what a run pays for: its memory is told to the last byte.
+        emits = name == "train"
+        return programs_lib.compile_program(name, experiments[k], topology, emits=emits)
+
+    workers = min(len(jobs), *(_side_by_side(variant.topology) for variant in variants))
+    print(f"compiling {len(jobs)} programs, {workers} side by side", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(compiled, *job): job for job in jobs}
+        for future in concurrent.futures.as_completed(running):
+            k, name = running[future]
+            variant, program = variants[k], future.result()
+            described[k][name] = describe_program(program, variant.config, variant.topology)
+            batch = f", batch {variant.config.batch_size:,}" if name == "train" else ""
+            label = f" ({variant.label})" if variant.label else ""
+            outcome = "it does not fit" if program.refusal else "done"
+            print(
+                f"  for {variant.topology.name}: {_TITLES[name]}{batch}{label}: {outcome} in "
+                f"{program.seconds:.1f} s",
+                flush=True,
+            )
+    return [
+        _described(variant, {name: programs[name] for name in names}, price)
+        for variant, programs in zip(variants, described, strict=True)
+    ]
+
+
+def _described(variant: Variant, programs: dict[str, Any], price: float) -> dict[str, Any]:
+    """A variant as `plan.json` holds it."""
     config, topology = variant.config, variant.topology
-
-    def compiled(name: str, config: Config) -> programs_lib.Program:
-        batch = f", batch {config.batch_size:,}" if name == "train" else ""
-        label = f" ({variant.label})" if variant.label else ""
-        title = f"{_TITLES[name]}{batch}{label}"
-        print(f"compiling for {topology.name}: {title}", end=" ... ", flush=True)
-        program = programs_lib.compile_program(
-            name, programs_lib.abstract_experiment(config, workdir, topology), topology
-        )
-        outcome = "it does not fit" if program.refusal else "done"
-        print(f"{outcome} in {program.seconds:.1f} s", flush=True)
-        return program
-
-    programs = {name: compiled(name, config) for name in names}
-    described = {name: describe_program(p, config, topology) for name, p in programs.items()}
-    values: dict[str, Any] = {
+    return {
         "label": variant.label or "as configured",
         "topology": describe_topology(topology),
-        "mesh": described["train"]["mesh"],
+        "mesh": programs["train"]["mesh"],
         "batch_size": config.batch_size,
-        "programs": described,
-        "run": describe_run(described["train"], config, topology, options.price_per_chip_hour),
+        "programs": programs,
+        "run": describe_run(programs["train"], config, topology, price),
     }
-    if options.largest_batch and (available := topology.device_bytes) is not None:
-        compile_train = functools.partial(compiled, "train")
-        if best := programs_lib.largest_batch(config, programs["train"], available, compile_train):
-            values["largest_batch"] = {
-                "batch_size": best.images,
-                "total_bytes_per_chip": topology.devices_per_chip * best.total_bytes,
-            }
-    return values
+
+
+def _side_by_side(topology: Topology) -> int:
+    """How many programs to compile at once: each has a process, but for the devices here."""
+    return 1 if topology.name == "local" else min(len(os.sched_getaffinity(0)), 8)
+
+
+def _check_search(options: Options) -> None:
+    if options.compare:
+        raise ConfigError("--search and --compare: found both; plan them one after the other")
+    if options.search_limit < 1:
+        raise ConfigError(f"--search_limit={options.search_limit} must be at least 1")
+
+
+def _search(
+    variant: Variant,
+    experiment: Experiment,
+    config_dict: ml_collections.ConfigDict,
+    options: Options,
+) -> dict[str, Any]:
+    """Compiles train steps of other settings, and describes the configured one and the best."""
+    topology = variant.topology
+    if topology.chip is None:
+        raise ConfigError(
+            f"--search ranks by estimated time, and no peak rates are published of the devices of "
+            f"--topology={topology.name}: name a kind of TPU or GPU, as --topology=v5e:16x16"
+        )
+    values = config_lib.plain_values(config_dict)
+    all_of = search_lib.candidates(values, experiment, topology, options.search_batches)
+    workers = min(_side_by_side(topology), options.search_limit)
+    print(
+        f"searching {len(all_of.settings)} settings for {topology.name} by at most "
+        f"{min(options.search_limit, len(all_of.settings))} compilations (--search_limit), "
+        f"{workers} side by side; {len(all_of.too_large)} more do not fit by their state alone",
+        flush=True,
+    )
+
+    def compile_step(setting: search_lib.Setting) -> dict[str, Any]:
+        changed = programs_lib.reconfigured(experiment, setting.config, topology)
+        program = programs_lib.compile_program("train", changed, topology)
+        return describe_program(program, setting.config, topology)
+
+    tried, useless, untried = search_lib.explore(
+        all_of.settings,
+        options.search_limit,
+        compile_step,
+        devices_per_chip=topology.devices_per_chip,
+        workers=workers,
+        describe=lambda each: report.setting_text(each.setting.flags, each.step),
+    )
+    rows = [
+        {
+            "flags": each.setting.flags,
+            "command": shlex.join([*_without(options.command, each.setting.changes), *flags]),
+            "batch_size": each.setting.config.batch_size,
+            "remat": each.setting.config.model.remat,
+            "on_frontier": each in best,
+            "step": each.step,
+        }
+        for best in [search_lib.frontier(tried)]
+        for each in [*best, *(t for t in tried if t not in best)]
+        for flags in [each.setting.flags]
+    ]
+    available = topology.device_bytes or 0.0
+    own = next(each.step for each in tried if not each.setting.changes)
+    described = _described(variant, {"train": own}, options.price_per_chip_hour)
+    described["search"] = {
+        "compiled": rows,
+        "too_large": [
+            {"flags": setting.flags, "missing_bytes_per_chip": topology.devices_per_chip * missing}
+            for setting, missing in all_of.too_large
+        ],
+        "cannot_be_better": [setting.flags for setting in useless],
+        "not_tried": [setting.flags for setting in untried],
+        "available_bytes_per_chip": topology.devices_per_chip * available,
+    }
+    return described
+
+
+def _without(command: tuple[str, ...], keys: Mapping[str, Any]) -> list[str]:
+    """A command without the flags of these keys of the configuration."""
+    kept, skips = [], False
+    for argument in command:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        is_of = argument.startswith("-") and name in {f"config.{key}" for key in keys}
+        if not (skips or is_of):
+            kept.append(argument)
+        skips = is_of and not equals
+    return kept
 
 
 def _variants(values: dict[str, Any], options: Options) -> list[Variant]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, stored_condition_channels, stored_features
@@ -32,14 +33,17 @@ from repulsor_jax.experiment import (
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.inference.tasks import abstract_given, has_task
 from repulsor_jax.method.repulsor import rows_per_image
-from repulsor_jax.models.build import num_segments
+from repulsor_jax.planning.compiler import Answer, ask, compiled_answer
 from repulsor_jax.planning.cost import Cost, program_cost
-from repulsor_jax.planning.topology import Topology, one_host
+from repulsor_jax.planning.topology import Topology, one_host, open_topology
 from repulsor_jax.runtime.chips import GIB
 from repulsor_jax.train_state import abstract_train_state
 from repulsor_jax.train_step import abstract_batch, compile_training
 
 PROGRAMS = ("train", "sample", "encode")
+
+# The share of the memory above which a program may not fit with what `Program.emitted` adds.
+_NEARLY = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Program(Built):
     cost: Cost | None  # of one run on one device; None where the compiler refused the program
     seconds: float  # of tracing and compiling
     refusal: str = ""  # why it does not fit
+    # Whether there is machine code: without it, its bytes and the scratch memory of TPUs' kernels
+    # are not counted in `memory`.
+    emitted: bool = True
 
     @property
     def total_bytes(self) -> float:
@@ -100,59 +107,72 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
     )
 
 
-def compile_program(name: str, experiment: Experiment, topology: Topology) -> Program:
-    """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error."""
+def compile_program(
+    name: str, experiment: Experiment, topology: Topology, *, emits: bool = False
+) -> Program:
+    """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error.
+
+    For devices elsewhere another process compiles, see `compiler`: for TPUs with machine code where
+    `emits`, or where the program fills the memory without it to `_NEARLY`.
+    """
+    started = time.perf_counter()
     built = build(name, experiment, topology)
+    if topology.name == "local":
+        return _program(built, compiled(built), topology, started)
+    slices = topology.num_slices if topology.shape else 1
+    request = {
+        "name": name,
+        "values": dataclasses.asdict(experiment.config),
+        "workdir": str(experiment.workdir),
+        "kind": topology.name.rpartition(" ")[2],
+        "num_slices": slices,
+    }
+    emits &= topology.devices[0].platform == "tpu"  # of GPUs, it says nothing new
+    program = _program(built, ask(request, emits=emits), topology, started)
+    nearly = _NEARLY * (topology.device_bytes or math.inf) < program.total_bytes
+    if nearly and not program.refusal and not program.emitted and topology.shape:
+        program = _program(built, ask(request, emits=True), topology, started)
+    return program
+
+
+def _program(built: Built, answer: Answer, topology: Topology, started: float) -> Program:
     memory: dict[str, float] = {kind: shard_bytes(tree) for kind, tree in built.kinds.items()}
-    arguments = sum(memory.values())
-    started, refusal, cost = time.perf_counter(), "", None
+    padding = max(answer.memory.get("arguments", 0) - sum(memory.values()), 0)
+    memory |= {k: n for k, n in answer.memory.items() if k != "arguments"} | {"padding": padding}
+    total, available = sum(memory.values()), topology.device_bytes
+    refusal = answer.refusal
+    if not refusal and available is not None and total > available:
+        # GPUs' compiler never refuses, and TPUs' does not count all.
+        refusal = f"it takes {total / GIB:.2f} of {available / GIB:.2f} GiB of a device"
+    return Program(
+        **vars(built),
+        memory={kind: count for kind, count in memory.items() if count},
+        cost=program_cost(answer.hlo, built.mesh.size) if answer.hlo else None,
+        seconds=time.perf_counter() - started,
+        refusal=refusal,
+        emitted=answer.emitted,
+    )
+
+
+def requested(name: str, values: dict[str, Any], workdir: str, kind: str, num_slices: int) -> Built:
+    """The program that `compile_program` asks another process for."""
+    topology = open_topology(kind, num_slices)
+    experiment = abstract_experiment(config_lib.parse(values), pathlib.Path(workdir), topology)
+    return build(name, experiment, topology)
+
+
+def compiled(built: Built) -> Answer:
+    """Compiles a program, and says what it takes or why the compiler refuses it."""
     try:
-        compiled = built.compile()
+        return compiled_answer(built.compile())
     except jax.errors.JaxRuntimeError as error:
         message = str(error).strip()
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         first = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-        refusal = f"the compiler says: {first}"
-        memory["temporaries"] = _refused_bytes(message, arguments)
-    else:
-        cost = program_cost(compiled.as_text() or "", built.mesh.size)
-        stats: Any = compiled.memory_analysis()
-        memory["temporaries"] = stats.temp_size_in_bytes
-        memory["results"] = stats.output_size_in_bytes - stats.alias_size_in_bytes
-        memory["padding"] = max(stats.argument_size_in_bytes - arguments, 0)
-        memory["program"] = stats.generated_code_size_in_bytes
-        total, available = sum(memory.values()), topology.device_bytes
-        if available is not None and total > available:
-            # GPUs' compiler never refuses, and TPUs' does not count all.
-            refusal = f"it takes {total / GIB:.2f} of {available / GIB:.2f} GiB of a device"
-    seconds = time.perf_counter() - started
-    memory = {kind: count for kind, count in memory.items() if count}
-    return Program(**vars(built), memory=memory, cost=cost, seconds=seconds, refusal=refusal)
-
-
-def largest_batch(
-    config: Config, first: Program, available: float, compile_train: Callable[[Config], Program]
-) -> Program | None:
-    """Doubles the batch as long as the train step fits, or halves it until the train step fits.
-
-    Begins with `first`, the train step of `config`, in the available bytes of one device. Returns
-    the train step with the largest of these batches that fits, or None.
-    """
-
-    def fits(program: Program) -> bool:
-        return not program.refusal and program.total_bytes <= available
-
-    best = first
-    if fits(first):
-        while fits(larger := compile_train(with_batch(config, 2 * best.images))):
-            best = larger
-        return best
-    smallest = sharding.batch_shards(first.mesh) * config.optimizer.accumulation_steps
-    smallest *= num_segments(config.model)
-    while not fits(best) and best.images % (2 * smallest) == 0:
-        best = compile_train(with_batch(config, best.images // 2))
-    return best if fits(best) else None
+        arguments = sum(map(shard_bytes, built.kinds.values()))
+        needed = {"temporaries": _refused_bytes(message, arguments)}
+        return Answer(needed, refusal=f"the compiler says: {first}")
 
 
 def with_batch(config: Config, batch_size: int) -> Config:
@@ -161,6 +181,17 @@ def with_batch(config: Config, batch_size: int) -> Config:
     slot = batch_size * rows_per_image(r)
     repulsor = dataclasses.replace(r, bank_rows=-(-r.bank_rows // slot) * slot)
     return dataclasses.replace(config, batch_size=batch_size, repulsor=repulsor)
+
+
+def reconfigured(experiment: Experiment, config: Config, topology: Topology) -> Experiment:
+    """The experiment with another mesh, batch or rematerialisation.
+
+    Raises:
+      ConfigError: the configuration does not fit the devices.
+    """
+    mesh = checked_mesh(config, topology.devices)
+    model = model_of(config, mesh)
+    return dataclasses.replace(experiment, config=config, mesh=mesh, model=model)
 
 
 def build(name: str, experiment: Experiment, topology: Topology) -> Built:

@@ -35,7 +35,78 @@ def plan_text(variant: Values) -> str:
     lines += [f"note: {topology['note']}"] if topology["note"] else []
     for name, program in variant["programs"].items():
         lines += ["", *_program_lines(name, program)]
-    return "\n".join([*lines, "", *_run_lines(variant)])
+    lines += ["", *_run_lines(variant)]
+    if search := variant.get("search"):
+        lines += ["", *_search_lines(search)]
+    return "\n".join(lines)
+
+
+def _search_lines(search: Values) -> list[str]:
+    best = [row for row in search["compiled"] if row["on_frontier"]]
+    compiled = len(search["compiled"])
+    lines = [
+        f"search: {compiled} settings compiled, {len(best)} of them such that no other is both "
+        "quicker, by the image, and smaller (by the middle of the estimate); the quickest first",
+        "",
+        table_text(search_rows(search)),
+        "",
+        *(f"{k}: {row['command']}" for k, row in enumerate(best, 1)),
+    ]
+    available = search["available_bytes_per_chip"]
+    missing = [
+        (row["flags"], row["step"]["total_bytes_per_chip"] - available)
+        for row in search["compiled"]
+        if not row["step"]["fits"]
+    ]
+    missing += [(row["flags"], row["missing_bytes_per_chip"]) for row in search["too_large"]]
+    if missing:
+        lines += ["", "these do not fit, by so much a chip (those not compiled: by their state):"]
+        lines += [f"  {_bytes(size):>12}  {_flags(flags)}" for flags, size in missing]
+    for key, why in (
+        ("cannot_be_better", "not compiled, for they cannot fit or be better than others"),
+        ("not_tried", "not compiled, because of --search_limit"),
+    ):
+        if search[key]:
+            lines += ["", f"{why}:", *(f"  {_flags(flags)}" for flags in search[key])]
+    return lines
+
+
+def search_rows(search: Values) -> list[list[str]]:
+    """The frontier of a search: a row of headings, then the settings, the quickest first."""
+    rows = [["", "images/s", "step, estimate", "bound by", "MFU", "GiB/chip", "batch", "mesh"]]
+    rows[0].append("remat")
+    best = [row for row in search["compiled"] if row["on_frontier"]]
+    for k, row in enumerate(best, 1):
+        step, time = row["step"], row["step"]["estimate"]
+        rates = [step["images"] / time[key] for key in ("serial_seconds", "seconds")]
+        rows.append(
+            [
+                f"{k}" if row["flags"] else f"{k}, as configured",
+                f"{rates[0]:,.0f} to {rates[1]:,.0f}",
+                f"{_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}",
+                _PARTS[time["bound"]],
+                f"{time['mfu']:.0%} to {time['serial_mfu']:.0%}",
+                f"{step['total_bytes_per_chip'] / GIB:.2f}",
+                f"{row['batch_size']:,}",
+                _mesh(step["mesh"]),
+                row["remat"],
+            ]
+        )
+    return rows
+
+
+def setting_text(flags: list[str], step: Values) -> str:
+    """A setting of a search and its train step in a line."""
+    size = f"{step['total_bytes_per_chip'] / GIB:.2f} GiB"
+    if not step["fits"]:
+        return f"{_flags(flags)}: does not fit, {size}"
+    time = step["estimate"]
+    times = f"{_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}"
+    return f"{_flags(flags)}: {times}, {size}"
+
+
+def _flags(flags: list[str]) -> str:
+    return " ".join(flags) or "as configured"
 
 
 def _program_lines(name: str, program: Values) -> list[str]:
@@ -48,6 +119,11 @@ def _program_lines(name: str, program: Values) -> list[str]:
     for kind, size in [*program["memory_bytes_per_chip"].items(), ("sum", total)]:
         lines.append(f"    {kind:<14}{_bytes(size):>12}")
     lines[-1] += f" of {_bytes(available)}, {total / available:.0%}" if available else ""
+    if not program["emitted"]:
+        lines.append(
+            "    no machine code was made: its bytes, and on TPUs the scratch memory of its "
+            "kernels, are not in the sum"
+        )
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT: {program['refusal']}")
         lines.append("  Change one of these, then plan again:")
@@ -96,11 +172,6 @@ def _estimate_lines(time: Values | None) -> list[str]:
 
 def _run_lines(variant: Values) -> list[str]:
     lines, run = [], variant["run"]
-    if largest := variant.get("largest_batch"):
-        lines.append(
-            f"largest batch that fits, by doubling or halving: {largest['batch_size']:,} "
-            f"({_bytes(largest['total_bytes_per_chip'])} per chip)"
-        )
     if run:
         lines.append(
             f"the run, {run['total_steps']:,} steps (estimate): {run['hours']:,.1f} to "
@@ -162,6 +233,8 @@ def write_page(path: pathlib.Path, title: str, variants: list[Values]) -> None:
     if len(variants) > 1:
         body.append(table(comparison_rows(variants)))
     for variant in variants:
+        if search := variant.get("search"):
+            body.append(table(search_rows(search)))
         body.append(f"<h2>{escaped(variant['label'])}</h2>")
         body.append(f"<pre>{escaped(plan_text(variant))}</pre>")
     atomic.write_text(path, document(title, "".join(body), style="svg{font-size:12px}"))

@@ -39,6 +39,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "mesh": {name: size for name, size in program.mesh.shape.items() if size > 1},
         "images": program.images,
         "compile_seconds": round(program.seconds, 1),
+        "emitted": program.emitted,
         "fits": not program.refusal,
         "memory_bytes_per_chip": {kind: per_chip * n for kind, n in program.memory.items()},
         "total_bytes_per_chip": per_chip * program.total_bytes,

@@ -153,7 +153,7 @@ def test_shapes_of_a_travelling_bank_are_known():
 
 def test_a_local_plan_is_written_and_names_the_unknown(tmp_path, capsys):
     c = tiny.config_dict(mesh__fsdp=2)
-    record, text, page = plan(tmp_path, capsys, c, largest_batch=True)
+    record, text, page = plan(tmp_path, capsys, c)
     [variant] = record["variants"]
     assert variant["topology"]["num_devices"] == 8
     assert variant["mesh"] == {"data": 4, "fsdp": 2}
@@ -164,7 +164,6 @@ def test_a_local_plan_is_written_and_names_the_unknown(tmp_path, capsys):
     assert train["collective_bytes_per_device"] == sum(r["bytes"] for r in train["collectives"])
     assert train["estimate"] is None
     assert variant["run"] == {}
-    assert "largest_batch" not in variant  # the memory of these devices is not known
     assert set(variant["programs"]) == {"train", "sample"}  # pixels need no encoder
     assert "no peak rates are published" in text
     assert "the bank stays where it is" in text
@@ -201,6 +200,9 @@ def test_variants_stand_side_by_side(tmp_path, capsys):
         ({"topology": "v5e-256"}, "--topology='v5e-256': expected 'local'"),
         ({"num_slices": 2}, "--num_slices=2 has no meaning"),
         ({"num_slices": 0}, "--num_slices=0 must be at least 1"),
+        ({"search": True, "compare": "mesh.fsdp=2"}, "--search and --compare: found both"),
+        ({"search": True, "search_limit": 0}, "--search_limit=0 must be at least 1"),
+        ({"search": True}, "no peak rates are published of the devices of --topology=local"),
         ({"compare": "mesh.fsdp"}, "--compare: found 'mesh.fsdp', expected key=value"),
         ({"compare": "mush.fsdp=2"}, "config.mush.fsdp: unknown key"),
         ({"compare": "mesh.fsdq=2"}, "config.mesh.fsdq: unknown key"),
@@ -231,40 +233,10 @@ def test_devices_are_those_here():
     assert (topology.chip, topology.device_bytes, topology.note) == (None, None, "")
 
 
-# The largest batch.
+# Batches.
 
 
-@pytest.mark.parametrize(
-    ("available", "tried", "expected"),
-    [
-        (1000, [16, 32, 64, 128, 256], 128),  # 100 + 7 * 128 = 996
-        (1000.0 / 4, [16, 32], 16),
-        (160, [16, 8], 8),
-        (150, [16, 8], None),  # 8 devices cannot split a batch of 4
-    ],
-)
-def test_the_batch_is_doubled_or_halved_until_it_fits(available, tried, expected):
-    built, found = build_train(open_topology("local"), tiny.config()), []
-
-    def compile_train(config):
-        found.append(config.batch_size)
-        size = 100.0 + 7 * config.batch_size
-        step = dataclasses.replace(built, images=config.batch_size)
-        return programs.Program(
-            **vars(step),
-            memory={"temporaries": size},
-            cost=None,
-            seconds=0.0,
-            refusal="too large" if size > 1000 else "",
-        )
-
-    c = tiny.config()
-    best = programs.largest_batch(c, compile_train(c), available, compile_train)
-    assert found == tried
-    assert (best and best.images) == expected
-
-
-def test_a_batch_that_does_not_fit_stays_a_multiple_of_the_segments():
+def test_advice_for_segments_keeps_their_rows():
     changes = {"architecture": "blockwise", "segments": 2, "segment_depth": 1, "adaln_rank": 4}
     c = tiny.config(
         batch_size=128,
@@ -273,21 +245,11 @@ def test_a_batch_that_does_not_fit_stays_a_multiple_of_the_segments():
         **{f"model__{name}": value for name, value in changes.items()},
     )
     topology = open_topology("local")
-    built, found = build_train(topology, c), []
-
-    def compile_train(config):
-        config_lib.check_devices(config, 8)
-        found.append(config.batch_size)
-        step = dataclasses.replace(built, images=config.batch_size)
-        return programs.Program(
-            **vars(step), memory={"temporaries": 8.0}, cost=None, seconds=0.0, refusal=""
-        )
-
-    first = compile_train(c)
-    assert programs.largest_batch(c, first, 1.0, compile_train) is None
-    assert found == [128, 64, 32, 16]  # 8 devices with a row of each of 2 segments
+    step = programs.Program(
+        **vars(build_train(topology, c)), memory={"temporaries": 8.0}, cost=None, seconds=0.0
+    )
     device = dataclasses.replace(topology, known_bytes=0.8)  # a tenth of what is needed
-    advice = "".join(training_advice(first, c, device))
+    advice = "".join(training_advice(step, c, device))
     assert "accumulation_steps=8: about 1/8" in advice  # of 16 rows on a device, two at a time
     assert "batch_size=16: about 1/8" in advice
 
@@ -353,6 +315,23 @@ def test_a_program_that_does_not_fit_is_an_answer(tmp_path, capsys):
     assert train["total_bytes_per_chip"] > train["available_bytes_per_chip"]
     assert any("bank_rows" in line for line in train["advice"])
     assert "DOES NOT FIT" in text
+
+
+@needs_libtpu
+def test_numbers_are_there_before_machine_code():
+    """Those of the whole compilation, but for what machine code adds."""
+    topology = open_topology("v5e:2x2")
+    c = tiny.config(mesh__data=2, mesh__fsdp=2)
+    experiment = programs.abstract_experiment(c, pathlib.Path(), topology)
+    early = programs.compile_program("train", experiment, topology)
+    whole = programs.compile_program("train", experiment, topology, emits=True)
+    assert (early.emitted, whole.emitted) == (False, True)
+    assert early.cost == whole.cost
+    added = {"temporaries", "program"}
+    assert early.memory.keys() - added == whole.memory.keys() - added
+    for kind in early.memory.keys() - added:
+        assert early.memory[kind] == whole.memory[kind]
+    assert early.memory.get("temporaries", 0) <= whole.memory["temporaries"]
 
 
 @needs_libtpu
