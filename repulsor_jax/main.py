@@ -324,7 +324,7 @@ def _plan(config: Config, workdir: pathlib.Path) -> None:
         search=_SEARCH.value or bool(_SEARCH_BATCHES.value),
         search_batches=_batches(),
         search_limit=_SEARCH_LIMIT.value,
-        command=("python", "-m", "repulsor_jax.main", *_training_arguments(sys.argv[1:])),
+        command=("python", "-m", "repulsor_jax.main", *training_arguments(sys.argv[1:])),
     )
     plan(_CONFIG.value, workdir, options)
 
@@ -338,7 +338,7 @@ def _batches() -> tuple[int, ...]:
     return tuple(map(int, _SEARCH_BATCHES.value))
 
 
-def _training_arguments(argv: list[str]) -> list[str]:
+def training_arguments(argv: list[str]) -> list[str]:
     """The arguments without those of the plan mode."""
     switches = ("search", "nosearch")
     values = (

@@ -30,7 +30,7 @@ class Answer:
     memory: dict[str, float]  # bytes on one device by kind; "arguments" are those with padding
     hlo: str = ""  # the optimised program; "" where it was refused
     refusal: str = ""
-    emitted: bool = True  # False: before machine code, whose bytes and scratch are not counted
+    emitted: bool = True  # False: before machine code; its bytes and what it adds are not counted
 
 
 def compiled_answer(compiled: jax.stages.Compiled) -> Answer:

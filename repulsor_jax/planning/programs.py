@@ -42,8 +42,8 @@ from repulsor_jax.train_step import abstract_batch, compile_training
 
 PROGRAMS = ("train", "sample", "encode")
 
-# The share of the memory above which a program may not fit with what `Program.emitted` adds.
-_NEARLY = 0.95
+# What libtpu adds to the temporaries with machine code, as a share of them: at most about this.
+_ADDED = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Program(Built):
     cost: Cost | None  # of one run on one device; None where the compiler refused the program
     seconds: float  # of tracing and compiling
     refusal: str = ""  # why it does not fit
-    # Whether there is machine code: without it, its bytes and the scratch memory of TPUs' kernels
-    # are not counted in `memory`.
+    # Whether there is machine code: without it, neither its bytes nor what libtpu then adds to the
+    # temporaries are counted in `memory`.
     emitted: bool = True
 
     @property
@@ -113,7 +113,7 @@ def compile_program(
     """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error.
 
     For devices elsewhere another process compiles, see `compiler`: for TPUs with machine code where
-    `emits`, or where the program fills the memory without it to `_NEARLY`.
+    `emits`, or where the program may not fit with what `Program.emitted` adds.
     """
     started = time.perf_counter()
     built = build(name, experiment, topology)
@@ -129,7 +129,8 @@ def compile_program(
     }
     emits &= topology.devices[0].platform == "tpu"  # of GPUs, it says nothing new
     program = _program(built, ask(request, emits=emits), topology, started)
-    nearly = _NEARLY * (topology.device_bytes or math.inf) < program.total_bytes
+    most = program.total_bytes + _ADDED * program.memory.get("temporaries", 0)
+    nearly = most > (topology.device_bytes or math.inf)
     if nearly and not program.refusal and not program.emitted and topology.shape:
         program = _program(built, ask(request, emits=True), topology, started)
     return program

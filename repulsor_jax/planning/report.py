@@ -121,8 +121,8 @@ def _program_lines(name: str, program: Values) -> list[str]:
     lines[-1] += f" of {_bytes(available)}, {total / available:.0%}" if available else ""
     if not program["emitted"]:
         lines.append(
-            "    no machine code was made: its bytes, and on TPUs the scratch memory of its "
-            "kernels, are not in the sum"
+            "    read before machine code, whose bytes, and on TPUs what it adds to the "
+            "temporaries, are not in the sum"
         )
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT: {program['refusal']}")

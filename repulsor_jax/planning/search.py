@@ -22,7 +22,6 @@ from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.experiment import Experiment
-from repulsor_jax.models import dit
 from repulsor_jax.planning import programs
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.estimate import estimate
@@ -33,7 +32,8 @@ from repulsor_jax.runtime import throughput
 
 Values = dict[str, Any]
 
-REMATS = ("none", *dit.REMAT_POLICIES)  # from the least recomputation to the least memory
+# Of `model.remat`, from the least recomputation to the least memory.
+REMATS = ("none", "dots_attention", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,6 @@ class Candidates:
 
     settings: list[Setting]  # the configured one first
     too_large: list[tuple[Setting, float]]  # with the bytes on one device that their state misses
-    num_invalid: int  # that the configuration or the devices do not allow
 
 
 def candidates(
@@ -93,12 +92,15 @@ def candidates(
         "mesh.split_update": (False, True),
         "model.remat": REMATS,
     }
+    if getattr(experiment.model, "attention", None) != "cudnn":  # without it these two are one
+        same = "dots" if flat["model.remat"] == "dots_attention" else "dots_attention"
+        knobs["model.remat"] = [name for name in REMATS if name != same]
     knobs = {key: choices for key, choices in knobs.items() if key in flat}
     now = {key: flat[key] for key in knobs} | {"mesh.fsdp": shape["fsdp"]}
     *outer, remat = knobs
     found: list[Setting] = []
     too_large: list[tuple[Setting, float]] = []
-    num_invalid, usable = 0, set()
+    usable = set()
     seen = set()  # a mesh that divides no dimension splits as little as another
     for choice in itertools.product(*(knobs[key] for key in outer)):
         try:
@@ -112,8 +114,7 @@ def candidates(
             changed = _parsed(flat | changes)
             built = _built(experiment, changed, topology)
         except ConfigError:
-            num_invalid += len(REMATS)
-            continue
+            continue  # neither the configuration nor the devices allow it
         usable.add(changed.batch_size)
         state = sum(map(programs.shard_bytes, built.kinds.values()))
         split = choice[1 + outer.index("mesh.fsdp") :]
@@ -123,7 +124,7 @@ def candidates(
         params = jax.tree.leaves(built.kinds["parameters"])
         whole = 2.0 * sum(leaf.size * leaf.dtype.itemsize for leaf in params)
         missing = state - (topology.device_bytes or math.inf)
-        for name in REMATS:
+        for name in knobs[remat]:
             own = changes | ({remat: name} if name != now[remat] else {})
             settled = _parsed(flat | own)
             least, guess = _seconds(built, settled, topology)
@@ -138,7 +139,7 @@ def candidates(
             f"devices of {topology.name}, or contradicts the configuration"
         )
     found.sort(key=lambda setting: (bool(setting.changes), setting.guess))
-    return Candidates(found, too_large, num_invalid)
+    return Candidates(found, too_large)
 
 
 def _built(experiment: Experiment, config: Config, topology: Topology) -> Built:

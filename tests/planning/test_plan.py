@@ -318,6 +318,7 @@ def test_a_program_that_does_not_fit_is_an_answer(tmp_path, capsys):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_numbers_are_there_before_machine_code():
     """Those of the whole compilation, but for what machine code adds."""
     topology = open_topology("v5e:2x2")
