@@ -20,7 +20,7 @@ from repulsor_jax import sharding
 from repulsor_jax.config import ConfigError
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.plan import Options
-from repulsor_jax.planning import gpus, programs
+from repulsor_jax.planning import compiler, gpus, programs
 from repulsor_jax.planning import topology as topology_lib
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.hlo import Array, Collective
@@ -258,6 +258,33 @@ def test_another_batch_keeps_the_bank():
     c = programs.with_batch(tiny.config(), 64)
     assert (c.batch_size, c.repulsor.bank_rows) == (64, 64)
     assert programs.with_batch(tiny.config(), 24).repulsor.bank_rows == 48
+
+
+# Before machine code.
+
+
+def test_buffers_are_counted_by_kind():
+    """The file of XLA's buffer assignment, with a line of each kind."""
+    buffers = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 sum @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, output shape is |(f32[1024], f32[])|, maybe-live-out:
+allocation 2: size 8192, parameter 3, shape |f32[2048]| at ShapeIndex {}:
+ value: <7 args @0> (size=8192,offset=0): f32[2048]{0:T(1024)}
+allocation 3: size 2048, parameter 0, shape |f32[512]| at ShapeIndex {}, maybe-live-out:
+allocation 4: size 16, constant:
+allocation 5: size 65536, preallocated-temp:
+allocation 6: size 131072, color 1, preallocated-temp:
+"""
+    answer = compiler.dumped_answer("HloModule m", buffers)
+    # A donated argument is no result; color 1 is the vector memory.
+    assert answer.memory == {"arguments": 8192 + 2048, "temporaries": 65536, "results": 4096}
+    assert (answer.hlo, answer.emitted) == ("HloModule m", False)
+
+
+def test_a_failed_compiler_is_heard():
+    with pytest.raises(RuntimeError, match=r"ended with 1: [\s\S]*TypeError"):
+        compiler.ask({"unknown": 1})
 
 
 # TPU slices.
