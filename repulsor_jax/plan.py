@@ -198,7 +198,7 @@ def _search(
 
     def compile_step(setting: search_lib.Setting) -> dict[str, Any]:
         changed = programs_lib.reconfigured(experiment, setting.config, topology)
-        program = programs_lib.compile_program("train", changed, topology)
+        program = programs_lib.compile_program("train", changed, topology, makes_sure=False)
         return describe_program(program, setting.config, topology)
 
     tried, useless, untried = search_lib.explore(

@@ -108,12 +108,17 @@ def abstract_experiment(config: Config, workdir: pathlib.Path, topology: Topolog
 
 
 def compile_program(
-    name: str, experiment: Experiment, topology: Topology, *, emits: bool = False
+    name: str,
+    experiment: Experiment,
+    topology: Topology,
+    *,
+    emits: bool = False,
+    makes_sure: bool = True,
 ) -> Program:
     """Compiles one of `PROGRAMS`. A program that does not fit is an answer, not an error.
 
     For devices elsewhere another process compiles, see `compiler`: for TPUs with machine code where
-    `emits`, or where the program may not fit with what `Program.emitted` adds.
+    `emits`, and where it `makes_sure` of a program that `may_not_fit`.
     """
     started = time.perf_counter()
     built = build(name, experiment, topology)
@@ -129,11 +134,16 @@ def compile_program(
     }
     emits &= topology.devices[0].platform == "tpu"  # of GPUs, it says nothing new
     program = _program(built, ask(request, emits=emits), topology, started)
-    most = program.total_bytes + _ADDED * program.memory.get("temporaries", 0)
-    nearly = most > (topology.device_bytes or math.inf)
-    if nearly and not program.refusal and not program.emitted and topology.shape:
+    if makes_sure and may_not_fit(program, topology):
         program = _program(built, ask(request, emits=True), topology, started)
     return program
+
+
+def may_not_fit(program: Program, topology: Topology) -> bool:
+    """Whether a TPU's program, read before machine code, may not fit with what that adds."""
+    most = program.total_bytes + _ADDED * program.memory.get("temporaries", 0)
+    unsure = bool(topology.shape) and not program.refusal and not program.emitted
+    return unsure and most > (topology.device_bytes or math.inf)
 
 
 def _program(built: Built, answer: Answer, topology: Topology, started: float) -> Program:

@@ -86,7 +86,8 @@ def search_rows(search: Values) -> list[list[str]]:
                 f"{_seconds(time['seconds'])} to {_seconds(time['serial_seconds'])}",
                 _PARTS[time["bound"]],
                 f"{time['mfu']:.0%} to {time['serial_mfu']:.0%}",
-                f"{step['total_bytes_per_chip'] / GIB:.2f}",
+                f"{step['total_bytes_per_chip'] / GIB:.2f}"
+                + (", may not fit: plan it" if step["may_not_fit"] else ""),
                 f"{row['batch_size']:,}",
                 _mesh(step["mesh"]),
                 row["remat"],

@@ -8,7 +8,7 @@ from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.models.build import num_segments
 from repulsor_jax.planning.estimate import estimate, mesh_axes, spread
-from repulsor_jax.planning.programs import Program
+from repulsor_jax.planning.programs import Program, may_not_fit
 from repulsor_jax.planning.topology import Topology
 from repulsor_jax.runtime import throughput
 from repulsor_jax.runtime.chips import GIB
@@ -40,6 +40,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "images": program.images,
         "compile_seconds": round(program.seconds, 1),
         "emitted": program.emitted,
+        "may_not_fit": may_not_fit(program, topology),
         "fits": not program.refusal,
         "memory_bytes_per_chip": {kind: per_chip * n for kind, n in program.memory.items()},
         "total_bytes_per_chip": per_chip * program.total_bytes,

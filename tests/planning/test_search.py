@@ -144,7 +144,7 @@ def test_the_limit_counts_compilations(topology):
 
 
 def test_a_search_prints_commands_and_writes_them(topology, tmp_path, capsys, monkeypatch):
-    def compile_program(name, experiment, topology, emits=False):
+    def compile_program(name, experiment, topology, makes_sure):
         """4 seconds of compute on a device without fsdp, less with it; a tenth of the memory."""
         built = programs.build(name, experiment, topology)
         flops = 4 * CHIP.peak_flops / built.mesh.shape["fsdp"]
