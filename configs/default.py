@@ -213,6 +213,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.data = -1  # splits the batch; a multiple of the number of TPU slices
     c.mesh.fsdp = 1  # splits the batch, parameters, optimizer state and EMA
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
+    # Split parameters, optimizer state and EMA over `data` too; a step gathers a copy of the
+    # parameters in model.dtype, and each device updates its share (docs/plan.md).
+    c.mesh.split_update = True
+    c.mesh.reduce_dtype = "model"  # of sums of gradients over devices: model.dtype, or a dtype
 
     c.checkpoint = ml_collections.ConfigDict()
     # A folder (relative to where the command runs) or gs://bucket/path; each run its own.

@@ -301,6 +301,8 @@ class MeshConfig:
     data: CountOrFill
     fsdp: CountOrFill
     tensor: CountOrFill
+    split_update: bool
+    reduce_dtype: Literal["model", "float32", "bfloat16"]
 
 
 @checked

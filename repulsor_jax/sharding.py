@@ -1,7 +1,8 @@
 """Where arrays live: the mesh, the rules from logical axis names to mesh axes, host-to-device.
 
-The mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` also splits parameters,
-optimizer state and EMA; `tensor` splits attention heads and the MLP's hidden width.
+A mesh has the sizes `data`, `fsdp` and `tensor`. The first two split the batch; `fsdp` also splits
+parameters, optimizer state and EMA; `tensor` splits attention heads and the MLP's hidden width. The
+state of training is split over `data` too (`split_params.py`).
 """
 
 import contextlib
@@ -16,8 +17,12 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+# `data` is two axes: few dimensions of a network divide by 256, but one may divide by 16, and
+# another by the rest.
+DATA_AXES = ("data_major", "data_minor")
+BATCH_AXES = (*DATA_AXES, "fsdp")
+AXES = (*BATCH_AXES, "tensor")
+_MINOR_SIZE = 16  # of the axis `data_minor`, at most
 
 # Logical axis name -> mesh axes. A name that is not here is replicated.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -27,8 +32,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
 )
 
+_LOOPS = ("layers", "segment")  # logical axes
+
 # Parameters with fewer elements stay replicated: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 4096
+MIN_SPLIT_SIZE = 2**16  # the same for what training splits over `data`
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
@@ -37,26 +45,26 @@ def mesh_shape(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
     Raises:
       ValueError: more than one -1, or sizes that do not multiply to `num_devices`; names the key.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    described = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-    fill = [name for name, size in sizes.items() if size == -1]
-    if len(fill) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    found = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    described = ", ".join(f"mesh.{name}={size}" for name, size in found.items())
+    fill = [name for name, size in found.items() if size == -1]
+    if len(fill) > 1 or any(size < 1 and size != -1 for size in found.values()):
         raise ValueError(f"{described}: sizes must be positive, and at most one may be -1 (fill)")
-    known = math.prod(size for size in sizes.values() if size != -1)
+    known = math.prod(size for size in found.values() if size != -1)
     if fill:
-        sizes[fill[0]] = num_devices // known
-    if math.prod(sizes.values()) != num_devices:
+        found[fill[0]] = num_devices // known
+    if math.prod(found.values()) != num_devices:
         raise ValueError(
             f"{described}: the product must be the number of devices, {num_devices}; "
             "set one of them to -1 to fill it"
         )
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return found["data"], found["fsdp"], found["tensor"]
 
 
 def create_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Returns a mesh with axes `(data, fsdp, tensor)`, laid out for the network of the devices.
+    """Returns a mesh with the axes `AXES`, laid out for the network of the devices.
 
     Several TPU slices are joined by the data-centre network, which carries `data` alone: gradients
     cross it once a step, while fsdp and tensor talk in every layer. On GPUs a slice is one host
@@ -80,7 +88,8 @@ def create_mesh(
             allow_split_physical_axes=True,
         )
     elif num_slices > 1 and devices[0].platform == "tpu":
-        described = ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
+        asked = zip(("data", "fsdp", "tensor"), shape, strict=True)
+        described = ", ".join(f"mesh.{name}={size}" for name, size in asked)
         raise ValueError(
             f"{described}: found {num_slices} slices of {len(devices) // num_slices} devices. The "
             "network between them carries mesh.data alone, which must be a multiple of "
@@ -88,7 +97,14 @@ def create_mesh(
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    minor = math.gcd(shape[0], _MINOR_SIZE)
+    in_two = array.reshape(shape[0] // minor, minor, *shape[1:])
+    return Mesh(in_two, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes(mesh: Mesh) -> dict[str, int]:
+    """The sizes `data`, `fsdp` and `tensor` of a mesh."""
+    return {"data": _axes_size(DATA_AXES, mesh), **{name: mesh.shape[name] for name in AXES[2:]}}
 
 
 @contextlib.contextmanager
@@ -113,7 +129,7 @@ def batch_shards(mesh: Mesh) -> int:
     return _axes_size(BATCH_AXES, mesh)
 
 
-def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(abstract_tree: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
     """Shardings of a tree of (boxed) abstract arrays by their logical axis names.
 
     A dimension that its mesh axes do not divide is replicated, and so is every small parameter.
@@ -121,6 +137,7 @@ def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
     Args:
       abstract_tree: output of `jax.eval_shape`; parameters boxed by `nn.with_logical_partitioning`.
       mesh: the result has a `NamedSharding` for each leaf of `flax.linen.unbox(abstract_tree)`.
+      over_data: split named arrays over `data` too, see `split_over_data`.
     """
     specs = nn.get_partition_spec(abstract_tree)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
@@ -135,7 +152,49 @@ def tree_shardings(abstract_tree: Any, mesh: Mesh) -> Any:
         ]
         return NamedSharding(mesh, PartitionSpec(*fitted))
 
-    return jax.tree.map(fit, nn.unbox(abstract_tree), shardings)
+    fitted = jax.tree.map(fit, nn.unbox(abstract_tree), shardings)
+    if not over_data:
+        return fitted
+
+    def split(box: Any, sharding: NamedSharding) -> NamedSharding:
+        if not isinstance(box, nn.LogicallyPartitioned):
+            return sharding
+        return split_over_data(box.value, sharding, box.names)
+
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)
+    return jax.tree.map(split, abstract_tree, fitted, is_leaf=is_box)
+
+
+def split_over_data(
+    leaf: jax.ShapeDtypeStruct, sharding: NamedSharding, names: Sequence[str | None]
+) -> NamedSharding:
+    """The sharding of an array with logical axis names, further split over `data`.
+
+    Both its axes split one dimension where they divide it, else each another, else one alone. An
+    array that neither divides stays as it is, and so does every small one. What a loop runs over,
+    layers and segments, is not split.
+    """
+    mesh: Any = sharding.mesh
+    if leaf.size < MIN_SPLIT_SIZE:
+        return sharding
+    spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
+    dims = [(dim,) if isinstance(dim, str) else dim or () for dim in spec]
+    parts = {
+        k: leaf.shape[k] // _axes_size(dims[k], mesh)
+        for k, name in enumerate(names)
+        if name not in _LOOPS
+    }
+    major, minor = DATA_AXES
+    # First along a dimension whose parts fill the tiles of a TPU, and the last.
+    order = sorted(parts, key=lambda k: (parts[k] // mesh.shape[minor] % 16 != 0, -k))
+    options: list[dict[int, tuple[str, ...]]] = [{k: (minor, major)} for k in order]
+    options += [{k: (minor,), j: (major,)} for k in order for j in order if j != k]
+    options += [{k: (axis,)} for axis in (minor, major) for k in order]
+    for option in options:
+        if all(parts[k] % _axes_size(axes, mesh) == 0 for k, axes in option.items()):
+            found = [(*dim, *option.get(k, ())) or None for k, dim in enumerate(dims)]
+            return NamedSharding(mesh, PartitionSpec(*found))
+    return sharding
 
 
 def abstract_arrays(abstract_tree: Any, shardings: Any) -> Any:

@@ -257,7 +257,9 @@ def compile_step(experiment: Experiment, dataset: LatentDataset) -> TrainingProg
         params = program.abstract_state.params
         tqdm.write(parameter_overview.get_parameter_overview(params, include_stats=False))
         seconds = time.perf_counter() - started
-        tqdm.write(f"compiled the step for mesh {dict(experiment.mesh.shape)} in {seconds:.1f} s")
+        tqdm.write(
+            f"compiled the step for mesh {sharding.sizes(experiment.mesh)} in {seconds:.1f} s"
+        )
     return program
 
 

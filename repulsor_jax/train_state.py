@@ -91,16 +91,35 @@ def create_train_state(
         return jax.jit(init, out_shardings=pick(shardings))(jax.random.key(trainer.config.seed))
 
 
-def abstract_train_state(trainer: Trainer, mesh: Mesh) -> TrainState:
+def abstract_train_state(
+    trainer: Trainer, mesh: Mesh, *, split_update: bool | None = None
+) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`, each with its sharding; no memory is taken.
 
     Parameters, and what mirrors them, are sharded by their logical names, the bank by its rows.
+    `split_update` replaces `config.mesh.split_update`.
     """
     boxed = jax.eval_shape(lambda key: _init(trainer, key), jax.random.key(trainer.config.seed))
-    shardings = sharding.tree_shardings(boxed, mesh)
+    over_data = trainer.config.mesh.split_update if split_update is None else split_update
+    shardings = sharding.tree_shardings(boxed, mesh, over_data=over_data)
     if boxed.bank is not None:
         shardings = shardings.replace(bank=memory_bank.shardings(mesh, sharding.BATCH_AXES))
     return sharding.abstract_arrays(boxed, shardings)
+
+
+def gathered(trainer: Trainer, mesh: Mesh, state: TrainState) -> TrainState:
+    """In a jitted function: the state as it lies without `config.mesh.split_update`."""
+    shapes = abstract_train_state(trainer, mesh, split_update=False)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    found: TrainState = jax.lax.with_sharding_constraint(state, shardings)
+    return found
+
+
+def abstract_model_params(model: DiT, source: ClassSource | None, mesh: Mesh) -> Any:
+    """A model's parameters, and its source's, as `jax.ShapeDtypeStruct` with their shardings."""
+    init = lambda key: init_model_params(model, key, source)
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return sharding.abstract_arrays(boxed, sharding.tree_shardings(boxed, mesh))
 
 
 def trained_part(trainer: Trainer, params: Any) -> Any:

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from repulsor_jax import config as config_lib
-from repulsor_jax import sharding
+from repulsor_jax import sharding, split_params
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 from repulsor_jax.flows import source as source_lib
 from repulsor_jax.flows.paths import interpolate, target_velocity
@@ -26,7 +26,7 @@ from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.repulsor import row_tags
 from repulsor_jax.method.term import Rows, Seen, Term, View
 from repulsor_jax.models.blockwise import segment_of_rows
-from repulsor_jax.models.dit import tokens_after
+from repulsor_jax.models.dit import DiT, tokens_after
 from repulsor_jax.models.token_groups import (
     draw_groups,
     group_times,
@@ -34,6 +34,7 @@ from repulsor_jax.models.token_groups import (
     pixel_times,
     teacher_group_times,
 )
+from repulsor_jax.split_params import on_rows
 from repulsor_jax.train_state import (
     Objective,
     Trainer,
@@ -73,12 +74,19 @@ class Teacher(NamedTuple):
     terms: dict[str, Any]  # name of a term -> its own
 
 
-def make_train_step(trainer: Trainer, latent_format: LatentFormat, in_branch: bool = True) -> Step:
+def make_train_step(
+    trainer: Trainer,
+    latent_format: LatentFormat,
+    mesh: Mesh | None = None,
+    *,
+    in_branch: bool = True,
+) -> Step:
     """Builds the step.
 
     Args:
       trainer: model, objective and optimizer.
       latent_format: how stored latents become the model's.
+      mesh: that the state lies on; None, as one device, leaves to XLA what is gathered when.
       in_branch: whether the update is a branch, which a refused step does not take, or a selection
         between the new and the old value of every number; the results are the same.
 
@@ -92,14 +100,21 @@ def make_train_step(trainer: Trainer, latent_format: LatentFormat, in_branch: bo
     optimizer, learning_rate, terms = trainer.optimizer, trainer.learning_rate, objective.terms
     loss_fn = make_residual_loss(trainer) if config.model.residual_depth else make_loss(trainer)
 
+    lay_out = split_params.make_lay_out(trainer, mesh)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         inputs = draw_inputs(rng, batch, objective, latent_format)
-        teacher = Teacher(state.ema_params, state.ema_terms)
+        on_devices, averaged = lay_out(state)
+        teacher = Teacher(*averaged)
         weights = {term.name: term.weight(state.step) for term in terms}
-        grad_fn = jax.grad(loss_fn, has_aux=True)
+
+        def loss_of(params: dict, part: Inputs) -> tuple[Array, tuple[Metrics, Rows | None]]:
+            return loss_fn(on_devices(params), teacher, part, state.bank, weights)
+
+        grad_fn = jax.grad(loss_of, has_aux=True)
         grads, (metrics, rows) = accumulate(
-            lambda part: grad_fn(state.params, teacher, part, state.bank, weights),
+            lambda part: grad_fn(state.params, part),
             inputs,
             config.optimizer.accumulation_steps,
             trainer.model.segments,
@@ -206,21 +221,35 @@ def make_residual_loss(trainer: Trainer) -> Callable:
     ) -> tuple[Array, tuple[Metrics, None]]:
         data, labels = inputs.data, inputs.labels
         noise = start_points(trainer, teacher.params, inputs, inputs.noise)
-
-        def trunk(x: Array, t: Array) -> Array:
-            return tokens_after(model, teacher.params, x, t, labels, last, inputs.extras)[0]
-
         start = segment_of_rows(len(data), model.segments) / model.segments
         x_start, x = (interpolate(path, data, noise, t) for t in (start, inputs.t))
-        found = model.apply(
-            {"params": teacher.params | params["model"]},
-            x,
-            inputs.t,
-            labels,
-            start=trunk(x_start, start)[:, None],
-            has_output=False,
-        )
-        loss = jnp.mean(jnp.square(found - trunk(x, inputs.t).astype(jnp.float32)))
+
+        def run(
+            params: Any,
+            x_start: Array,
+            start: Array,
+            x: Array,
+            t: Array,
+            labels: Array,
+            extras: Any,
+        ) -> tuple[Array, Array]:
+            def trunk(x: Array, t: Array) -> Array:
+                return tokens_after(model, params["trunk"], x, t, labels, last, extras)[0]
+
+            approximated: Array = model.apply(
+                {"params": params["trunk"] | params["residual"]},
+                x,
+                t,
+                labels,
+                start=trunk(x_start, start)[:, None],
+                has_output=False,
+            )
+            return approximated, trunk(x, t)
+
+        networks = {"trunk": teacher.params, "residual": params["model"]}
+        rows = x_start, start, x, inputs.t, labels, inputs.extras
+        found, expected = on_rows(run, networks, *rows)
+        loss = jnp.mean(jnp.square(found - expected.astype(jnp.float32)))
         return loss, ({"residual_loss": loss, "loss": loss}, None)
 
     return loss_fn
@@ -236,6 +265,16 @@ def make_forward(trainer: Trainer) -> Callable:
     model, objective = trainer.model, trainer.objective
     taps, detaches = objective.taps, trainer.config.source.detach_target
 
+    def network(params: Any, x: Array, t: Array, labels: Array, nudges: Any, extras: dict) -> Any:
+        extras = extras | _modulations(model, params, t, labels)
+        return model.apply({"params": params}, x, t, labels, taps=taps, nudges=nudges, **extras)
+
+    def tokens_of(
+        blocks: tuple[int, ...], params: Any, x: Array, t: Array, labels: Array, extras: dict
+    ) -> tuple[Array, ...]:
+        extras = extras | _modulations(model, params, t, labels, max(blocks) + 1)
+        return tokens_after(model, params, x, t, labels, blocks, extras)
+
     def forward(
         params: dict,
         teacher: Teacher,
@@ -248,9 +287,7 @@ def make_forward(trainer: Trainer) -> Callable:
         at = pixel_times(t, groups, size)
         x_0 = start_points(trainer, params["model"], inputs, inputs.noise)
         x_t = interpolate(objective.path, data, x_0, at)
-        found: Any = model.apply(
-            {"params": params["model"]}, x_t, t, labels, taps=taps, nudges=nudges, **extras
-        )
+        found: Any = on_rows(network, params["model"], x_t, t, labels, nudges, extras)
         output, tokens = found if taps else (found, ())
         if trainer.source is not None and detaches:
             x_0 = jax.lax.stop_gradient(x_0)
@@ -264,9 +301,8 @@ def make_forward(trainer: Trainer) -> Callable:
             view_x_0 = start_points(trainer, teacher.params, own_inputs, view_noise)
             view_at = pixel_times(view_time, groups, size)
             x = interpolate(objective.path, data, view_x_0, view_at)
-            seen_tokens = tokens_after(
-                model, teacher.params, x, view_time, shown_labels, blocks, extras
-            )
+            of_blocks = functools.partial(tokens_of, blocks)
+            seen_tokens = on_rows(of_blocks, teacher.params, x, view_time, shown_labels, extras)
             view_time = mean_times(view_time, groups)
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
@@ -275,6 +311,19 @@ def make_forward(trainer: Trainer) -> Callable:
         return loss, seen
 
     return forward
+
+
+def _modulations(
+    model: DiT, params: Any, t: Array, labels: Array, depth: int | None = None
+) -> dict[str, Array]:
+    """The blocks' modulations, as the model's argument, where their layers are not gathered."""
+    layer = params.get("blocks", {}).get("modulation", {})
+    kernel = layer.get("kernel")
+    if not split_params.is_split(kernel) or kernel.place.gathered:
+        return {}
+    kernel, bias = jax.tree.map(lambda x: x[:depth], (kernel, layer["bias"]))
+    condition: Any = model.apply({"params": params}, t, labels, method="embed_condition")
+    return {"modulations": split_params.apply_dense(condition, kernel, bias)}
 
 
 def start_points(trainer: Trainer, params: Any, inputs: Inputs, noise: Array) -> Array:
@@ -502,7 +551,7 @@ def compile_training(
     # A GPU's conditional copies the whole state; a TPU's moves less than a selection does.
     in_branch = mesh.devices.flat[0].platform != "gpu"
     jitted = jax.jit(
-        make_train_step(trainer, latent_format, in_branch),
+        make_train_step(trainer, latent_format, mesh, in_branch=in_branch),
         donate_argnums=0,
         out_shardings=(state_shardings, sharding.replicated(mesh)),
     )

@@ -27,11 +27,15 @@ import fsspec
 import jax
 import pytest
 
+from repulsor_jax import sharding
 from tests.oracles import disks, fake_bucket, fixtures
 
 pytest_plugins = ["tests.oracles.runs"]  # fixtures
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Parameters here are tiny: on a mesh training splits them all the same.
+sharding.MIN_SPLIT_SIZE = 64
 
 # Traced programs are many objects that stay: looking through all of them for garbage is slow.
 gc.set_threshold(500_000, 50, 100)

@@ -40,8 +40,8 @@ def test_a_host_batch_becomes_a_global_array_in_order():
 
 def test_rows_go_to_the_devices_of_a_permuted_mesh():
     order = np.random.default_rng(0).permutation(8)
-    devices = np.array(jax.devices())[order].reshape(4, 2, 1)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(jax.devices())[order].reshape(2, 2, 2, 1)
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     rows = np.arange(16)
     array = sharding.to_global(rows, mesh)
     np.testing.assert_array_equal(array, rows)
@@ -65,7 +65,7 @@ def fake_mesh(processes, *, tensor=1):
     """A mesh whose devices belong to these processes, in the order of the mesh."""
     devices = np.empty(len(processes), object)
     devices[:] = [Device(i, process) for i, process in enumerate(processes)]
-    return Mesh(devices.reshape(-1, 1, tensor), sharding.AXES)
+    return Mesh(devices.reshape(-1, 1, 1, tensor), sharding.AXES)
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,11 @@ def slices(count, size, platform="gpu"):
 @pytest.mark.parametrize("sizes", [(-1, 1, 1), (2, 4, 1), (-1, 2, 1), (4, -1, 2)])
 def test_data_alone_crosses_the_network_between_slices(sizes):
     mesh = sharding.create_mesh(*sizes, devices=slices(2, 4))
-    assert mesh.devices.shape == sharding.mesh_shape(*sizes, num_devices=8)
-    assert mesh.axis_types == (AxisType.Auto,) * 3
-    place = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    half = mesh.shape["data"] // 2
+    assert tuple(sharding.sizes(mesh).values()) == sharding.mesh_shape(*sizes, num_devices=8)
+    assert mesh.axis_types == (AxisType.Auto,) * 4
+    by_size = mesh.devices.reshape(tuple(sharding.sizes(mesh).values()))
+    place = np.vectorize(lambda device: device.slice_index)(by_size)
+    half = len(place) // 2
     assert (place[:half] == 0).all()
     assert (place[half:] == 1).all()
 
@@ -134,7 +135,7 @@ def test_slices_of_real_chips(monkeypatch):
     for sizes in ((-1, 1, 1), (-1, 4, 1), (2, 4, 4), (4, 2, 4), (2, 1, 16)):
         mesh = sharding.create_mesh(*sizes, devices=described)
         place = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-        assert np.array_equal(place[:, :1, :1] + 0 * place, place)  # fsdp, tensor stay in a slice
+        assert np.array_equal(place[..., :1, :1] + 0 * place, place)  # fsdp, tensor stay in a slice
         by_row = np.vectorize(lambda device: device.process_index)(mesh.devices)
         by_row = by_row.reshape(sharding.batch_shards(mesh), -1)
         for host in hosts:

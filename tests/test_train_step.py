@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from repulsor_jax import sharding
 from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.method import memory_bank, registry
 from repulsor_jax.optimizer import learning_rate
@@ -129,7 +130,8 @@ def test_an_update_that_is_selected_is_that_of_the_branch():
     trainer = tiny.trainer(tiny.config())
     state = create_train_state(trainer, tiny.mesh())
     branch, select = (
-        jax.jit(make_train_step(trainer, tiny.FORMAT, in_branch)) for in_branch in (True, False)
+        jax.jit(make_train_step(trainer, tiny.FORMAT, in_branch=in_branch))
+        for in_branch in (True, False)
     )
     good, bad = tiny.batches(2)
     bad["latents"][3] = np.nan
@@ -189,7 +191,7 @@ def test_learning_rate_warms_up_then_stays_or_falls_to_zero():
 
 def test_parameters_and_their_mirrors_are_sharded_alike():
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
-    c = tiny.config(model__hidden_size=64)
+    c = tiny.config(model__hidden_size=64, mesh__split_update=False)
     abstract = abstract_train_state(tiny.trainer(c), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     kernel = shardings.params["model"]["block_0"]["qkv"]["kernel"]
@@ -199,7 +201,7 @@ def test_parameters_and_their_mirrors_are_sharded_alike():
         assert mirror["block_0"]["qkv"]["kernel"] == kernel
     # Small arrays stay whole, the bank is split by rows of its batch.
     assert shardings.params["model"]["final"]["bias"].is_fully_replicated
-    assert shardings.bank.features.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
+    assert shardings.bank.features.spec == jax.sharding.PartitionSpec(None, sharding.BATCH_AXES)
     assert all(leaf.sharding is not None for leaf in jax.tree.leaves(abstract))
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 
-from repulsor_jax import __version__
+from repulsor_jax import __version__, sharding
 from repulsor_jax.files import untrusted
 from repulsor_jax.files.checksums import values_sha256
 
@@ -90,7 +90,7 @@ def describe(step: int, state: Any, records: Mapping[str, Any]) -> dict[str, Any
         "step": step,
         "version": __version__,
         "jax": jax.__version__,
-        "mesh": dict(mesh.shape) if mesh else {},
+        "mesh": sharding.sizes(mesh) if mesh else {},
         "processes": jax.process_count(),
         "records": {name: values_sha256(value) for name, value in records.items()},
         "arrays": {name: dataclasses.asdict(each) for name, (each, _) in measure(state).items()},

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from repulsor_jax import __version__
+from repulsor_jax import __version__, sharding
 from repulsor_jax.checkpoints import resuming
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.listing import describe_classes
@@ -65,7 +65,7 @@ def describe(
     m, device = config.model, mesh.devices.flat[0]
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     kind = type(experiment.model).__name__
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = ", ".join(f"{name} {size}" for name, size in sharding.sizes(mesh).items())
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     devices = "device" if mesh.size == 1 else "devices"

@@ -28,6 +28,7 @@ from repulsor_jax.inference import tasks
 from repulsor_jax.models.blockwise import Blockwise
 from repulsor_jax.models.build import build_source
 from repulsor_jax.models.dit import DiT, tokens_after
+from repulsor_jax.train_state import abstract_model_params
 
 
 class SamplingError(RuntimeError):
@@ -143,6 +144,11 @@ def make_batch_fn(
     shape = (config.model.latent_size, config.model.latent_size, config.model.in_channels)
     classes = present_classes(experiment)  # a model may have room for more
     rows = sharding.batch_sharding(mesh)
+    unsplit = None
+    if not gathers and config.mesh.split_update:  # a training state's are split over `data`
+        source = build_source(config.source, config.model)
+        shapes = abstract_model_params(experiment.model, source, mesh)
+        unsplit = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     gathers = gathers and c.gather_params and mesh.shape["tensor"] == 1
     prepare = tasks.make_prepare(experiment, decode) if tasks.has_task(config) else None
 
@@ -157,6 +163,8 @@ def make_batch_fn(
         constrain = jax.lax.with_sharding_constraint
         if gathers:  # here, not in every evaluation of the model
             params, guiding_params = constrain((params, guiding_params), sharding.replicated(mesh))
+        elif unsplit is not None:
+            params = constrain(params, unsplit)
         indices = constrain(jnp.arange(c.batch_size, dtype=jnp.int32) + first, rows)
         labels = sampler.sample_labels(c.seed, indices, len(classes), c.labels)
         if classes != [*range(len(classes))]:

@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repulsor_jax import sharding
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.classes import names_of
@@ -30,8 +28,8 @@ from repulsor_jax.files.untrusted import parse_json, printable
 from repulsor_jax.flows import paths
 from repulsor_jax.inference import run
 from repulsor_jax.models import published, torch_weights
-from repulsor_jax.models.build import build_source, init_model_params
-from repulsor_jax.train_state import TrainState
+from repulsor_jax.models.build import build_source
+from repulsor_jax.train_state import TrainState, abstract_model_params
 
 EXPORTED = "model.safetensors"  # in a folder that --mode=export wrote
 _HUB = "hf://"
@@ -124,7 +122,7 @@ def start_from(state: TrainState, found: Pretrained) -> TrainState:
     """
     own = {name: state.params["model"][name] for name in found.params if name in state.ema_params}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, own)
-    placed = place(found.params, own, shardings)
+    placed = place(found.params, own)
 
     def twice(tree: Any) -> tuple[Any, Any]:  # buffers of their own, for the step donates both
         return jax.tree.map(jnp.copy, tree), jax.tree.map(jnp.copy, tree)
@@ -222,17 +220,15 @@ def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, A
         weights_file=found.record,
     )
     learned = build_source(config.source, config.model)
-    init = lambda key: init_model_params(experiment.model, key, learned)
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.tree_shardings(boxed, mesh)
-    return experiment, place(found.params, nn.unbox(boxed), shardings)
+    expected = abstract_model_params(experiment.model, learned, mesh)
+    return experiment, place(found.params, expected)
 
 
-def place(params: Any, expected: Any, shardings: Any) -> Any:
-    """Puts NumPy arrays, the same on every process, onto a mesh.
+def place(params: Any, expected: Any) -> Any:
+    """Puts NumPy arrays, the same on every process, where `expected` says: shapes and shardings.
 
     Raises:
-      ConfigError: they are not the parameters `expected`, which has shapes.
+      ConfigError: they are not these parameters.
     """
     shapes = [jax.tree.map(np.shape, tree) for tree in (params, expected)]
     if shapes[0] != shapes[1]:
@@ -241,11 +237,11 @@ def place(params: Any, expected: Any, shardings: Any) -> Any:
             "of this size, which such a file holds: leave out what changes the network"
         )
     return jax.tree.map(
-        lambda array, where: jax.make_array_from_callback(
-            array.shape, where, lambda index: array[index]
+        lambda array, leaf: jax.make_array_from_callback(
+            array.shape, leaf.sharding, lambda index: array[index]
         ),
         params,
-        shardings,
+        expected,
     )
 
 

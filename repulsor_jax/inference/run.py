@@ -32,9 +32,10 @@ from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.flows import solvers
 from repulsor_jax.inference.generator import Guidance, Guide, present_classes
 from repulsor_jax.inference.tasks import open_task
-from repulsor_jax.models.build import build_model, build_source, init_model_params
+from repulsor_jax.models.build import build_model, build_source
 from repulsor_jax.models.dit import DiT
 from repulsor_jax.models.source import ClassSource
+from repulsor_jax.train_state import abstract_model_params
 
 
 @checked
@@ -212,9 +213,8 @@ def restore_params(
     """
     config = experiment.config
     model, source = parts or (experiment.model, build_source(config.source, config.model))
-    boxed = jax.eval_shape(lambda key: init_model_params(model, key, source), jax.random.key(0))
-    shardings = sharding.tree_shardings(boxed, experiment.mesh)
-    return checkpointer.restore_ema(sharding.abstract_arrays(boxed, shardings), step)[0]
+    shapes = abstract_model_params(model, source, experiment.mesh)
+    return checkpointer.restore_ema(shapes, step)[0]
 
 
 def params_sha256(params: Any) -> str:

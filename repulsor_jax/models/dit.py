@@ -48,6 +48,12 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+# Layers that compute in float32 whatever the model's dtype is.
+FLOAT32_LAYERS = (
+    *("time_in", "time_out", "label_embed", "final_modulation", "final", "condition_map"),
+    *("q_norm", "k_norm"),
+)
+
 NUM_FREQUENCIES = 256
 _MAX_PERIOD = 10_000.0
 _NORM_EPS = 1e-6
@@ -281,24 +287,32 @@ class Block(nn.Module):
     attention_separation: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array, groups: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        condition: Array,
+        groups: Array | None = None,
+        modulation: Array | None = None,
+    ) -> Array:
         """Maps tokens x [B, N, D] under the activated condition [B, D] to tokens [B, N, D].
 
         With `groups` [B, N] the condition is [B, G, D], one for the tokens of each group, and
-        `attention_separation` keeps the tokens of a group among themselves.
+        `attention_separation` keeps the tokens of a group among themselves. `modulation`
+        [B, 6 D] is what the layer of that name gives for the condition; None computes it.
         """
         x = nn.with_logical_constraint(x, ("batch", None, None))
-        zeros = nn.initializers.zeros
-        modulation = make_dense(
-            6 * self.hidden_size,
-            ("embed", "modulation"),
-            name="modulation",
-            kernel_init=zeros,
-            dtype=self.dtype,
-        )
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(
-            modulation, condition, groups, 6
-        )
+        if modulation is None:
+            dense = make_dense(
+                6 * self.hidden_size,
+                ("embed", "modulation"),
+                name="modulation",
+                kernel_init=nn.initializers.zeros,
+                dtype=self.dtype,
+            )
+            parts = _modulation(dense, condition, groups, 6)
+        else:
+            parts = tuple(jnp.split(modulation, 6, axis=-1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
         h = modulate(x, shift_msa, scale_msa).astype(self.dtype)
         x = gated_add(x, gate_msa, self._attend(h, groups))
         h = modulate(x, shift_mlp, scale_mlp).astype(self.dtype)
@@ -411,6 +425,19 @@ class DiT(nn.Module):
                 "bfloat16 or float16, which cuDNN's kernel needs"
             )
 
+    def param_dtypes(self, params: Params) -> Params:
+        """The dtype that each parameter is used in: a tree like `params`.
+
+        Kernels and biases of the layers in `dtype` are cast to it there, so that a copy in it
+        gives the same numbers; the rest stays in float32.
+        """
+
+        def of(path: Any, _: Any) -> Any:
+            names = {str(getattr(entry, "key", "")) for entry in path}
+            return jnp.dtype(jnp.float32 if names & {*FLOAT32_LAYERS} else self.dtype)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
     @nn.compact
     def __call__(
         self,
@@ -423,6 +450,7 @@ class DiT(nn.Module):
         nudges: Mapping[int, Array] | None = None,
         has_output: bool = True,
         condition: Array | None = None,
+        modulations: Array | None = None,
     ) -> Any:
         """Predicts the output (a velocity, say) at `x` and time `t`.
 
@@ -436,6 +464,8 @@ class DiT(nn.Module):
             tokens can be taken; None adds nothing.
           has_output: False returns the taps alone, see `tokens_after`.
           condition: [B, H, W, condition_classes or condition_channels]; None is zeros.
+          modulations: [depth, B, 6 D], what the blocks' layers `modulation` give for
+            `embed_condition(t, labels)`, with `scan_blocks`; None computes them.
 
         Returns:
           [B, H, W, C] float32; with `taps`, the pair of it and tokens [B, N, D] in `dtype`, one
@@ -457,7 +487,7 @@ class DiT(nn.Module):
         tokens = (tokens.astype(jnp.float32) + positions).astype(self.dtype)
         summed = self._condition(t, labels)
         tokens, tapped = self._run_blocks(
-            tokens, summed.astype(self.dtype), groups, taps, nudges or {}
+            tokens, summed.astype(self.dtype), groups, taps, nudges or {}, modulations
         )
         if not has_output:
             return tapped
@@ -507,6 +537,11 @@ class DiT(nn.Module):
         )
         return project(embed, patchify(condition, self.patch_size).astype(self.dtype))
 
+    @nn.compact
+    def embed_condition(self, t: Array, labels: Array) -> Array:
+        """What the blocks' modulations are computed from: [B, D] in `dtype`."""
+        return self._condition(t, labels).astype(self.dtype)
+
     def _condition(self, t: Array, labels: Array) -> Array:
         """SiLU of the sum of time and label embeddings, float32: [B, D], or [B, G, D] of t [B, G].
 
@@ -552,6 +587,7 @@ class DiT(nn.Module):
         groups: Array | None,
         taps: tuple[int, ...],
         nudges: Mapping[int, Array],
+        modulations: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Runs all blocks; the second result are the outputs of the blocks `taps`."""
         make_block = self._block_maker()
@@ -566,12 +602,12 @@ class DiT(nn.Module):
         # The last block's tokens come out of the loop by themselves.
         carried = tuple(tap for tap in taps if tap < self.depth - 1)
 
-        def plain(block: nn.Module, x: Array, condition: Any, index: Array) -> Any:
-            return block(x, condition, groups), None
+        def plain(block: Any, x: Array, condition: Any, own: Any) -> Any:
+            return block(x, condition, groups, **own), None
 
-        def tapping(block: nn.Module, carry: Any, condition: Any, index: Array) -> Any:
-            x, kept = carry
-            x = block(x, condition, groups)
+        def tapping(block: Any, carry: Any, condition: Any, indexed: Any) -> Any:
+            (x, kept), (index, own) = carry, indexed
+            x = block(x, condition, groups, **own)
             for tap, nudge in nudges.items():
                 x += jnp.where(index == tap, nudge, 0)
             kept = {tap: jnp.where(index == tap, x, old) for tap, old in kept.items()}
@@ -586,12 +622,13 @@ class DiT(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = make_block(name="blocks")
-        indices = jnp.arange(self.depth)
+        own = {} if modulations is None else {"modulation": modulations}
         if not carried and not nudges:
-            tokens, _ = scan(plain)(blocks, tokens, condition, indices)
+            tokens, _ = scan(plain)(blocks, tokens, condition, own)
             return tokens, (tokens,) * len(taps)
         carry = (tokens, {tap: jnp.zeros_like(tokens) for tap in carried})
-        (tokens, kept), _ = scan(tapping)(blocks, carry, condition, indices)
+        indexed = jnp.arange(self.depth), own
+        (tokens, kept), _ = scan(tapping)(blocks, carry, condition, indexed)
         return tokens, tuple(kept.get(tap, tokens) for tap in taps)
 
     def _final_layer(self, tokens: Array, condition: Array, groups: Array | None) -> Array:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from repulsor_jax.planning.cost import Cost
 from repulsor_jax.planning.hlo import Collective
 from repulsor_jax.planning.topology import Topology, slice_index
+from repulsor_jax.sharding import DATA_AXES
 
 
 def estimate(cost: Cost, mesh: Mesh, topology: Topology) -> dict[str, float] | None:
@@ -105,7 +106,7 @@ def mesh_axes(collective: Collective, mesh: Mesh) -> str:
     if collective.kind == "collective-permute":
         ends = np.unravel_index(np.array(collective.groups).reshape(-1, 2), sizes)
         moved = [n for n, at in zip(mesh.shape, ends, strict=True) if (at[:, 0] != at[:, 1]).any()]
-        return ",".join(moved) or "other"
+        return _named(moved, mesh) or "other"
     found = {frozenset(group) for group in collective.groups}
     places = np.arange(mesh.size).reshape(sizes)
     axes = [k for k, size in enumerate(sizes) if size > 1]
@@ -114,5 +115,13 @@ def mesh_axes(collective: Collective, mesh: Mesh) -> str:
             rows = np.moveaxis(places, along, range(-count, 0))
             rows = rows.reshape(-1, math.prod(sizes[k] for k in along))
             if found == {frozenset(row) for row in rows.tolist()}:
-                return ",".join(list(mesh.shape)[k] for k in along)
+                return _named([list(mesh.shape)[k] for k in along], mesh)
     return "other"
+
+
+def _named(axes: list[str], mesh: Mesh) -> str:
+    """The axes with "data" for those that make it up, of which some have one device."""
+    if {axis for axis in DATA_AXES if mesh.shape.get(axis, 1) > 1} <= {*axes}:
+        rest = [axis for axis in axes if axis not in DATA_AXES]
+        axes = ["data", *rest] if len(rest) < len(axes) else rest
+    return ",".join(axes)

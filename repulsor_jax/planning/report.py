@@ -125,6 +125,11 @@ def _program_lines(name: str, program: Values) -> list[str]:
             "    read before machine code, whose bytes, and on TPUs what it adds to the "
             "temporaries, are not in the sum"
         )
+    if unsplit := program.get("unsplit_bytes_per_chip"):
+        lines.append(
+            f"    {_bytes(unsplit)} of parameters, optimizer and EMA are whole on every device: "
+            "no split divides them, or they are small"
+        )
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT: {program['refusal']}")
         lines.append("  Change one of these, then plan again:")

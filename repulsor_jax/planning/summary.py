@@ -4,6 +4,10 @@ import collections
 import math
 from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
 from repulsor_jax import sharding
 from repulsor_jax.config import Config
 from repulsor_jax.models.build import num_segments
@@ -36,7 +40,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
     """One program of a plan; a value without "per chip" or "per device" is of all devices."""
     per_chip, available = topology.devices_per_chip, topology.device_bytes
     values: Values = {
-        "mesh": {name: size for name, size in program.mesh.shape.items() if size > 1},
+        "mesh": _mesh_sizes(program.mesh),
         "images": program.images,
         "compile_seconds": round(program.seconds, 1),
         "emitted": program.emitted,
@@ -46,6 +50,8 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "total_bytes_per_chip": per_chip * program.total_bytes,
         "available_bytes_per_chip": available and per_chip * available,
     }
+    if program.name == "train" and sharding.batch_shards(program.mesh) > 1:
+        values["unsplit_bytes_per_chip"] = per_chip * unsplit_bytes(program)
     if program.refusal or program.cost is None:
         advice = _advice(program, config, topology) or ["more chips, or chips with more memory"]
         return values | {"refusal": program.refusal, "advice": advice}
@@ -119,6 +125,25 @@ def describe_run(step: Values, config: Config, topology: Topology, price: float)
     return values
 
 
+def _mesh_sizes(mesh: Mesh) -> dict[str, int]:
+    named = sharding.sizes(mesh) if sharding.AXES[0] in mesh.shape else dict(mesh.shape)
+    return {name: size for name, size in named.items() if size > 1}
+
+
+def unsplit_bytes(program: Program) -> int:
+    """Bytes of parameters, optimizer and EMA that every device of a train step holds whole."""
+    trees = [program.kinds.get(kind) for kind in ("parameters", "optimizer", "EMA")]
+    whole = [x for x in jax.tree.leaves(trees) if x.sharding.is_fully_replicated]
+    return sum(x.size * x.dtype.itemsize for x in whole)
+
+
+def _copy_bytes(program: Program, config: Config) -> float:
+    """Bytes of a device's copy of the parameters in the model's dtype; see `split_params`."""
+    count = sum(x.size for x in jax.tree.leaves(program.kinds.get("parameters")))
+    split = program.mesh.shape.get("fsdp", 1) * program.mesh.shape.get("tensor", 1)
+    return count * np.dtype(config.model.dtype).itemsize / split
+
+
 def _advice(program: Program, config: Config, topology: Topology) -> list[str]:
     """Changes that make a program fit, the most helpful first."""
     if program.name == "train":
@@ -146,12 +171,19 @@ def training_advice(program: Program, config: Config, topology: Topology) -> lis
     temporaries = memory.get("temporaries", 0)
     advice = []
     larger = [n for n in range(fsdp + 1, shards + 1) if n % fsdp == 0 and shards % n == 0]
-    if larger and state > 0.25 * available:
-        enough = [n for n in larger if state * fsdp / n < 0.2 * available]
+    if not config.mesh.split_update and shards > fsdp and state > 0.25 * available:
+        advice.append(
+            f"--config.mesh.split_update=True: parameters, optimizer and EMA take "
+            f"{state / GIB:.1f} GiB of each device now, and about "
+            f"{state * fsdp / shards / GIB:.1f} GiB then"
+        )
+    copy = _copy_bytes(program, config)
+    if larger and copy > 0.1 * available:
+        enough = [n for n in larger if copy * fsdp / n < 0.1 * available]
         best = (enough or larger[-1:])[0]
         advice.append(
-            f"--config.mesh.fsdp={best}: parameters, optimizer and EMA take {state / GIB:.1f} GiB "
-            f"of each device now, and about {state * fsdp / best / GIB:.1f} GiB then"
+            f"--config.mesh.fsdp={best}: the parameters that a device computes with take "
+            f"{copy / GIB:.1f} GiB of it now, and about {copy * fsdp / best / GIB:.1f} GiB then"
         )
     if temporaries > 0.25 * available:
         stricter = {"none": "dots_attention", "dots": "full", "dots_attention": "full"}

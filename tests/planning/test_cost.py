@@ -118,15 +118,15 @@ def test_collectives_in_a_loop_count_each_round():
 
     def f(x):
         def body(x, _):
-            return jax.lax.psum(x, "data") / 8, None
+            return jax.lax.psum(x, "data_minor") / 8, None
 
         return jax.lax.scan(body, x, None, length=5)[0]
 
     mapped = jax.shard_map(
-        f, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"),
+        f, mesh=mesh, in_specs=PartitionSpec("data_minor"), out_specs=PartitionSpec("data_minor"),
         check_vma=False,
     )  # fmt: skip
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    rows = NamedSharding(mesh, PartitionSpec("data_minor"))
     ours = cost(mapped, (8, 128), shardings=[rows], out=rows)
     assert [(each.kind, count) for each, count in ours.collectives] == [("all-reduce", 5)]
     assert ours.collective_bytes == 5 * 128 * 4
@@ -134,7 +134,7 @@ def test_collectives_in_a_loop_count_each_round():
 
 def test_the_gradient_of_a_sharded_product_is_reduced_once():
     mesh = tiny.mesh(data=8)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    rows = NamedSharding(mesh, PartitionSpec("data_minor"))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def gradient(w, x):

@@ -24,14 +24,16 @@ def collectives(*lines):
 
 def test_collectives_are_found_with_their_sizes_and_groups():
     mesh = tiny.mesh(data=8)
-    [gather] = traffic.collectives(compiled_text(lambda x: x, (64, 3), ("data",), (), mesh))
+    [gather] = traffic.collectives(compiled_text(lambda x: x, (64, 3), ("data_minor",), (), mesh))
     assert (gather.kind, gather.largest, gather.num_bytes) == ("all-gather", 192, 768)
     assert gather.groups == (tuple(range(8)),)
     assert gather.sent_bytes == 768 * 7 / 8
-    [reduce] = traffic.collectives(compiled_text(lambda x: x.sum(0), (64, 3), ("data",), (), mesh))
+    [reduce] = traffic.collectives(
+        compiled_text(lambda x: x.sum(0), (64, 3), ("data_minor",), (), mesh)
+    )
     assert (reduce.kind, reduce.largest, reduce.num_bytes) == ("all-reduce", 3, 12)
     assert reduce.sent_bytes == 2 * 12 * 7 / 8
-    local = compiled_text(lambda x: x + 1, (64, 3), ("data",), ("data",), mesh)
+    local = compiled_text(lambda x: x + 1, (64, 3), ("data_minor",), ("data_minor",), mesh)
     assert traffic.collectives(local) == []
 
 
@@ -148,7 +150,7 @@ def test_a_loop_has_the_collectives_of_its_turns_and_of_loops_inside():
         x = jax.lax.fori_loop(0, 7, lambda i, y: jnp.sin(y), x)
         return jax.lax.scan(many, x - x.max(0), length=5)[0]
 
-    text = compiled_text(f, (64, 3), ("data",), ("data",), tiny.mesh(data=8))
+    text = compiled_text(f, (64, 3), ("data_minor",), ("data_minor",), tiny.mesh(data=8))
     module = hlo.parse(text)
     found = traffic.loops(module)
     kinds = {module.trip_count(loop): [each.kind for each in inside] for loop, inside in found}

@@ -1,0 +1,175 @@
+"""Parameters that are split over all devices of a batch: the same training, in less memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from repulsor_jax import sharding, split_params
+from repulsor_jax.models.build import build_model
+from repulsor_jax.planning import hlo
+from repulsor_jax.split_params import Place
+from repulsor_jax.train_state import abstract_train_state
+from repulsor_jax.train_step import abstract_batch, make_train_step
+from tests.oracles import tiny, traffic
+
+SCANNED = {"model__scan_blocks": True, "model__depth": 2, "optimizer__warmup_steps": 1}
+SLOWLY = SCANNED | {"optimizer__learning_rate": 1e-3}  # differences do not grow
+SYSTEMS = {
+    "scan": SCANNED,
+    "teacher": SCANNED | {"terms": "repulsor+sra", "repulsor__positives": "view"},
+    "micro-batches": SCANNED | {"optimizer__accumulation_steps": 2, "model__remat": "dots"},
+    "blockwise": {
+        "model__architecture": "blockwise",
+        "model__segments": 2,
+        "model__segment_depth": 1,
+        "model__adaln_rank": 4,
+        "sampling__num_steps": 4,
+    },
+    "source": {"source__name": "class"},
+}
+
+
+def losses(mesh, steps=4, **overrides):
+    step = tiny.build(tiny.config(**overrides), tiny.mesh(*mesh))
+    return step.run(tiny.batches(steps))[1]
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return losses((1, 1, 1), 20, **SLOWLY)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_twenty_steps_are_those_of_one_device(on_one_device, mesh):
+    found = losses(mesh, 20, **SLOWLY)
+    for name in ("loss", "grad_norm", "repulsor_loss"):
+        values, expected = ([m[name] for m in history] for history in (found, on_one_device))
+        np.testing.assert_allclose(values, expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "scan"])
+def test_every_system_trains_on_split_parameters(system):
+    expected, found = losses((1, 1, 1), **SYSTEMS[system]), losses((4, 2, 1), **SYSTEMS[system])
+    for name in expected[0]:
+        values, wanted = ([m[name] for m in history] for history in (found, expected))
+        np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_all_large_arrays_of_the_state_are_split_over_all_devices():
+    c, mesh = tiny.config(**SCANNED, model__hidden_size=64), tiny.mesh(data=4, fsdp=2)
+    state = abstract_train_state(tiny.trainer(c), mesh)
+    trees = {"params": state.params, "moments": state.opt_state, "average": state.ema_params}
+    for kind, tree in trees.items():
+        total = sum(leaf.size for leaf in jax.tree.leaves(tree))
+        held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        assert total / 8 <= held < 1.3 * total / 8, kind  # biases are whole
+    kernel = state.params["model"]["blocks"]["mlp_in"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[0] == 2  # layers are not split
+
+
+def test_dimensions_that_the_devices_do_not_divide():
+    mesh = jax.sharding.AbstractMesh((16, 16, 1, 1), sharding.AXES)
+    minor, major = "data_minor", "data_major"
+
+    def split(*shape):
+        names = ("layers", "embed", "mlp")[-len(shape) :]
+        whole = jax.sharding.NamedSharding(mesh, PartitionSpec(*[None] * len(shape)))
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return tuple(sharding.split_over_data(leaf, whole, names).spec)
+
+    assert split(28, 1152, 4608) == (None, None, (minor, major))  # 4608 = 18 x 256
+    assert split(28, 1152, 1152) == (None, major, minor)  # each divides by 16 alone
+    assert split(256, 1001, 1152) == (None, None, minor)  # layers are not split
+    assert split(28, 1001, 1003) == (None, None, None)
+
+
+def compiled_text(**overrides):
+    return tiny.compile_only(tiny.config(**overrides), tiny.mesh(data=8)).as_text()
+
+
+def test_gradients_are_scattered_and_parameters_gathered_once():
+    text = compiled_text(**SCANNED, terms="none")
+    module = hlo.parse(text)
+    in_loops = [each for loop, found in traffic.loops(module) for each in found]
+    assert "all-gather" not in {each.kind for each in in_loops}
+    kinds = [each.kind for each in traffic.collectives(text)]
+    # Of each block: qkv, proj and the two of the MLP.
+    assert [each.kind for each in in_loops].count("reduce-scatter") >= 4
+    assert kinds.count("all-gather") > 0
+    # The modulation's kernel, [2, 32, 192], stays; the rows and the products travel.
+    arrays = [array for each in traffic.collectives(text) for array in each.arrays]
+    assert not [array for array in arrays if array.shape[-2:] == (32, 192)]
+    assert kinds.count("all-to-all") == 2  # forward and backward
+
+
+@pytest.mark.parametrize(
+    ("reduce_dtype", "expected"), [("model", "bf16"), ("bfloat16", "bf16"), ("float32", "f32")]
+)
+def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, expected):
+    c = tiny.config(
+        **SCANNED, terms="none", model__dtype="bfloat16", mesh__reduce_dtype=reduce_dtype
+    )
+    mesh, trainer = tiny.mesh(data=8), tiny.trainer(c)
+    arguments = (
+        abstract_train_state(trainer, mesh),
+        abstract_batch(c.batch_size, tiny.SHAPE, "float16", mesh),
+    )
+    step = jax.jit(make_train_step(trainer, tiny.FORMAT, mesh))
+    with sharding.use_mesh(mesh):
+        text = step.lower(*arguments).as_text()
+    found = re.findall(r"reduce_scatter.*?\}\) : \(tensor<([\dx]+)x(\w+)>\)", text, re.DOTALL)
+    of_blocks = [dtype for shape, dtype in found if shape in ("32x96", "32x32", "32x128", "128x32")]
+    assert len(of_blocks) >= 4
+    assert {*of_blocks} == {expected}
+
+
+@pytest.mark.parametrize("system", ["scan", "blockwise"])
+def test_a_copy_in_the_dtype_of_each_layer_gives_the_same_bits(system):
+    c = tiny.config(**SYSTEMS[system], model__dtype="bfloat16", model__qk_norm=system == "scan")
+    model, params = build_model(c.model), tiny.random_params(c)
+    cast = jax.tree.map(lambda x, dtype: x.astype(dtype), params, model.param_dtypes(params))
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(cast))
+    x = np.random.default_rng(0).standard_normal((4, *tiny.SHAPE)).astype(np.float32)
+    inputs = x, np.linspace(0.1, 0.9, 4, dtype=np.float32), np.arange(4, dtype=np.int32)
+    run = jax.jit(lambda params: model.apply({"params": params}, *inputs))
+    np.testing.assert_array_equal(run(cast), run(params))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ((), ("data_minor", "data_major")),
+        (("data_minor",), ("data_major",)),
+        (("fsdp", "data_minor"), ()),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_a_sum_that_is_scattered_and_collected_is_the_sum(monkeypatch, axes, tile, at_once):
+    monkeypatch.setattr(sharding, "_MINOR_SIZE", 2)
+    place = Place(axes, tile=tile, at_once=at_once)
+    x = np.random.default_rng(0).standard_normal((8, 32, 64)).astype(np.float32)
+    mesh = tiny.mesh(data=4, fsdp=2)
+
+    def run(rows):
+        part = split_params._scatter(rows[0], place)
+        used = split_params._all_axes(place)
+        rest = tuple(axis for axis in sharding.BATCH_AXES if axis not in used)
+        whole = split_params._collect(part, place)
+        return whole if not used else jax.lax.psum(whole, rest) if rest else whole
+
+    with sharding.use_mesh(mesh):
+        found = jax.shard_map(
+            run,
+            in_specs=PartitionSpec(sharding.BATCH_AXES),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(x)
+    expected = x.sum(0) if any(axes) else x[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
