@@ -216,7 +216,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Split parameters, optimizer state and EMA over `data` too; a step gathers a copy of the
     # parameters in model.dtype, and each device updates its share (docs/plan.md).
     c.mesh.split_update = True
-    c.mesh.reduce_dtype = "model"  # of sums of gradients over devices: model.dtype, or a dtype
+    # In which gradients are then summed over devices: "model" is model.dtype; "float32", "bfloat16".
+    c.mesh.reduce_dtype = "model"
 
     c.checkpoint = ml_collections.ConfigDict()
     # A folder (relative to where the command runs) or gs://bucket/path; each run its own.

@@ -110,7 +110,10 @@ def _stages(place: Place) -> Iterator[tuple[int, Axes]]:
 def _scatter(x: Array, place: Place) -> Array:
     """Sums over the devices, and leaves each its part."""
     stages = list(_stages(place._replace(at_once=place.at_once and place.tile == 1)))
-    if stages and x.shape[stages[0][0]] // jax.lax.axis_size(stages[0][1]) % place.tile:
+    in_tiles = all(
+        x.shape[k] // jax.lax.axis_size(axes) % place.tile == 0 for k, axes in stages[:1]
+    )
+    if not in_tiles and "fsdp" not in _all_axes(place):
         x = jax.lax.psum(x, _all_axes(place))
         for dim, axes in stages:
             size = x.shape[dim] // jax.lax.axis_size(axes)
@@ -296,12 +299,13 @@ def make_lay_out(
     Returns:
       `state -> (on_devices, averaged)`: how parameters become those that the loss takes, and the
       averaged ones of the model and of the terms. Those of the learned source and of the terms are
-      gathered whole, and what is done with them is XLA's. With one device, or no mesh, all are as
-      they are.
+      gathered whole, and what is done with them is XLA's. With one device, no mesh, or without
+      `config.mesh.split_update` all are as they are.
     """
-    if mesh is None or sharding.batch_shards(mesh) == 1:
+    config = trainer.config
+    if mesh is None or sharding.batch_shards(mesh) == 1 or not config.mesh.split_update:
         return lambda state: (lambda params: params, (state.ema_params, state.ema_terms))
-    config, shapes = trainer.config, abstract_train_state(trainer, mesh)
+    shapes = abstract_train_state(trainer, mesh)
     networks, _ = _apart(shapes.ema_params)
     reduce_dtype = config.mesh.reduce_dtype
     layout = make_layout(
