@@ -216,7 +216,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Split parameters, optimizer state and EMA over `data` too; a step gathers a copy of the
     # parameters in model.dtype, and each device updates its share (docs/plan.md).
     c.mesh.split_update = True
-    # In which gradients are then summed over devices: "model" is model.dtype; "float32", "bfloat16".
+    # In which gradients are then summed over devices: "model" is the dtype of each layer, as XLA
+    # does it; "float32" or "bfloat16" is for all. Heads of terms stay in float32.
     c.mesh.reduce_dtype = "model"
 
     c.checkpoint = ml_collections.ConfigDict()

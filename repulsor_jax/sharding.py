@@ -175,16 +175,19 @@ def split_over_data(
     layers and segments, is not split.
     """
     mesh: Any = sharding.mesh
+    major, minor = DATA_AXES
     if leaf.size < MIN_SPLIT_SIZE:
         return sharding
     spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
     dims = [(dim,) if isinstance(dim, str) else dim or () for dim in spec]
+    if names[-1] == "modulation" and leaf.shape[-1] % _axes_size(BATCH_AXES, mesh) == 0:
+        # By columns alone: such a layer is computed where its parameters lie (`split_params`).
+        return NamedSharding(mesh, PartitionSpec(*[None] * (len(dims) - 1), ("fsdp", minor, major)))
     parts = {
         k: leaf.shape[k] // _axes_size(dims[k], mesh)
         for k, name in enumerate(names)
         if name not in _LOOPS
     }
-    major, minor = DATA_AXES
     # First along a dimension whose parts fill the tiles of a TPU, and the last.
     order = sorted(parts, key=lambda k: (parts[k] // mesh.shape[minor] % 16 != 0, -k))
     options: list[dict[int, tuple[str, ...]]] = [{k: (minor, major)} for k in order]

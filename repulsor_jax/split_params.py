@@ -26,7 +26,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from repulsor_jax import sharding
 from repulsor_jax.sharding import BATCH_AXES, DATA_AXES
-from repulsor_jax.train_state import Trainer, TrainState, abstract_train_state
+from repulsor_jax.train_state import (
+    Trainer,
+    TrainState,
+    abstract_train_state,
+    unsplit_shardings,
+)
 
 Array = jax.Array
 Axes = tuple[str, ...]  # of the mesh
@@ -37,8 +42,10 @@ class Place(NamedTuple):
 
     axes: tuple[Axes, ...]  # that split each dimension of the share
     gathered: bool = True  # False: the layer is computed where its parameters lie
-    tile: int = 1  # a part that is no multiple of so many elements is not scattered alone
-    at_once: bool = True  # whether one collective may go along several axes of `data`
+    # What the network of the devices does well. A gradient whose parts are no multiples of `tile`
+    # along their dimension is summed whole on every device, and cut.
+    tile: int = 1
+    at_once: bool = True  # one collective may go along several axes of the mesh
 
     def of_copy(self) -> "Place":
         """That of what `gather` makes."""
@@ -55,7 +62,7 @@ class Split(struct.PyTreeNode, meta.AxisMetadata):
     """A parameter that a Flax module reads inside `on_rows`; its gradient goes to the shares."""
 
     copy: Array  # in the dtype of the computation, as `gather` makes it
-    share: Array | None  # what the gradient is of; None: of the copy, or of nothing
+    share: Array | None  # takes the gradient; None where the copy does, or there is none
     place: Place = struct.field(pytree_node=False)
 
     def unbox(self) -> Array:
@@ -147,28 +154,34 @@ def _without(axes: Axes, others: Axes) -> Axes:
 
 
 class Layout(NamedTuple):
-    """How the parameters of a network lie on a mesh, and travel."""
+    """The places of a network's parameters, and the dtypes of what is made of them."""
 
     places: dict[str, Any]  # tree of `Place`
     dtypes: dict[str, Any]  # tree: of the copies
-    reduce_dtype: Any  # in which gradients are summed over devices
+    reduce_dtype: Any = None  # in which gradients are summed over devices; None: that of each copy
 
 
-def make_layout(shapes: dict[str, Any], dtypes: dict[str, Any], reduce_dtype: Any) -> Layout:
+def make_layout(
+    shapes: dict[str, Any], dtypes: dict[str, Any], reduce_dtype: Any = None, *, in_place: bool
+) -> Layout:
     """The layout of a network's parameters.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct` with their shardings.
       dtypes: tree: in which each is used.
-      reduce_dtype: in which gradients are summed over devices.
+      reduce_dtype: see `Layout`.
+      in_place: compute the blocks' modulations where their kernels lie, if all devices of a batch
+        split these by columns.
     """
     places = jax.tree.map(_place, shapes)
-    if layer := places.get("blocks", {}).get("modulation"):
-        splitting = {*_used(shapes["blocks"]["modulation"]["kernel"].sharding.mesh)}
-        if all({*p.axes[-1]} == splitting and not any(p.axes[:-1]) for p in layer.values()):
-            stay = {name: place._replace(gathered=False) for name, place in layer.items()}
-            places = places | {"blocks": places["blocks"] | {"modulation": stay}}
-    return Layout(places, dtypes, jnp.dtype(reduce_dtype))
+    if in_place:
+        layer = places["blocks"]["modulation"]
+        mesh = shapes["blocks"]["modulation"]["kernel"].sharding.mesh
+        kernel: Place = layer["kernel"]
+        if {*kernel.axes[-1]} == {*_used(mesh)} and not any(kernel.axes[:-1]):
+            stays = layer | {"kernel": kernel._replace(gathered=False)}
+            places = places | {"blocks": places["blocks"] | {"modulation": stays}}
+    return Layout(places, dtypes, reduce_dtype)
 
 
 def _place(leaf: jax.ShapeDtypeStruct) -> Place:
@@ -214,7 +227,7 @@ def join(copy: dict[str, Any], shares: dict[str, Any] | None, layout: Layout) ->
             return Split(copy, None, place)
         if not place.gathered:
             return Split(share.astype(copy.dtype), None, place)
-        return Split(copy, share.astype(layout.reduce_dtype), place)
+        return Split(copy, share.astype(layout.reduce_dtype or copy.dtype), place)
 
     places = {name: layout.places[name] for name in copy}
     rest = jax.tree.map(lambda _: None, places, is_leaf=_is_place) if shares is None else shares
@@ -239,34 +252,28 @@ def on_rows(fn: Callable[..., Any], params: Any, *rows: Any) -> Any:
         return x.replace(copy=x.place.of_copy().spec(), share=share)
 
     specs = jax.tree.map(spec, params, is_leaf=is_split)
-    by_row = PartitionSpec(_used(jax.sharding.get_abstract_mesh()))
+    by_row = PartitionSpec(BATCH_AXES)
     return _on_devices(fn, (specs, *[by_row] * len(rows)), by_row)(params, *rows)
 
 
 def _used(mesh: Any) -> Axes:
-    """The axes that split a batch; a sum over the others would be compiled, and do nothing."""
+    """The axes that split a batch."""
     return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
 def _on_devices(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`shard_map` over the axes that split the batch; what splits along `tensor` is XLA's."""
-
     def without_names(*args: Any) -> Any:
         with nn.logical_axis_rules(()):  # a device has its rows, and constrains none
             return fn(*args)
 
     mapped: Callable[..., Any] = jax.shard_map(
-        without_names,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={*_used(jax.sharding.get_abstract_mesh())},
-        check_vma=False,
+        without_names, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
     return mapped
 
 
-def apply_dense(x: Array, kernel: Split, bias: Split) -> Array:
-    """x W + b of layers that are not gathered: rows [b, F] of this device to [L, b, n].
+def apply_dense(x: Array, kernel: Split, bias: Any) -> Array:
+    """x W + b of layers whose kernels are not gathered: rows [b, F] of this device to [L, b, n].
 
     Every device has some columns of all layers, [L, F, n / devices], computes them for the rows of
     all devices, and gets the other columns for its own.
@@ -274,8 +281,9 @@ def apply_dense(x: Array, kernel: Split, bias: Split) -> Array:
     axes = kernel.place.axes[-1]
     # In float32 for the gradient, which is summed over devices.
     rows = jax.lax.all_gather(x.astype(jnp.float32), axes, tiled=True).astype(x.dtype)
-    found = jnp.einsum("bf,lfn->lbn", rows, kernel.copy) + bias.copy[:, None]
-    return jax.lax.all_to_all(found, axes, split_axis=1, concat_axis=2, tiled=True)
+    found = jnp.einsum("bf,lfn->lbn", rows, kernel.copy)
+    found = jax.lax.all_to_all(found, axes, split_axis=1, concat_axis=2, tiled=True)
+    return found + meta.unbox(bias)[:, None]
 
 
 def is_split(x: Any) -> bool:
@@ -287,41 +295,41 @@ def _is_place(x: Any) -> bool:
     return isinstance(x, Place)
 
 
-# The parameters that the loss takes for those that are differentiated.
-OnDevices = Callable[[dict[str, Any]], dict[str, Any]]
+Reads = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def make_lay_out(
+def make_reader(
     trainer: Trainer, mesh: Mesh | None
-) -> Callable[[TrainState], tuple[OnDevices, tuple[Any, Any]]]:
+) -> Callable[[TrainState], tuple[Reads, tuple[Any, Any]]]:
     """Builds what brings the parameters of a state to the networks that run on a mesh.
 
     Returns:
-      `state -> (on_devices, averaged)`: how parameters become those that the loss takes, and the
-      averaged ones of the model and of the terms. Those of the learned source and of the terms are
-      gathered whole, and what is done with them is XLA's. With one device, no mesh, or without
-      `config.mesh.split_update` all are as they are.
+      `state -> (reads, averaged)`: `reads` turns parameters, of which gradients are taken, into
+      those that the loss is given; `averaged` are the model's and the terms'. With one device, no
+      mesh, or without `config.mesh.split_update` all are as they are.
     """
     config = trainer.config
     if mesh is None or sharding.batch_shards(mesh) == 1 or not config.mesh.split_update:
         return lambda state: (lambda params: params, (state.ema_params, state.ema_terms))
-    shapes = abstract_train_state(trainer, mesh)
-    networks, _ = _apart(shapes.ema_params)
+    unsplit, constrain = unsplit_shardings(trainer, mesh), jax.lax.with_sharding_constraint
+    if mesh.shape["tensor"] > 1:  # XLA gathers, and splits the layers along `tensor`
+        return lambda state: (
+            lambda params: constrain(params, unsplit.params),
+            constrain((state.ema_params, state.ema_terms), (unsplit.ema_params, unsplit.ema_terms)),
+        )
+    networks, _ = _apart(abstract_train_state(trainer, mesh).ema_params)
     reduce_dtype = config.mesh.reduce_dtype
     layout = make_layout(
         networks,
         trainer.model.param_dtypes(networks),
-        config.model.dtype if reduce_dtype == "model" else reduce_dtype,
+        None if reduce_dtype == "model" else jnp.dtype(reduce_dtype),
+        in_place=trainer.model.takes_modulations and trainer.objective.groups is None,
     )
-    unsplit = jax.tree.map(
-        lambda leaf: leaf.sharding, abstract_train_state(trainer, mesh, split_update=False)
-    )
-    constrain = jax.lax.with_sharding_constraint
 
-    def lay_out(state: TrainState) -> tuple[OnDevices, tuple[Any, Any]]:
+    def read(state: TrainState) -> tuple[Reads, tuple[Any, Any]]:
         copy = gather(_apart(state.params["model"])[0], layout)
 
-        def on_devices(params: dict[str, Any]) -> dict[str, Any]:
+        def reads(params: dict[str, Any]) -> dict[str, Any]:
             shares, source = _apart(params["model"])
             source = constrain(source, _apart(unsplit.params["model"])[1])
             terms = constrain(params["terms"], unsplit.params["terms"])
@@ -330,12 +338,12 @@ def make_lay_out(
         averaged, source = _apart(state.ema_params)
         source = constrain(source, _apart(unsplit.ema_params)[1])
         model = join(gather(averaged, layout), None, layout) | source
-        return on_devices, (model, constrain(state.ema_terms, unsplit.ema_terms))
+        return reads, (model, constrain(state.ema_terms, unsplit.ema_terms))
 
-    return lay_out
+    return read
 
 
 def _apart(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters of the networks, and those of the source."""
+    """The parameters of the networks, and those of the learned source, which XLA gathers."""
     source = {"source": params["source"]} if "source" in params else {}
     return {name: tree for name, tree in params.items() if name != "source"}, source

@@ -107,11 +107,10 @@ def abstract_train_state(
     return sharding.abstract_arrays(boxed, shardings)
 
 
-def gathered(trainer: Trainer, mesh: Mesh, state: TrainState) -> TrainState:
-    """In a jitted function: the state as it lies without `config.mesh.split_update`."""
+def unsplit_shardings(trainer: Trainer, mesh: Mesh) -> TrainState:
+    """Where a state lies without `config.mesh.split_update`."""
     shapes = abstract_train_state(trainer, mesh, split_update=False)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    found: TrainState = jax.lax.with_sharding_constraint(state, shardings)
+    found: TrainState = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     return found
 
 

@@ -86,7 +86,8 @@ def make_train_step(
     Args:
       trainer: model, objective and optimizer.
       latent_format: how stored latents become the model's.
-      mesh: that the state lies on; None, as one device, leaves to XLA what is gathered when.
+      mesh: that the state lies on, to be made current where the step is traced; None leaves to
+        XLA what is gathered when.
       in_branch: whether the update is a branch, which a refused step does not take, or a selection
         between the new and the old value of every number; the results are the same.
 
@@ -100,17 +101,17 @@ def make_train_step(
     optimizer, learning_rate, terms = trainer.optimizer, trainer.learning_rate, objective.terms
     loss_fn = make_residual_loss(trainer) if config.model.residual_depth else make_loss(trainer)
 
-    lay_out = split_params.make_lay_out(trainer, mesh)
+    read = split_params.make_reader(trainer, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         inputs = draw_inputs(rng, batch, objective, latent_format)
-        on_devices, averaged = lay_out(state)
+        reads, averaged = read(state)
         teacher = Teacher(*averaged)
         weights = {term.name: term.weight(state.step) for term in terms}
 
         def loss_of(params: dict, part: Inputs) -> tuple[Array, tuple[Metrics, Rows | None]]:
-            return loss_fn(on_devices(params), teacher, part, state.bank, weights)
+            return loss_fn(reads(params), teacher, part, state.bank, weights)
 
         grad_fn = jax.grad(loss_of, has_aux=True)
         grads, (metrics, rows) = accumulate(

@@ -23,6 +23,7 @@ SYSTEMS = {
     "teacher": SCANNED | {"terms": "repulsor+sra", "repulsor__positives": "view"},
     "micro-batches": SCANNED | {"optimizer__accumulation_steps": 2, "model__remat": "dots"},
     "blockwise": {
+        "model__scan_blocks": True,
         "model__architecture": "blockwise",
         "model__segments": 2,
         "model__segment_depth": 1,
@@ -30,6 +31,7 @@ SYSTEMS = {
         "sampling__num_steps": 4,
     },
     "source": {"source__name": "class"},
+    "groups": SCANNED | {"flow__time_groups": 2},
 }
 
 
@@ -53,10 +55,18 @@ def test_twenty_steps_are_those_of_one_device(on_one_device, mesh):
 
 @pytest.mark.parametrize("system", [name for name in SYSTEMS if name != "scan"])
 def test_every_system_trains_on_split_parameters(system):
-    expected, found = losses((1, 1, 1), **SYSTEMS[system]), losses((4, 2, 1), **SYSTEMS[system])
+    expected, found = losses((1, 1, 1), **SYSTEMS[system]), losses((8, 1, 1), **SYSTEMS[system])
     for name in expected[0]:
         values, wanted = ([m[name] for m in history] for history in (found, expected))
         np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_a_step_in_bfloat16_runs_and_is_that_of_one_device(mesh):
+    overrides = SCANNED | {"model__dtype": "bfloat16"}
+    expected, found = losses((1, 1, 1), 1, **overrides), losses(mesh, 1, **overrides)
+    for name in ("loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=0.01)
 
 
 def test_all_large_arrays_of_the_state_are_split_over_all_devices():
@@ -103,7 +113,7 @@ def test_gradients_are_scattered_and_parameters_gathered_once():
     # The modulation's kernel, [2, 32, 192], stays; the rows and the products travel.
     arrays = [array for each in traffic.collectives(text) for array in each.arrays]
     assert not [array for array in arrays if array.shape[-2:] == (32, 192)]
-    assert kinds.count("all-to-all") == 2  # forward and backward
+    assert text.count(" all-to-all(") == 2  # forward and backward
 
 
 @pytest.mark.parametrize(
@@ -122,8 +132,8 @@ def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, expected):
     with sharding.use_mesh(mesh):
         text = step.lower(*arguments).as_text()
     found = re.findall(r"reduce_scatter.*?\}\) : \(tensor<([\dx]+)x(\w+)>\)", text, re.DOTALL)
-    of_blocks = [dtype for shape, dtype in found if shape in ("32x96", "32x32", "32x128", "128x32")]
-    assert len(of_blocks) >= 4
+    of_blocks = [dtype for shape, dtype in found if shape in ("32x96", "32x128", "128x32")]
+    assert len(of_blocks) >= 3
     assert {*of_blocks} == {expected}
 
 

@@ -20,7 +20,7 @@ from repulsor_jax.method.memory_bank import MemoryBank
 from repulsor_jax.method.term import Term
 from repulsor_jax.runtime.diagnostics_plot import PREFIX, draw_diagnostics
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
-from repulsor_jax.train_state import TrainState, gathered
+from repulsor_jax.train_state import TrainState, unsplit_shardings
 from repulsor_jax.train_step import Batch
 
 # Of the held-out images, for the linear probe: records whose labels are read, images, classes.
@@ -161,12 +161,11 @@ def make_inspector(experiment: Experiment, dataset: LatentDataset) -> Inspector:
         if num_probed > 1:
             own = sharding.local_row_numbers(mesh, len(images.labels))
             held_out = sharding.to_global(jax.tree.map(lambda x: x[own], images), mesh)
-    measure_gathered = make_measure(
-        trainer, experiment.latent_format, dataset.num_images, num_probed
-    )
+    measure_whole = make_measure(trainer, experiment.latent_format, dataset.num_images, num_probed)
+    unsplit = unsplit_shardings(trainer, mesh)
 
     def measure(state: TrainState, *batches: Any) -> dict[str, jax.Array]:
-        return measure_gathered(gathered(trainer, mesh, state), *batches)
+        return measure_whole(jax.lax.with_sharding_constraint(state, unsplit), *batches)
 
     return Inspector(
         experiment,

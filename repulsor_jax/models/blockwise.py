@@ -186,6 +186,8 @@ class Blockwise(DiT):
     adaln_rank: int = 288  # of the modulation of each block; 0 is full rank
     residual_depth: int = 0  # K, blocks of the residual network; 0 is none
 
+    takes_modulations = False  # each block has a condition of its own
+
     def _check_fields(self) -> None:
         super()._check_fields()
         for field in ("segments", "segment_depth"):

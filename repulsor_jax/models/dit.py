@@ -425,6 +425,11 @@ class DiT(nn.Module):
                 "bfloat16 or float16, which cuDNN's kernel needs"
             )
 
+    @property
+    def takes_modulations(self) -> bool:
+        """Whether `__call__` takes `modulations`, with one time for all tokens."""
+        return self.scan_blocks
+
     def param_dtypes(self, params: Params) -> Params:
         """The dtype that each parameter is used in: a tree like `params`.
 

@@ -270,7 +270,10 @@ def collective(instruction: Instruction) -> Collective | None:
     if kind != instruction.opcode and kind in ("all-gather", "collective-permute"):
         count = len(instruction.operands)
         arrays = arrays[count : 2 * count]  # the rest are flags
-    return Collective(kind, arrays, _groups(instruction.attributes), channel)
+    groups = _groups(instruction.attributes)
+    if groups and kind != "collective-permute" and all(len(group) == 1 for group in groups):
+        return None  # each device with itself
+    return Collective(kind, arrays, groups, channel)
 
 
 def reduce_scatter(module: Module, fusion: Instruction) -> Collective | None:

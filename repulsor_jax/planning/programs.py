@@ -33,11 +33,12 @@ from repulsor_jax.experiment import (
 from repulsor_jax.inference.generator import configured_guidance, make_batch_fn
 from repulsor_jax.inference.tasks import abstract_given, has_task
 from repulsor_jax.method.repulsor import rows_per_image
+from repulsor_jax.models.build import build_source
 from repulsor_jax.planning.compiler import Answer, ask, compiled_answer
 from repulsor_jax.planning.cost import Cost, program_cost
 from repulsor_jax.planning.topology import Topology, one_host, open_topology
 from repulsor_jax.runtime.chips import GIB
-from repulsor_jax.train_state import abstract_train_state
+from repulsor_jax.train_state import abstract_model_params, abstract_train_state
 from repulsor_jax.train_step import abstract_batch, compile_training
 
 PROGRAMS = ("train", "sample", "encode")
@@ -260,7 +261,8 @@ def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
 def _sample(experiment: Experiment, autoencoder: Autoencoder) -> Built:
     config, mesh = experiment.config, experiment.mesh
     everywhere = sharding.replicated(mesh)
-    params = abstract_train_state(make_trainer(config, mesh), mesh).ema_params
+    source = build_source(config.source, config.model)
+    params = abstract_model_params(experiment.model, source, mesh)
     decoder = _shapes(autoencoder.params, everywhere)
     first = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)

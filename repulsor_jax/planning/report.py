@@ -127,8 +127,8 @@ def _program_lines(name: str, program: Values) -> list[str]:
         )
     if unsplit := program.get("unsplit_bytes_per_chip"):
         lines.append(
-            f"    {_bytes(unsplit)} of parameters, optimizer and EMA are whole on every device: "
-            "no split divides them, or they are small"
+            f"    {_bytes(unsplit)} of parameters, optimizer and EMA lie on several devices: no "
+            "split over all divides them, or they are small"
         )
     if not program["fits"]:
         lines.append(f"  DOES NOT FIT: {program['refusal']}")

@@ -50,7 +50,7 @@ def describe_program(program: Program, config: Config, topology: Topology) -> Va
         "total_bytes_per_chip": per_chip * program.total_bytes,
         "available_bytes_per_chip": available and per_chip * available,
     }
-    if program.name == "train" and sharding.batch_shards(program.mesh) > 1:
+    if program.name == "train" and config.mesh.split_update:
         values["unsplit_bytes_per_chip"] = per_chip * unsplit_bytes(program)
     if program.refusal or program.cost is None:
         advice = _advice(program, config, topology) or ["more chips, or chips with more memory"]
@@ -131,10 +131,15 @@ def _mesh_sizes(mesh: Mesh) -> dict[str, int]:
 
 
 def unsplit_bytes(program: Program) -> int:
-    """Bytes of parameters, optimizer and EMA that every device of a train step holds whole."""
+    """Bytes of parameters, optimizer and EMA on a device that lie on another one of a batch too."""
     trees = [program.kinds.get(kind) for kind in ("parameters", "optimizer", "EMA")]
-    whole = [x for x in jax.tree.leaves(trees) if x.sharding.is_fully_replicated]
-    return sum(x.size * x.dtype.itemsize for x in whole)
+    parts = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(trees)]
+    devices = sharding.batch_shards(program.mesh)
+    return sum(
+        math.prod(part) * x.dtype.itemsize
+        for x, part in parts
+        if x.size < devices * math.prod(part)
+    )
 
 
 def _copy_bytes(program: Program, config: Config) -> float:
