@@ -279,9 +279,11 @@ def apply_dense(x: Array, kernel: Split, bias: Any) -> Array:
     all devices, and gets the other columns for its own.
     """
     axes = kernel.place.axes[-1]
-    # In float32 for the gradient, which is summed over devices.
-    rows = jax.lax.all_gather(x.astype(jnp.float32), axes, tiled=True).astype(x.dtype)
-    found = jnp.einsum("bf,lfn->lbn", rows, kernel.copy)
+    # In float32 for the gradient, which is summed over layers and devices.
+    rows = jax.lax.all_gather(x.astype(jnp.float32), axes, tiled=True)
+    # Layers as a batch: for one product of all of them XLA finds no tiles on some GPUs.
+    of_layers = jnp.broadcast_to(rows, (len(kernel.copy), *rows.shape)).astype(x.dtype)
+    found = jnp.einsum("lbf,lfn->lbn", of_layers, kernel.copy)
     found = jax.lax.all_to_all(found, axes, split_axis=1, concat_axis=2, tiled=True)
     return found + meta.unbox(bias)[:, None]
 
@@ -311,11 +313,11 @@ def make_reader(
     config = trainer.config
     if mesh is None or sharding.batch_shards(mesh) == 1 or not config.mesh.split_update:
         return lambda state: (lambda params: params, (state.ema_params, state.ema_terms))
-    unsplit, constrain = unsplit_shardings(trainer, mesh), jax.lax.with_sharding_constraint
     if mesh.shape["tensor"] > 1:  # XLA gathers, and splits the layers along `tensor`
+        whole, constrain = unsplit_shardings(trainer, mesh), jax.lax.with_sharding_constraint
         return lambda state: (
-            lambda params: constrain(params, unsplit.params),
-            constrain((state.ema_params, state.ema_terms), (unsplit.ema_params, unsplit.ema_terms)),
+            lambda params: constrain(params, whole.params),
+            (constrain(state.ema_params, whole.ema_params), state.ema_terms),
         )
     networks, _ = _apart(abstract_train_state(trainer, mesh).ema_params)
     reduce_dtype = config.mesh.reduce_dtype
@@ -331,19 +333,16 @@ def make_reader(
 
         def reads(params: dict[str, Any]) -> dict[str, Any]:
             shares, source = _apart(params["model"])
-            source = constrain(source, _apart(unsplit.params["model"])[1])
-            terms = constrain(params["terms"], unsplit.params["terms"])
-            return {"model": join(copy, shares, layout) | source, "terms": terms}
+            return params | {"model": join(copy, shares, layout) | source}
 
         averaged, source = _apart(state.ema_params)
-        source = constrain(source, _apart(unsplit.ema_params)[1])
         model = join(gather(averaged, layout), None, layout) | source
-        return reads, (model, constrain(state.ema_terms, unsplit.ema_terms))
+        return reads, (model, state.ema_terms)
 
     return read
 
 
 def _apart(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters of the networks, and those of the learned source, which XLA gathers."""
+    """The parameters of the networks, and those of the learned source, which are whole."""
     source = {"source": params["source"]} if "source" in params else {}
     return {name: tree for name, tree in params.items() if name != "source"}, source

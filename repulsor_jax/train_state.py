@@ -97,14 +97,25 @@ def abstract_train_state(
     """The state as `jax.ShapeDtypeStruct`, each with its sharding; no memory is taken.
 
     Parameters, and what mirrors them, are sharded by their logical names, the bank by its rows.
-    `split_update` replaces `config.mesh.split_update`.
+    With `config.mesh.split_update`, which `split_update` replaces, those of the networks, and not
+    the small ones of terms and source, are split over `data` too.
     """
     boxed = jax.eval_shape(lambda key: _init(trainer, key), jax.random.key(trainer.config.seed))
-    over_data = trainer.config.mesh.split_update if split_update is None else split_update
-    shardings = sharding.tree_shardings(boxed, mesh, over_data=over_data)
+    shardings = sharding.tree_shardings(boxed, mesh)
+    if trainer.config.mesh.split_update if split_update is None else split_update:
+        shardings = jax.tree_util.tree_map_with_path(
+            lambda path, split, whole: whole if _is_small(path) else split,
+            sharding.tree_shardings(boxed, mesh, over_data=True),
+            shardings,
+        )
     if boxed.bank is not None:
         shardings = shardings.replace(bank=memory_bank.shardings(mesh, sharding.BATCH_AXES))
     return sharding.abstract_arrays(boxed, shardings)
+
+
+def _is_small(path: tuple[Any, ...]) -> bool:
+    names = {str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path}
+    return bool(names & {"terms", "ema_terms", "source"})
 
 
 def unsplit_shardings(trainer: Trainer, mesh: Mesh) -> TrainState:

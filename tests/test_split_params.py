@@ -72,7 +72,12 @@ def test_a_step_in_bfloat16_runs_and_is_that_of_one_device(mesh):
 def test_all_large_arrays_of_the_state_are_split_over_all_devices():
     c, mesh = tiny.config(**SCANNED, model__hidden_size=64), tiny.mesh(data=4, fsdp=2)
     state = abstract_train_state(tiny.trainer(c), mesh)
-    trees = {"params": state.params, "moments": state.opt_state, "average": state.ema_params}
+    moments = next(s for s in state.opt_state[1] if hasattr(s, "mu"))
+    trees = {
+        "params": state.params["model"],
+        "moments": [moments.mu["model"], moments.nu["model"]],
+        "average": state.ema_params,
+    }
     for kind, tree in trees.items():
         total = sum(leaf.size for leaf in jax.tree.leaves(tree))
         held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -4,6 +4,7 @@ All arguments are shapes: no data set, no weights and no memory of the devices i
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import re
@@ -252,9 +253,14 @@ def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
     # With at most B rows an array may hold the queries.
     shapes |= {(slots * n, dim) for n in counts if slots * n > batch_size}
     shapes -= {(batch_size, dim), (dim, batch_size)}  # the queries, which are gathered
-    # Parameters and their gradients, whole or in shards, are sent too.
+    # Parameters and their gradients are sent too: whole, in shards, and split along some axes.
+    along = features.sharding.mesh.shape.values()
+    parts = {math.prod(c) for k in range(len(along) + 1) for c in itertools.combinations(along, k)}
     for leaf in jax.tree.leaves(params):
-        shapes -= {leaf.shape, leaf.sharding.shard_shape(leaf.shape)}
+        shapes -= {
+            tuple(size // part for size, part in zip(leaf.shape, split, strict=True))
+            for split in itertools.product(parts, repeat=leaf.ndim)
+        }
     return frozenset(shapes)
 
 
