@@ -213,12 +213,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.data = -1  # splits the batch; a multiple of the number of TPU slices
     c.mesh.fsdp = 1  # splits the batch, parameters, optimizer state and EMA
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
-    # Split parameters, optimizer state and EMA over `data` too; a step gathers a copy of the
-    # parameters in model.dtype, and each device updates its share (docs/plan.md).
-    c.mesh.split_update = True
+    # A step gathers a copy of the parameters in model.dtype, and each device updates its share.
+    c.mesh.split_update = True  # splits parameters, optimizer state and EMA over data too
     # In which gradients are then summed over devices: "model" is the dtype of each layer, as XLA
     # does it; "float32" or "bfloat16" is for all. Heads of terms stay in float32.
-    c.mesh.reduce_dtype = "model"
+    c.mesh.reduce_dtype = "model"  # needs split_update
 
     c.checkpoint = ml_collections.ConfigDict()
     # A folder (relative to where the command runs) or gs://bucket/path; each run its own.

@@ -165,7 +165,12 @@ def make_inspector(experiment: Experiment, dataset: LatentDataset) -> Inspector:
     unsplit = unsplit_shardings(trainer, mesh)
 
     def measure(state: TrainState, *batches: Any) -> dict[str, jax.Array]:
-        return measure_whole(jax.lax.with_sharding_constraint(state, unsplit), *batches)
+        model, average = jax.lax.with_sharding_constraint(
+            (state.params["model"], state.ema_params),
+            (unsplit.params["model"], unsplit.ema_params),
+        )
+        whole = state.replace(params=state.params | {"model": model}, ema_params=average)
+        return measure_whole(whole, *batches)
 
     return Inspector(
         experiment,

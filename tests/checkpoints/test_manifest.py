@@ -25,7 +25,10 @@ def test_every_mesh_gives_the_same():
     whole = fingerprints(TREE)
     assert sorted(whole) == ["a", "b/count", "b/half", "flags"]
     for mesh in (tiny.mesh(8), tiny.mesh(2, 2, 2)):
-        for spec in (PartitionSpec(None, ("data", "fsdp")), PartitionSpec(None, None, "tensor")):
+        for spec in (
+            PartitionSpec(None, ("data_minor", "fsdp")),
+            PartitionSpec(None, None, "tensor"),
+        ):
             array = jax.device_put(TREE["a"], NamedSharding(mesh, spec))
             assert fingerprints({"a": array}) == {"a": whole["a"]}
 
@@ -66,7 +69,7 @@ def test_keys_and_zeros_differ():
 
 
 def test_arrays_that_are_not_finite_are_named():
-    spread = NamedSharding(tiny.mesh(8), PartitionSpec(None, "data"))
+    spread = NamedSharding(tiny.mesh(8), PartitionSpec(None, "data_minor"))
     tree = TREE | {"a": jax.device_put(TREE["a"], spread), "key": jax.random.key(0)}
     assert manifest.not_finite(tree) == ""
     tree["a"] = tree["a"].at[5, 7, :3].set(jnp.array([np.nan, np.inf, -np.inf]))
@@ -76,7 +79,9 @@ def test_arrays_that_are_not_finite_are_named():
 
 
 def test_nothing_but_sums_travels():
-    array = jax.device_put(TREE["a"], NamedSharding(tiny.mesh(8), PartitionSpec(None, "data")))
+    array = jax.device_put(
+        TREE["a"], NamedSharding(tiny.mesh(8), PartitionSpec(None, "data_minor"))
+    )
     text = manifest.sums.lower(array).compile().as_text()
     assert "all-gather" not in text
     assert "all-reduce" in text

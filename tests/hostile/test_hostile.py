@@ -58,7 +58,11 @@ def little_memory():
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MARGIN, hard))
+    held = []  # what earlier tests have freed, and the process still has
     try:
+        with contextlib.suppress(MemoryError):
+            while True:
+                held.append(np.empty(MARGIN + 2**20, np.uint8))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -130,7 +130,7 @@ def test_reslotted_it_keeps_the_newest_rows_and_goes_on_as_a_queue(old, new, bef
 
 def test_reslotting_split_by_feature_moves_each_row_once():
     """On 8 devices: no device ever holds the whole bank, old or new."""
-    mesh, axes = tiny.mesh(data=4, fsdp=2), ("data", "fsdp")
+    mesh, axes = tiny.mesh(data=4, fsdp=2), ("data_minor", "fsdp")
     saved, wanted = (
         jax.eval_shape(lambda sizes=sizes: memory_bank.create(*sizes, 16))
         for sizes in ((64, 24), (32, 48))
@@ -161,7 +161,7 @@ def test_a_batch_of_another_shape_is_refused():
 def test_enqueue_is_in_place_and_without_collectives(rows):
     batch_size, dim = 512, 16
     mesh = tiny.mesh(data=4, fsdp=2)
-    axes = ("data", "fsdp")
+    axes = ("data_minor", "fsdp")
     shardings = memory_bank.shardings(mesh, axes)
     by_row = NamedSharding(mesh, PartitionSpec(axes))
     abstract = jax.eval_shape(lambda: memory_bank.create(rows // batch_size, batch_size, dim))

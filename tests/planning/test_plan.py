@@ -390,7 +390,7 @@ def test_gradients_go_between_slices_once(tmp_path):
     assert "data" not in {row["axis"] for row in rows if row["over"] == "links"}
     # The gradients of a slice's part of the parameters come in, and the updated parameters.
     share = 2 * memory_by_kind(topology, c)["parameters"]
-    assert share < sum(row["bytes"] for row in between) < 2.2 * share
+    assert 0.5 * share < sum(row["bytes"] for row in between) < 2.2 * share
     with pytest.raises(ConfigError, match=r"mesh.data=1.*2 slices"):
         programs.abstract_experiment(
             tiny.config(mesh__data=1, mesh__fsdp=8), pathlib.Path(), topology
