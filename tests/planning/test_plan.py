@@ -415,7 +415,7 @@ def test_queries_that_look_like_tags_are_no_bank():
     c = tiny.config(batch_size=16, repulsor__bank_rows=16 * 16, repulsor__projection_dim=8)
     found = program("train", open_topology("local"), c)
     assert any((16, 8) in [a.shape for a in each.arrays] for each, _ in found.cost.collectives)
-    assert (16, 4) in found.bank_shapes
+    assert (16, 6) in found.bank_shapes
     assert not found.carries_the_bank
 
 
