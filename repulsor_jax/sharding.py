@@ -165,6 +165,12 @@ def tree_shardings(abstract_tree: Any, mesh: Mesh, *, over_data: bool = False) -
     return jax.tree.map(split, abstract_tree, fitted, is_leaf=is_box)
 
 
+def split_axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes that split each dimension of an array; () for a dimension that is whole."""
+    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+
+
 def split_over_data(
     leaf: jax.ShapeDtypeStruct, sharding: NamedSharding, names: Sequence[str | None]
 ) -> NamedSharding:
@@ -178,8 +184,7 @@ def split_over_data(
     major, minor = DATA_AXES
     if leaf.size < MIN_SPLIT_SIZE:
         return sharding
-    spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
-    dims = [(dim,) if isinstance(dim, str) else dim or () for dim in spec]
+    dims = split_axes(sharding, len(leaf.shape))
     if names[-1] == "modulation" and leaf.shape[-1] % _axes_size(BATCH_AXES, mesh) == 0:
         # By columns alone: such a layer is computed where its parameters lie (`split_params`).
         return NamedSharding(mesh, PartitionSpec(*[None] * (len(dims) - 1), ("fsdp", minor, major)))

@@ -186,9 +186,8 @@ def make_layout(
 
 def _place(leaf: jax.ShapeDtypeStruct) -> Place:
     where: Any = leaf.sharding
-    spec = [*where.spec, *[None] * (leaf.ndim - len(where.spec))]
-    dims = [(dim,) if isinstance(dim, str) else dim or () for dim in spec]
     mesh, device = where.mesh, where.mesh.devices.flat[0]
+    dims = sharding.split_axes(where, leaf.ndim)
     axes = tuple(tuple(axis for axis in dim if axis in _used(mesh)) for dim in dims)
     if device.platform != "tpu":
         return Place(axes)

@@ -259,7 +259,9 @@ def _bank_shapes(features: Any, params: Any) -> frozenset[tuple[int, ...]]:
     for leaf in jax.tree.leaves(params):
         shapes -= {
             tuple(size // part for size, part in zip(leaf.shape, split, strict=True))
-            for split in itertools.product(parts, repeat=leaf.ndim)
+            for split in itertools.product(
+                *([part for part in parts if size % part == 0] for size in leaf.shape)
+            )
         }
     return frozenset(shapes)
 

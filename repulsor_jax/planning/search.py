@@ -162,8 +162,8 @@ def _seconds(built: Built, config: Config, topology: Topology) -> tuple[float, f
     flops = throughput.training_flops(config.model) * config.batch_size / built.mesh.size
     sizes: dict[tuple[str, ...], int] = {}  # of parameters, by the axes that split them
     for leaf in jax.tree.leaves(built.kinds["parameters"]):
-        spec = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf.sharding.spec]
-        axes = tuple(axis for axes in spec for axis in axes if axis in sharding.BATCH_AXES)
+        dims = sharding.split_axes(leaf.sharding, leaf.ndim)
+        axes = tuple(axis for dim in dims for axis in dim if axis in sharding.BATCH_AXES)
         sizes[axes] = sizes.get(axes, 0) + leaf.size
     sent: list[tuple[Collective, int]] = []
     for axes, size in sizes.items():
