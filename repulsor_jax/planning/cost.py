@@ -115,7 +115,7 @@ class _Counter:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return
-        if opcode in ("while", "call", "async-start"):
+        if opcode in ("while", "call", "call-start", "async-start"):
             turns = self._module.trip_count(instruction) if opcode == "while" else 1
             total.unknown_loops += turns is None
             for called in instruction.called:
@@ -221,6 +221,8 @@ class _Counter:
         return self._read_of(called, source)
 
     def _read_of(self, called: str, source: Instruction) -> float:
+        if source.is_root:
+            return math.inf
         total = 0.0
         for user in self._module.computations[called].values():
             places = [k for k, name in enumerate(user.operands) if name == source.name]
@@ -228,7 +230,7 @@ class _Counter:
                 continue
             if user.opcode in _SLICES and places[0] == 0:
                 total += user.arrays[0].num_bytes
-            elif user.opcode == "bitcast":
+            elif self._is_view(user):
                 total += self._read_of(called, user)
             elif user.opcode == "fusion":
                 total += sum(self._read(user.called[0], k) for k in places)
@@ -236,11 +238,26 @@ class _Counter:
                 return math.inf
         return total
 
+    def _is_view(self, instruction: Instruction) -> bool:
+        """Whether its result, inside a fusion, is its operand as it lies in memory.
+
+        Libtpu wraps bitcasts in fusions of their own, and for TPU7x copies to another tiling, which
+        alias their operand.
+        """
+        if instruction.opcode != "fusion":
+            return instruction.opcode == "bitcast"
+        called = instruction.called[0]
+        computation, root = self._module.computations[called], self._module.root(called)
+        aliases = "output_to_operand_aliasing={{}: (0, {})}" in instruction.attributes
+        if root.opcode != "bitcast" and not (root.opcode == "copy" and aliases):
+            return False
+        return computation[root.operands[0]].opcode == "parameter"
+
     def _written(self, called: str) -> Iterator[float]:
         """Bytes that a fused computation writes of each result; inf for all of one."""
         computation, root = self._module.computations[called], self._module.root(called)
         for end in [computation[n] for n in root.operands] if root.opcode == "tuple" else [root]:
-            while end.opcode == "bitcast":
+            while self._is_view(end):
                 end = computation[end.operands[0]]
             if end.opcode == "dynamic-update-slice":
                 yield computation[end.operands[1]].arrays[0].num_bytes

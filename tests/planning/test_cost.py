@@ -184,6 +184,82 @@ def test_slices_and_updates_in_place_move_only_the_slice():
     assert ours.other_flops == 64
 
 
+RETILED = """HloModule test
+
+%tiled (a: bf16[10,64]) -> bf16[10,64] {
+  %a = bf16[10,64]{1,0:T(16,128)} parameter(0)
+  ROOT %c = bf16[10,64]{1,0:T(8,128)} copy(%a)
+}
+
+%row_of (a: bf16[10,64], i: s32[]) -> bf16[1,64] {
+  %a = bf16[10,64]{1,0:T(16,128)} parameter(0)
+  %v = bf16[10,64]{1,0:T(8,128)} fusion(%a), output_to_operand_aliasing={{}: (0, {})}, calls=%tiled
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = bf16[1,64]{1,0:T(8,128)} dynamic-slice(%v, %i, %zero), dynamic_slice_sizes={1,64}
+}
+
+%flat (w: bf16[4,32]) -> bf16[128] {
+  %w = bf16[4,32]{1,0} parameter(0)
+  ROOT %f = bf16[128]{0} bitcast(%w)
+}
+
+%step (a: bf16[10,64], b: bf16[10,64], w: bf16[4,32], i: s32[]) -> bf16[10,64] {
+  %a = bf16[10,64]{1,0:T(16,128)} parameter(0)
+  %b = bf16[10,64]{1,0:T(16,128)} parameter(1)
+  %w = bf16[4,32]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %zero = s32[] constant(0)
+  %row = bf16[1,64]{1,0:T(8,128)} fusion(%a, %i), kind=kLoop, calls=%row_of
+  %f = bf16[128]{0} fusion(%w), kind=kLoop, calls=%flat
+  %s = bf16[1,64]{1,0:T(8,128)} custom-call(%row, %f), custom_call_target="scale"
+  %b2 = bf16[10,64]{1,0:T(8,128)} fusion(%b), output_to_operand_aliasing={{}: (0, {})}, calls=%tiled
+  ROOT %new = bf16[10,64]{1,0:T(16,128)} dynamic-update-slice(%b2, %s, %i, %zero)
+}
+
+ENTRY %main (a: bf16[10,64], b: bf16[10,64], w: bf16[4,32], i: s32[]) -> bf16[10,64] {
+  %a = bf16[10,64]{1,0:T(16,128)} parameter(0)
+  %b = bf16[10,64]{1,0:T(16,128)} parameter(1)
+  %w = bf16[4,32]{1,0} parameter(2)
+  %i = s32[]{:S(6)} parameter(3)
+  ROOT %r = bf16[10,64]{1,0:T(16,128)} fusion(%a, %b, %w, %i), kind=kLoop, calls=%step
+}
+"""
+
+
+def test_an_array_seen_in_another_tiling_is_read_where_its_view_is():
+    """As TPU7x programs have it. By hand: a row read and a row written, and all of w read."""
+    assert program_cost(RETILED).bytes_accessed == 2 * (64 + 64 + 4 * 32)
+
+
+def test_what_runs_beside_the_program_counts_in_both_forms_of_libtpu():
+    """Before machine code a computation in a computation, after it a call."""
+    text = """HloModule test
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %s = f32[] add(%x, %y)
+}
+%called (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %sum = f32[8,16]{1,0} all-reduce(%a), replica_groups=[1,4]<=[4], to_apply=%add
+}
+%wrapped (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %c = f32[8,16]{1,0} call(%a), to_apply=%called
+}
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %go = ((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]{:S(8)}) START, async_execution_thread="sparsecore"
+  ROOT %done = f32[8,16]{1,0} async-done(%go)
+}
+"""
+    for start in ("async-start(%a), calls=%wrapped", "call-start(%a), to_apply=%called"):
+        found = program_cost(text.replace("START", start))
+        assert found.collective_bytes == 8 * 16 * 4
+        assert found.bytes_accessed == 2 * 8 * 16 * 4
+
+
 SCATTERED = """HloModule test
 
 %add (x: f32[], y: f32[]) -> f32[] {
