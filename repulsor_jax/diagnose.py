@@ -14,6 +14,15 @@ import numpy as np
 
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 from repulsor_jax.flows.paths import interpolate
+from repulsor_jax.loss import (
+    Batch,
+    Inputs,
+    Teacher,
+    draw_inputs,
+    make_forward,
+    start_points,
+    term_loss,
+)
 from repulsor_jax.method import diagnostics
 from repulsor_jax.method.memory_bank import EMPTY, MemoryBank
 from repulsor_jax.method.repulsion import l2_normalize
@@ -21,16 +30,7 @@ from repulsor_jax.method.term import Compared, Term
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.models.token_groups import pixel_times
 from repulsor_jax.train_state import Trainer, TrainState
-from repulsor_jax.train_step import (
-    Batch,
-    Inputs,
-    Teacher,
-    draw_inputs,
-    make_forward,
-    split_batch,
-    start_points,
-    term_loss,
-)
+from repulsor_jax.train_step import split_batch
 
 Array = jax.Array
 Values = dict[str, Array]

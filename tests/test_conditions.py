@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
+from repulsor_jax.loss import draw_inputs
 from repulsor_jax.train_state import create_train_state
-from repulsor_jax.train_step import compile_training, draw_inputs
+from repulsor_jax.train_step import compile_training
 from tests.oracles import tiny
 
 INPAINT = {"conditioning__kind": "inpaint"}

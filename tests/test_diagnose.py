@@ -11,9 +11,9 @@ from configs import objectives
 from repulsor_jax import config as config_lib
 from repulsor_jax import sharding
 from repulsor_jax.diagnose import HeldOut, make_measure, watched_blocks
+from repulsor_jax.loss import draw_inputs
 from repulsor_jax.method import diagnostics, memory_bank
 from repulsor_jax.train_state import abstract_train_state, create_train_state
-from repulsor_jax.train_step import draw_inputs
 from tests.oracles import tiny, traffic
 
 IMAGES, TAP, DEPTH = 20, 0, 2

@@ -16,11 +16,11 @@ from repulsor_jax.checkpoints.checkpointer import CheckpointError
 from repulsor_jax.config import ConfigError
 from repulsor_jax.inference import exported, pretrained
 from repulsor_jax.inference import run as run_lib
+from repulsor_jax.loss import Teacher, draw_inputs, make_forward, source_losses
 from repulsor_jax.models import torch_weights
 from repulsor_jax.models.build import build_source
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.train_state import create_train_state
-from repulsor_jax.train_step import Teacher, draw_inputs, make_forward, source_losses
 from tests.oracles import tiny
 from tests.oracles.runs import assert_same_run, on_host
 

@@ -11,6 +11,7 @@ import pytest
 from configs import objectives
 from repulsor_jax import config as config_lib
 from repulsor_jax.flows.paths import interpolate
+from repulsor_jax.loss import Inputs, Teacher, make_forward, make_loss
 from repulsor_jax.method import registry
 from repulsor_jax.method.alignment import sra_loss, teacher_time
 from repulsor_jax.method.memory_bank import tag
@@ -20,7 +21,6 @@ from repulsor_jax.models import dit
 from repulsor_jax.models.token_groups import of_tokens, pixel_times, teacher_group_times
 from repulsor_jax.models.torch_weights import from_torch_state_dict
 from repulsor_jax.planning.cost import program_cost
-from repulsor_jax.train_step import Inputs, Teacher, make_forward, make_loss
 from tests.oracles import fixtures, tiny
 
 

@@ -16,12 +16,12 @@ from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import read_records
 from repulsor_jax.diagnose import HeldOut, make_measure, written_slots
 from repulsor_jax.experiment import Experiment, make_trainer, open_held_out
+from repulsor_jax.loss import Batch
 from repulsor_jax.method.memory_bank import MemoryBank
 from repulsor_jax.method.term import Term
 from repulsor_jax.runtime.diagnostics_plot import PREFIX, draw_diagnostics
 from repulsor_jax.runtime.metrics import JSONL_NAME, MetricWriter, read_jsonl
 from repulsor_jax.train_state import TrainState, unsplit_shardings
-from repulsor_jax.train_step import Batch
 
 # Of the held-out images, for the linear probe: records whose labels are read, images, classes.
 # Several classes of a few images each say less than some classes of many.

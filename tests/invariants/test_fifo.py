@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from repulsor_jax.loss import draw_inputs
 from repulsor_jax.method.head import ProjectionHead
-from repulsor_jax.train_step import draw_inputs
 from tests.oracles import tiny
 
 

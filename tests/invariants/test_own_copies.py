@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repulsor_jax.loss import Teacher, draw_inputs, make_loss
 from repulsor_jax.method.memory_bank import EMPTY
-from repulsor_jax.train_step import Teacher, draw_inputs, make_loss
 from tests.oracles import tiny
 
 IMAGES = 10  # fewer than the 48 rows of the bank, and than the 16 of a batch

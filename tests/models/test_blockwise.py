@@ -13,6 +13,7 @@ from configs import blockwise as blockwise_config
 from repulsor_jax import config as config_lib
 from repulsor_jax.experiment import make_trainer
 from repulsor_jax.flows import paths, sampler, solvers
+from repulsor_jax.loss import Inputs, Teacher, make_residual_loss
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.alignment import feature_loss
 from repulsor_jax.method.token_heads import TokenHead
@@ -21,7 +22,6 @@ from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.runtime.metrics import read_jsonl
 from repulsor_jax.sample import sample
-from repulsor_jax.train_step import Inputs, Teacher, make_residual_loss
 from tests.oracles import blockwise as published
 from tests.oracles import fixtures, tiny
 

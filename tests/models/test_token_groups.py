@@ -8,9 +8,9 @@ import pytest
 from configs import objectives
 from repulsor_jax import config as config_lib
 from repulsor_jax.flows import paths
+from repulsor_jax.loss import draw_inputs
 from repulsor_jax.models import token_groups
 from repulsor_jax.models.token_groups import TokenGroups
-from repulsor_jax.train_step import draw_inputs
 from tests.oracles import fixtures, tiny
 
 

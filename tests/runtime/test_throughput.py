@@ -9,10 +9,10 @@ import pytest
 
 from configs import imagenet256
 from repulsor_jax import config as config_lib
+from repulsor_jax.loss import Inputs, Teacher, make_residual_loss
 from repulsor_jax.method.memory_bank import tag
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.runtime import throughput
-from repulsor_jax.train_step import Inputs, Teacher, make_residual_loss
 from tests.oracles import tiny
 
 
