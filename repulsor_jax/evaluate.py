@@ -7,9 +7,9 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from repulsor_jax import sharding
@@ -21,6 +21,9 @@ from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_images, evalua
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.inference import pretrained, run
 from repulsor_jax.inference.generator import Guidance, configured_guidance, make_generator
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> list[report.Record]:
@@ -75,6 +78,8 @@ def _evaluate_checkpoints(
             evaluate_params, evaluator, num_samples=config.evaluation.num_samples, grid=True
         )
         if is_main:
+            from tensorboardX import SummaryWriter  # slow where torch is installed
+
             events = stack.enter_context(SummaryWriter(str(workdir / "tensorboard/evaluation")))
         for step in itertools.chain([first], wanted):
             try:
@@ -100,7 +105,7 @@ def _evaluate_checkpoints(
     return records
 
 
-def _write_events(events: SummaryWriter, records: Sequence[report.Record]) -> None:
+def _write_events(events: "SummaryWriter", records: Sequence[report.Record]) -> None:
     """Writes the records of one step; in a sweep the guidance is in their names."""
     for record in records:
         protocol, suffix = record["protocol"], ""

@@ -4,6 +4,7 @@ python -m repulsor_jax.main --config=digits --workdir=runs/digits
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -470,6 +471,7 @@ def _of_config(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # to look through the libraries for garbage takes a second, at exit too
     jax.config.config_with_absl()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# On busy cores the threads of NumPy's linear algebra, and of torch, wait for each other in loops:
+# the eigenvalues of a matrix then take 100 times the processor time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs here run for microseconds and compile for seconds: compile them quickly. The older
 # emitters of the CPU, which newer versions no longer have, start no MLIR pipeline for each kernel.
 # (XLA ends at once where it does not know a flag.)
@@ -56,6 +60,7 @@ for _name, _value in {
 
 
 def pytest_unconfigure() -> None:
+    gc.freeze()  # at exit Python would look through all of them again
     if not _IS_WORKER:
         shutil.rmtree(_CACHE, ignore_errors=True)
 

@@ -10,11 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
-import numpy as np
-from PIL import Image
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from repulsor_jax.files import pictures
@@ -78,8 +73,11 @@ class MetricWriter:
         """Goes on after `first_step`; later lines, of an interrupted run, are dropped."""
         self._trackers: list[Tracker] = []
         if enabled:
+            # tensorboardX imports torch where that is installed: seconds that other modes save.
+            from repulsor_jax.runtime.event_files import EventFiles
+
             path = pathlib.Path(workdir)
-            own = _Lines(path / JSONL_NAME), _EventFiles(path / "tensorboard")
+            own = _Lines(path / JSONL_NAME), EventFiles(path / "tensorboard")
             self._trackers += [*own, *others]
         self.rewind(first_step)
 
@@ -147,59 +145,6 @@ class _Lines:
 
     def close(self, *, failed: bool) -> None:
         self.flush()
-
-
-class _EventFiles:
-    """TensorBoard's event files.
-
-    They are written here and not by `SummaryWriter`, whose thread ends when the disk is full: its
-    queue then blocks the training loop.
-    """
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
-        self._events: EventsWriter | None = None
-        self._kept: list[event_pb2.Event] = []
-
-    def rewind(self, step: int) -> None:
-        # TensorBoard then hides what this and other files have from that step on.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(step=step + 1, session_log=start))
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._add(event_pb2.Event(step=step, summary=summary.scalar(name, value)))
-
-    def text(self, step: int, name: str, text: str) -> None:
-        shown = summary.text(name, f"```\n{text}\n```")
-        self._add(event_pb2.Event(step=step, summary=shown))
-
-    def image(self, step: int, name: str, path: pathlib.Path) -> None:
-        picture = np.asarray(Image.open(path).convert("RGB"))
-        shown = summary.image(name, picture, dataformats="HWC")
-        self._add(event_pb2.Event(step=step, summary=shown))
-
-    def _add(self, event: event_pb2.Event) -> None:
-        event.wall_time = time.time()
-        self._kept.append(event)
-
-    def flush(self) -> None:
-        try:
-            if self._events is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                suffix = f".{os.getpid()}.{time.time_ns()}"
-                self._events = EventsWriter(str(self._folder / "events"), suffix)
-            for event in self._kept:
-                self._events.write_event(event)
-            self._events.flush()
-            self._kept.clear()
-        except OSError:  # the file may end in a torn event: the next attempt opens another
-            self._events = None
-
-    def close(self, *, failed: bool) -> None:
-        self.flush()
-        if self._events is not None:
-            self._events.close()
 
 
 def _ends(path: pathlib.Path) -> list[tuple[int, int]]:

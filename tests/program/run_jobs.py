@@ -7,6 +7,7 @@ imported the libraries: importing takes longer than the tiny jobs. The output of
 `FOLDER/K.txt`; with COUNT 1 there is no fork, and the output is the program's own.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -19,6 +20,8 @@ from jax.sharding import Mesh
 
 from repulsor_jax import main as program
 from repulsor_jax import sharding
+
+sharding.MIN_SPLIT_SIZE = 64  # as in conftest.py: the tiny parameters are split, too
 
 
 def shuffled(create_mesh):
@@ -49,6 +52,7 @@ def main(argv):
 if __name__ == "__main__":
     folder, count = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     jax.config.config_with_absl()
+    gc.freeze()  # else every process looks through the libraries at its end
     children = []
     if count == 1:
         sys.argv[1:] = sys.argv[3:]

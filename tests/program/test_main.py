@@ -1,9 +1,11 @@
 """The program in processes of its own, as a user starts it; some run several jobs in one."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +49,25 @@ def program(*arguments, start=("repulsor_jax.main",), environment=None):
     )
 
 
+def start_forks(folder, lists, environment=None):
+    """Starts `run_forks` with lists of arguments."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.program.run_forks", folder, json.dumps(lists)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
+    )
+
+
+def forks(folder, lists, environment=None):
+    """Runs the program with each list of arguments: its exit status, output and errors."""
+    assert start_forks(folder, lists, environment).wait(300) == 0
+    return [said(folder / str(number)) for number in range(len(lists))]
+
+
+def said(folder):
+    return tuple((folder / part).read_text() for part in ("status", "stdout", "stderr"))
+
+
 @pytest.mark.slow
 def test_encode_train_resume_and_sample(tmp_path):
     workdir = f"--workdir={tmp_path}"
@@ -79,23 +100,35 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert archive["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(archive["arr_1"], np.arange(30) % 10)
 
-    longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
-    wrong = program(workdir, *longer, "--mode=sample", "--config.model.hidden_size=32")
-    assert wrong.returncode == 1
-    assert "does not fit this configuration" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-
-    # Killed in the middle and started again, against a run that was not: the same bytes, the same
-    # number.
-    whole = tmp_path / "whole"
+    # One that does not fit, and two that are killed in the middle.
+    whole, children = tmp_path / "whole", tmp_path / "children"
+    children.mkdir()
     shutil.copytree(tmp_path / "checkpoints", whole / "checkpoints")
+    longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
     many = ["--config.sampling.num_samples=4000", "--config.evaluation.num_samples=4000"]
     many += ["--config.sampling.images_per_shard=200", "--checkpoint_step=8"]
     many += [f"--config.data.dir={tmp_path / 'data'}"]
     work = {"sample": "samples/.*.incomplete", "evaluate": "evaluations/.*.incomplete"}
-    for mode, incomplete in work.items():
-        kill_at_work(tmp_path, incomplete, *longer, *many, f"--mode={mode}")
+    common = [f"--config={ROOT / 'configs/digits.py'}", workdir, *longer]
+    wrong = [*common, "--mode=sample", "--config.model.hidden_size=32"]
+    job = start_forks(children, [wrong, *([*common, *many, f"--mode={mode}"] for mode in work)])
+    for child, incomplete in enumerate(work.values(), 1):
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(f"{incomplete}/*.npz")):
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(int((children / str(child) / "pid").read_text()), signal.SIGKILL)
+    assert job.wait(60) == 0
+    status, _, errors = said(children / "0")
+    assert status == "1"
+    assert "does not fit this configuration" in errors
+    assert "Traceback" not in errors
+    for child, incomplete in enumerate(work.values(), 1):
+        assert said(children / str(child))[0] == str(-signal.SIGKILL)
         assert list(tmp_path.glob(incomplete))
+
+    # Started again, against a run that was not killed: the same bytes, the same number.
     modes = [(mode, folder) for folder in (tmp_path, whole) for mode in work]
     jobs = [{"mode": mode, "workdir": str(folder), "config": {}} for mode, folder in modes]
     done = program(
@@ -113,39 +146,20 @@ def test_encode_train_resume_and_sample(tmp_path):
     assert metrics == same
 
 
-def kill_at_work(tmp_path, pattern, *arguments):
-    """Starts the program and kills it when a first shard is there."""
-    command = [sys.executable, "-m", "repulsor_jax.main", "--config=configs/digits.py"]
-    job = subprocess.Popen(
-        [*command, f"--workdir={tmp_path}", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(f"{pattern}/*.npz")):
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    job.kill()
-    job.wait()
-
-
 BAD_FLAGS = {
     "--config.checkpoint.directory=s3://x/y": "error: config.checkpoint.directory='s3://x/y': exp",
     "--config.model.depht=3": "error: config.model.depht: unknown key 'depht'",
     "--config.optimizer.learning_rate=fast": "config.optimizer.learning_rate=fast: ",
     "--config.optimizer.learning_rate=inf": "config.optimizer.learning_rate: expected a finite",
     "--config.optimizer.lr=1": "error: config.optimizer.lr: unknown key",
-    "--config=absent.py": f"error: --config=absent.py: found no file {ROOT / 'absent.py'};",
+    "--config=absent.py": "error: --config=absent.py: found no file HERE/absent.py;",
     "--config=digit": "the name of one that is shipped: blockwise, cifar10, default, ",
     "--config=imagenet256:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
     "--config.data.dir=None": "error: config.data.dir: found the word 'None'; expected a text",
     "--workdir=None": "error: --workdir: found the word 'None'; expected a path",
     "--compilation_cache_dir=~nobody0/x": "error: --compilation_cache_dir: found '~nobody0/x'",
     "--config.evaluation.cfg_intervals=(0.2,0.9)": "error: config.evaluation.cfg_intervals: expec",
-    "--config=configs/imagenet256.py:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
+    f"--config={ROOT}/configs/imagenet256.py:zz_9": "the size 'zz_9' must be one of s, b, l, xl",
     "--workdir=": "error: --workdir is empty",
     "--nope=1": "error: Unknown command line flag 'nope'",
     "--config.model.patch_size=3": "error: config.model.patch_size: found 3, expected a divisor",
@@ -159,45 +173,66 @@ BAD_PLANS = {
 }
 
 
+SHIPPED = ["digits", "imagenet256:s_2,none"]
+HELD = ["run", "elsewhere"]  # the workdir, and the folder of its checkpoints
+
+
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory):
-    """What the program does with each bad argument: a folder with its work and what it said."""
+    """By argument: a folder, and what the program says to the argument there."""
     folder = tmp_path_factory.mktemp("complaints")
-    lists = [
-        ["--config=configs/digits.py", f"--workdir={folder / str(number)}", *mode, argument]
-        for number, (mode, argument) in enumerate(
-            [([], argument) for argument in BAD_FLAGS]
-            + [(["--mode=plan"], argument) for argument in BAD_PLANS]
-        )
-    ]
-    command = [sys.executable, "-m", "tests.program.run_forks", folder, json.dumps(lists)]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    subprocess.run(command, cwd=ROOT, env=env, timeout=300, check=True)
-    return folder
-
-
-def said(complaints, argument):
-    number = [*BAD_FLAGS, *BAD_PLANS].index(argument)
-    parts = ("status", "stdout", "stderr")
-    return number, *((complaints / f"{number}.{part}").read_text() for part in parts)
+    own = f"--config={ROOT / 'configs/digits.py'}"
+    lists = {argument: [own, "--workdir=run", argument] for argument in BAD_FLAGS}
+    lists |= {argument: [own, "--workdir=run", "--mode=plan", argument] for argument in BAD_PLANS}
+    # The program ends at what `--workdir=None` says, after the configuration was read.
+    lists |= {name: [f"--config={name}", "--workdir=None"] for name in SHIPPED}
+    elsewhere = [f"--config.checkpoint.directory={folder / f'elsewhere_{held}'}" for held in HELD]
+    lists |= {
+        held: [own, f"--workdir={folder / f'run_{held}'}", directory]
+        for held, directory in zip(HELD, elsewhere, strict=True)
+    }
+    with contextlib.ExitStack() as stack:
+        for held in HELD:
+            stack.enter_context(locks.sole(folder / f"{held}_{held}", "training", ""))
+        found = forks(folder, list(lists.values()))
+    return {
+        argument: (folder / str(number), *parts)
+        for number, (argument, parts) in enumerate(zip(lists, found, strict=True))
+    }
 
 
 @pytest.mark.parametrize("argument", BAD_FLAGS)
 def test_bad_flags_fail_at_once_naming_the_key(complaints, argument):
-    number, status, stdout, stderr = said(complaints, argument)
+    folder, status, stdout, stderr = complaints[argument]
     assert int(status) > 0
-    assert BAD_FLAGS[argument] in stderr
+    assert BAD_FLAGS[argument] in stderr.replace(str(folder), "HERE")
     assert "Traceback" not in stderr
     assert "hunter2" not in stdout + stderr
-    assert not (complaints / str(number) / "data").exists()
+    assert not (folder / "run" / "data").exists()
 
 
 @pytest.mark.parametrize("argument", BAD_PLANS)
 def test_a_plan_that_cannot_be_made_is_one_line(complaints, argument):
-    _, status, _, stderr = said(complaints, argument)
+    _, status, _, stderr = complaints[argument]
     assert status == "1"
     assert stderr.startswith(BAD_PLANS[argument]), stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_configuration_is_found_from_any_folder(complaints, name):
+    stderr = complaints[name][-1]
+    assert stderr.startswith("error: --workdir: found the word 'None'")
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_second_training_in_a_folder_ends_with_one_line(complaints, held):
+    folder, status, _, stderr = complaints[held]
+    path = folder.parent / f"{held}_{held}"
+    assert status == "1"
+    assert stderr.startswith(f"error: {path}: another job is training here (proc")
+    assert stderr.count("\n") == 1
+    assert not list(folder.parent.glob("elsewhere_run/*"))
 
 
 def test_names_that_the_locale_cannot_write(tmp_path):
@@ -208,50 +243,27 @@ def test_names_that_the_locale_cannot_write(tmp_path):
     shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")
     (tmp_path / "in" / "\u732b" / "b.png").write_text("no image")
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for kind, path in (("folder", "in"), ("archive", "in.zip")):
-        done = program(
-            *(f"--workdir={tmp_path / kind}", "--mode=encode", f"--config.data.source={kind}"),
+    kinds = {"folder": "in", "archive": "in.zip"}
+    lists = [
+        [
+            *(f"--config={ROOT / 'configs/digits.py'}", f"--workdir={tmp_path / kind}"),
+            *("--mode=encode", f"--config.data.source={kind}"),
             *(f"--config.data.source_path={tmp_path / path}", "--config.data.train_split=."),
             *("--config.data.test_split=", "--config.data.on_bad_image=skip"),
-            environment=ascii_locale,
-        )
-        assert done.returncode == 0, done.stderr
+        ]
+        for kind, path in kinds.items()
+    ]
+    found = forks(tmp_path, lists, ascii_locale)
+    for kind, (status, _, stderr) in zip(kinds, found, strict=True):
+        assert status == "0", stderr
         (data,) = (tmp_path / kind).glob("data/train/dataset.json")
         assert json.loads(data.read_bytes())["num_images"] == 2
-
-
-@pytest.mark.parametrize("config", ["digits", "imagenet256:s_2,none"])
-def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, config):
-    """The run ends at what `--workdir=None` says, after the configuration was read."""
-    done = subprocess.run(
-        [sys.executable, "-m", "repulsor_jax.main", "--config", config, "--workdir=None"],
-        cwd=tmp_path,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.stderr.startswith("error: --workdir: found the word 'None'")
 
 
 def test_the_configurations_are_part_of_the_package():
     setuptools = pytest.importorskip("setuptools")
     assert "repulsor_jax.configs" in setuptools.find_packages(ROOT, include=["repulsor_jax*"])
     assert (ROOT / "repulsor_jax" / "configs").resolve() == ROOT / "configs"
-
-
-@pytest.mark.parametrize("held", ["run", "elsewhere"])
-def test_a_second_training_in_a_folder_ends_with_one_line(tmp_path, held):
-    elsewhere = tmp_path / "elsewhere"
-    with locks.sole(tmp_path / held, "training", ""):
-        done = program(
-            f"--workdir={tmp_path / 'run'}", f"--config.checkpoint.directory={elsewhere}"
-        )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path / held}: another job is training here (proc")
-    assert done.stderr.count("\n") == 1
-    assert not list(elsewhere.glob("*")) if held == "run" else True
 
 
 @pytest.mark.slow
@@ -281,18 +293,12 @@ def test_a_run_of_digits_goes_on_filling_holes(tmp_path):
 @pytest.mark.slow
 def test_a_run_knows_itself(tmp_path):
     values = tiny.config_dict(model__in_channels=3)
-    tiny.save_run(tmp_path, values, {4: tiny.random_params(config_lib.parse(values))})
-    command = [sys.executable, "-m", "repulsor_jax.main", "--mode=sample", f"--workdir={tmp_path}"]
-
-    def run(*arguments):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-        return subprocess.run([*command, *arguments], timeout=300, check=False, **options)
-
-    done = run('--config.sampling.classes=("b",)', "--config.sampling.num_samples=4")
-    assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "samples").glob("step_4-*.npz")
+    tiny.save_run(tmp_path / "run", values, {4: tiny.random_params(config_lib.parse(values))})
+    sample = ["--mode=sample", f"--workdir={tmp_path / 'run'}"]
+    few = ['--config.sampling.classes=("b",)', "--config.sampling.num_samples=4"]
+    done, refused = forks(tmp_path, [[*sample, *few], [*sample, "--config.model.depth=3"]])
+    assert done[0] == "0", done[-1]
+    (path,) = (tmp_path / "run" / "samples").glob("step_4-*.npz")
     np.testing.assert_array_equal(np.load(path)["arr_1"], [1] * 4)
-    refused = run("--config.model.depth=3")
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: --config.model.depth: without --config the run's own")
+    assert refused[0] == "1"
+    assert refused[-1].startswith("error: --config.model.depth: without --config the run's own")
