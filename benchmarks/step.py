@@ -233,25 +233,14 @@ def build_jax(objective: str, args: argparse.Namespace) -> tuple[Timed, dict[str
     compiled, abstract = program.step, program.abstract_state
     compile_seconds = time.perf_counter() - started
     import jax
-    import numpy as np
 
-    from repulsor_jax import sharding
     from repulsor_jax.planning.cost import program_cost
     from repulsor_jax.planning.estimate import estimate
     from repulsor_jax.planning.topology import Topology
 
     cost = program_cost(compiled.as_text() or "")
     parts = estimate(cost, mesh, Topology("local", tuple(mesh.devices.flat)))
-    state = program.create_state()
-    rng = np.random.default_rng(0)
-    batch = sharding.to_global(
-        {
-            "latents": rng.standard_normal((args.batch_size, 32, 32, 4)).astype(np.float16),
-            "labels": rng.integers(0, 1000, args.batch_size).astype(np.int32),
-            "ids": np.arange(args.batch_size, dtype=np.int32),
-        },
-        mesh,
-    )
+    state, batch = program.create_state(), random_batch(args, mesh)
 
     def timed(what: str = "seconds") -> float:
         nonlocal state
@@ -273,6 +262,23 @@ def build_jax(objective: str, args: argparse.Namespace) -> tuple[Timed, dict[str
         "bank_bytes": _num_bytes(abstract.bank),
         "state_bytes": _num_bytes(abstract),
     }
+
+
+def random_batch(args: argparse.Namespace, mesh: Any) -> Any:
+    """A batch of noise for the program of `compile_jax`."""
+    import numpy as np
+
+    from repulsor_jax import sharding
+
+    rng = np.random.default_rng(0)
+    return sharding.to_global(
+        {
+            "latents": rng.standard_normal((args.batch_size, 32, 32, 4)).astype(np.float16),
+            "labels": rng.integers(0, 1000, args.batch_size).astype(np.int32),
+            "ids": np.arange(args.batch_size, dtype=np.int32),
+        },
+        mesh,
+    )
 
 
 def compiled_bytes(compiled: Any) -> int:
