@@ -13,14 +13,12 @@ import numpy as np
 from repulsor_jax.checkpoints.checkpointer import Checkpointer
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.classes import names_of
-from repulsor_jax.data.latents import LatentFormat
 from repulsor_jax.experiment import (
     Experiment,
     check_weights,
     checked_mesh,
     latents_record,
     load_autoencoder,
-    model_of,
 )
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.tensors import open_safetensors, read_tensors
@@ -204,19 +202,9 @@ def open_published(config: Config, workdir: pathlib.Path) -> tuple[Experiment, A
             f"{latents.autoencoder!r}; set it to that"
         )
     check_weights(autoencoder, latents.weights_sha256, f"{source} made")
-    experiment = Experiment(
-        config=config,
-        workdir=workdir,
-        mesh=mesh,
-        model=model_of(config, mesh),
-        autoencoder=autoencoder,
-        latent_format=LatentFormat(
-            False, np.array(latents.shift, np.float32), np.array(latents.factor, np.float32)
-        ),
+    experiment = dataclasses.replace(
+        run.experiment_of(config, workdir, mesh, autoencoder, latents),
         latents_sha256=autoencoder.weights_sha256,
-        class_names=latents.class_names,
-        absent_classes=latents.absent_classes,
-        latent_mean=latents.mean,
         weights_file=found.record,
     )
     learned = build_source(config.source, config.model)

@@ -11,10 +11,12 @@ from typing import Annotated, Any, get_type_hints
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from pydantic import Field
 
 from repulsor_jax import __version__, sharding
 from repulsor_jax import config as config_lib
+from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.checkpoints.checkpointer import Checkpointer, checkpoint_directory
 from repulsor_jax.checkpoints.manifest import CheckpointError, named_leaves
 from repulsor_jax.checkpoints.places import is_bucket
@@ -181,8 +183,15 @@ def open_experiment(
     optimizer = dataclasses.replace(config.optimizer, ema_decay=saved.optimizer.ema_decay)
     config = dataclasses.replace(config, optimizer=optimizer)
     mesh = checked_mesh(config, trains=False)
-    autoencoder, latents = load_autoencoder(config), saved.latents
-    check_weights(autoencoder, latents.weights_sha256, f"{workdir} was trained on latents made")
+    autoencoder, digest = load_autoencoder(config), saved.latents.weights_sha256
+    check_weights(autoencoder, digest, f"{workdir} was trained on latents made")
+    return experiment_of(config, workdir, mesh, autoencoder, saved.latents)
+
+
+def experiment_of(
+    config: Config, workdir: pathlib.Path, mesh: Mesh, autoencoder: Autoencoder, latents: Latents
+) -> Experiment:
+    """What sampling needs of a configuration and the record of the latents trained on."""
     shift, factor = np.array(latents.shift, np.float32), np.array(latents.factor, np.float32)
     return Experiment(
         config=config,
