@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -154,24 +155,38 @@ def _parsed(flat: Mapping[str, Any]) -> Config:
 def _seconds(built: Built, config: Config, topology: Topology) -> tuple[float, float]:
     """Seconds for an image: the least, and a rough guess of an estimate's middle.
 
-    The step reads and writes its state, gathers parameters where they are split over axes of the
-    batch, forward and backward, in two bytes a number, and reduces their gradients.
+    The step reads and writes its state, and its copy of the parameters, in two bytes a number, six
+    times. Parameters are gathered along `fsdp` forward and backward (once if `mesh.split_update`
+    keeps them for want of remat), and along `data` once. Their gradients are summed over the
+    devices of a batch, along these axes to shards. The modulations stay where they are; XLA does
+    the same without `split_update`.
     """
     kinds = ("parameters", "optimizer", "EMA")
     state = sum(programs.shard_bytes(built.kinds[kind]) for kind in kinds)
     flops = throughput.training_flops(config.model) * config.batch_size / built.mesh.size
-    sizes: dict[tuple[str, ...], int] = {}  # of parameters, by the axes that split them
-    for leaf in jax.tree.leaves(built.kinds["parameters"]):
+    shape = built.mesh.shape
+    gathers = 1 if config.mesh.split_update and config.model.remat == "none" else 2
+    # Of parameters, by the axes that split them, and whether they are gathered.
+    sizes: dict[tuple[tuple[str, ...], bool], int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(built.kinds["parameters"]):
         dims = sharding.split_axes(leaf.sharding, leaf.ndim)
         axes = tuple(axis for dim in dims for axis in dim if axis in sharding.BATCH_AXES)
-        sizes[axes] = sizes.get(axes, 0) + leaf.size
+        stays = "['modulation']['kernel']" in jax.tree_util.keystr(path)
+        sizes[axes, not stays] = sizes.get((axes, not stays), 0) + leaf.size
     sent: list[tuple[Collective, int]] = []
-    for axes, size in sizes.items():
-        shard = size // math.prod(built.mesh.shape[axis] for axis in axes)
-        rest = tuple(axis for axis in sharding.BATCH_AXES if axis not in axes)
+    copy = 0.0
+    for (axes, is_gathered), size in sizes.items():
+        first = [axis for axis in axes if axis in sharding.DATA_AXES]
+        by_block = [axis for axis in axes if axis not in first]
+        copied = size // math.prod(shape[a] for a in by_block)  # of what one device has
+        shard = copied // math.prod(shape[a] for a in first)
+        rest = [axis for axis in sharding.BATCH_AXES if axis not in axes]
+        copy += 2.0 * (size if is_gathered else shard)
         for kind, count, over, runs in (
-            ("all-gather", size, axes, 2),
-            ("reduce-scatter", shard, axes, 1),
+            ("all-gather", copied, first, is_gathered),
+            ("all-gather", size, by_block, gathers * is_gathered),
+            ("reduce-scatter", copied, by_block, is_gathered),
+            ("reduce-scatter", shard, first, is_gathered),
             ("all-reduce", shard, rest, 1),
         ):
             arrays, groups = (Array("bf16", (count,)),), (_group(built.mesh, over),)
@@ -179,15 +194,15 @@ def _seconds(built: Built, config: Config, topology: Topology) -> tuple[float, f
     # Between no recomputation and all of the forward pass, in the order of the names.
     recomputed = flops * REMATS.index(config.model.remat) / (3 * (len(REMATS) - 1))
 
-    def parts(flops: float, sent: list[tuple[Collective, int]]) -> list[float]:
-        found = estimate(Cost(flops, flops, 0.0, 2.0 * state, sent), built.mesh, topology)
+    def parts(flops: float, moved: float, sent: list[tuple[Collective, int]]) -> list[float]:
+        found = estimate(Cost(flops, flops, 0.0, 2.0 * state + moved, sent), built.mesh, topology)
         return [seconds / config.batch_size for seconds in (found or {}).values()]
 
-    guess = parts(flops + recomputed, sent)
-    return max(parts(flops, [])), (max(guess) + sum(guess)) / 2
+    guess = parts(flops + recomputed, 6 * copy, sent)
+    return max(parts(flops, 0.0, [])), (max(guess) + sum(guess)) / 2
 
 
-def _group(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+def _group(mesh: Mesh, axes: Sequence[str]) -> tuple[int, ...]:
     """Places of the devices that differ from the first along these axes alone."""
     places = np.arange(mesh.size).reshape(mesh.devices.shape)
     return tuple(
@@ -248,8 +263,7 @@ def explore(
             useless += [s for s in left if _cannot_be_better(s, tried, devices_per_chip)]
             left = [s for s in left if s not in useless]
             while left and len(running) < workers and len(tried) + len(running) < limit:
-                begun = [t.setting for t in tried if t.step["fits"]] + [*running.values()]
-                following = min(left, key=lambda s: _order(s, begun))
+                following = min(left, key=lambda s: _order(s, tried, [*running.values()]))
                 left.remove(following)
                 running[pool.submit(compile_step, following)] = following
             if not running:
@@ -267,11 +281,34 @@ def explore(
                 )
 
 
-def _order(setting: Setting, begun: Sequence[Setting]) -> tuple[bool, bool, float]:
-    """The configured one, then the quick, then what only takes less memory than another."""
-    same = [s for s in begun if _without_remat(s) == _without_remat(setting)]
-    saves = any(s.place > setting.place for s in same)
-    return bool(setting.changes), saves, setting.guess
+def _order(
+    setting: Setting, tried: Sequence[Tried], running: Sequence[Setting]
+) -> tuple[bool, bool, float]:
+    """The configured one, then one of each mesh and batch, the quickest first, and all of the best.
+
+    A mesh and batch begin with the configured remat, and go on with the others. Last come those
+    that take more memory than one that is not among the best, and a remat that was seen to take
+    more memory than another without being quicker.
+    """
+    is_same = lambda a, b: _without_remat(a) == _without_remat(b)
+    fitting, best = [each for each in tried if each.step["fits"]], frontier(tried)
+    same = [each for each in tried if is_same(each.setting, setting)]
+    if same:
+        beaten = [each for each in same if each in fitting and each not in best]
+        is_late = any(setting.place > each.setting.place for each in beaten) or any(
+            a.setting.config.model.remat == setting.config.model.remat
+            for a, b in itertools.permutations(fitting, 2)
+            if is_same(a.setting, b.setting)
+            and a.setting.place > b.setting.place
+            and a.seconds >= b.seconds
+        )
+    else:
+        is_late = "model.remat" in setting.changes or any(is_same(s, setting) for s in running)
+    # What the guess is wrong by: of the same mesh, or of most.
+    factors = [each.seconds / each.setting.guess for each in fitting]
+    of_same = [f for f, each in zip(factors, fitting, strict=True) if each in same]
+    factor = min(of_same) if of_same else statistics.median(factors or [1.0])
+    return bool(setting.changes), is_late, setting.guess * factor
 
 
 def _without_remat(setting: Setting) -> Values:

@@ -136,6 +136,24 @@ def test_what_cannot_fit_or_be_better_is_not_compiled(topology):
     assert order == [""]
 
 
+def test_half_of_the_compilations_find_all_of_the_frontier(topology):
+    """Without remat a step is slower and larger here, as it is where memory bounds it."""
+    settings = found(topology, model__remat="dots", model__hidden_size=64).settings
+
+    def sizes(s):
+        rank = search.REMATS.index(s.config.model.remat)
+        mesh = 10.0 - s.config.mesh.fsdp - 0.5 * s.config.mesh.split_update
+        return mesh + (2.0, 0.0, 0.0, 0.25)[rank], mesh + (20.0, 2.0, 2.0, 1.0)[rank]
+
+    order, tried, *_ = explored(settings, sizes, available=999, limit=len(settings) // 2)
+    got = {tuple(each.setting.flags) for each in search.frontier(tried)}
+    every, everything, *_ = explored(settings, sizes, available=999)
+    assert got == {tuple(each.setting.flags) for each in search.frontier(everything)}
+    assert len(every) == len(settings)
+    assert len(got) == 2  # of the quickest mesh
+    assert sum("remat=none" in flags for flags in order) == 1
+
+
 def test_the_limit_counts_compilations(topology):
     settings = found(topology).settings
     order, _, _, untried = explored(settings, lambda s: (1.0, 1e12), available=1e13, limit=3)
