@@ -59,6 +59,10 @@ for _name, _value in {
     os.environ[_name.upper()] = str(_value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "tests/program/" not in item.nodeid)  # the longest start first
+
+
 def pytest_unconfigure() -> None:
     gc.freeze()  # at exit Python would look through all of them again
     if not _IS_WORKER:

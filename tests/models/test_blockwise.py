@@ -21,9 +21,11 @@ from repulsor_jax.models import blockwise
 from repulsor_jax.models.build import build_model, init_model_params
 from repulsor_jax.models.dit import tokens_after
 from repulsor_jax.runtime.metrics import read_jsonl
+from repulsor_jax.runtime.preemption import Preempted
 from repulsor_jax.sample import sample
 from tests.oracles import blockwise as published
 from tests.oracles import fixtures, tiny
+from tests.oracles.runs import acting, told_to_stop
 
 LINEAR = paths.get_path("linear")
 SMALL = {
@@ -405,14 +407,15 @@ def test_the_residual_network_changes_nothing_at_the_start_and_by_its_output_lat
 
 
 def test_meshes_and_micro_batches_give_the_same_losses():
-    """The repulsion is too weak to be felt: in a micro-batch it has fewer negatives."""
+    """On the mesh parameters are split; the repulsion is too weak to be felt in fewer negatives."""
     options = SMALL | {"batch_size": 48, "terms": "repulsor+sra", "repulsor__bank_rows": 96}
     options |= {"model__depth": 1, "model__scan_blocks": True, "repulsor__weight": 1e-8}
     found = []
     for shape, parts in (((1, 1, 1), 1), ((4, 2, 1), 2)):
         c = tiny.config(**options, optimizer__accumulation_steps=parts)
         state, history = tiny.build(c, tiny.mesh(*shape)).run(tiny.batches(2, 48))
-        found.append(([[m[name] for name in ("flow_loss", "sra_loss")] for m in history], state))
+        names = ("flow_loss", "sra_loss", "grad_norm")
+        found.append(([[m[name] for name in names] for m in history], state))
     (expected, one), (losses, other) = found
     np.testing.assert_allclose(losses, expected, rtol=2e-4)
     jax.tree.map(np.testing.assert_array_equal, other.bank.tags, one.bank.tags)
@@ -499,7 +502,8 @@ def test_a_second_stage_trains_the_residual_network_alone_and_resumes(tmp_path, 
     found = [line["residual_loss"] for line in read_jsonl(tmp_path / "second" / "metrics.jsonl")]
     assert np.mean(found[-2:]) < np.mean(found[:2])
 
-    run(tmp_path / "stopped", total_steps=4, **second)
+    with pytest.raises(Preempted):
+        run(tmp_path / "stopped", total_steps=8, change=acting(_5=told_to_stop), **second)
     monkeypatch.setattr("repulsor_jax.train.with_base_params", None)  # not read again
     resumed = run(tmp_path / "stopped", total_steps=8, **second)
     jax.tree.map(np.testing.assert_array_equal, tiny.raw(resumed), tiny.raw(reference))
