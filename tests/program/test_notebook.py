@@ -25,7 +25,8 @@ def test_the_notebook_trains_shows_and_plans(tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
     notebook = read()
     tiny = "--config=digits:none --config.model.depth=1 --config.sampling.num_steps=2"
-    train = f"{tiny} --config.total_steps=40 --config.log.diagnostics_every_steps=0"
+    tiny += " --config.model.hidden_size=16 --config.batch_size=16"
+    train = f"{tiny} --config.total_steps=4 --config.log.diagnostics_every_steps=0"
     monkeypatch.setenv("TRAIN", f"{train} --config.evaluation.every_steps=0")
     monkeypatch.setenv("PLAN", f"{tiny} --topology=v5e:2x2")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -34,7 +35,7 @@ def test_the_notebook_trains_shows_and_plans(tmp_path, monkeypatch):
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     said = "".join(output.get("text", "") for output in outputs)
-    assert "step 40/40" in said
+    assert "step 4/4" in said
     shown = [output["data"] for output in outputs if "data" in output]
     assert any("image/png" in data for data in shown)
     (page,) = [data["text/html"] for data in shown if "text/html" in data]
