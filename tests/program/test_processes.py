@@ -6,10 +6,12 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from repulsor_jax import config as config_lib
 from repulsor_jax import experiment as experiment_lib
+from repulsor_jax import sharding
 from repulsor_jax.encode import encode
 from repulsor_jax.evaluate import evaluate
 from repulsor_jax.evaluation.monitor import make_monitor
@@ -41,7 +43,7 @@ def run_processes(folder, count, jobs):
         JAX_NUM_CPU_DEVICES="2",
     )
     try:
-        status = parent.wait(300)
+        status = parent.wait(600)
     finally:
         parent.kill()
     said = [(folder / f"{rank}.txt").read_text() for rank in range(count)]
@@ -86,8 +88,8 @@ def copy_checkpoint(step, source, target):
 def test_four_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     """One process of 8 devices against a run that one process begins, four go on with, one ends.
 
-    In the mesh of the four, the devices of a process are not neighbours, and some processes read
-    the same rows.
+    In the mesh of the four, the devices of a process are not neighbours, some processes read the
+    same rows, and the parameters are split between them.
     """
     one, relay, alone = (tmp_path / name for name in ("one", "relay", "alone"))
     data_dir = relay / "data"  # the four encode the digits for themselves
@@ -103,6 +105,9 @@ def test_four_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     assert "step 2 of 4" in said[0]
     held = [next(line for line in text.splitlines() if "holds" in line) for text in said]
     assert any(line.count("range(") > 1 for line in held)  # they are not neighbours
+    saved = ocp.PyTreeCheckpointer().metadata(relay / "checkpoints" / "4" / "state")
+    kernel = saved.item_metadata.tree["params"]["model"]["block_0"]["qkv"]["kernel"]
+    assert set(sharding.DATA_AXES) <= set(jax.tree.leaves(kernel.sharding.partition_spec))
     copy_checkpoint(4, relay, alone)
     train_here(relay, data_dir, 4)
     expected, found = read(one, "loss"), read(relay, "loss")
