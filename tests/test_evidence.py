@@ -223,7 +223,7 @@ def _run(workdir, *arguments):
 
 @pytest.mark.slow
 def test_from_an_empty_folder_to_the_table_and_on(tmp_path):
-    said = _run(tmp_path, "--arms=control", "--steps=4", "--every=2", "--workers=2")
+    said = _run(tmp_path, "--arms=control", "--steps=4", "--every=4", "--workers=2")
     assert "2/2 runs" in said
     assert "After 4 steps (256 images)" in said
     assert "| control | 0.001 | 1 |" in said
