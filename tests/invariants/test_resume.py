@@ -1,5 +1,6 @@
 """Invariant 4: stopped anywhere and gone on with, every later loss is equal to the bit."""
 
+import numpy as np
 import pytest
 
 from tests.oracles.runs import assert_same_run, on_host, position
@@ -14,11 +15,13 @@ def test_resume_is_invisible(tmp_path, run, uninterrupted, stop):
     assert position(workdir, 12) == position(uninterrupted[0], 12)
 
 
-def test_resume_with_a_teacher_is_invisible_on_the_whole_mesh(tmp_path, run):
+def test_resume_with_a_teacher_and_a_source_is_invisible_on_the_whole_mesh(tmp_path, run):
     """The bank holds the teacher's keys, and has wrapped around where the run stops."""
     teacher = {"repulsor.positives": "view", "repulsor.bank_keys": "teacher", "whole_mesh": True}
+    teacher |= {"source.name": "class", "source.rank": 8, "source.alignment_axis": "width"}
     expected = run(tmp_path / "reference", **teacher)
     assert {"head"} == expected.ema_terms["repulsor"].keys()
+    assert np.abs(on_host(expected).ema_params["source"]["mean"]["bias"]).max() > 0
     run(tmp_path / "run", total_steps=7, **teacher)
     state = run(tmp_path / "run", **teacher)
     assert_same_run(tmp_path / "run", state, (tmp_path / "reference", on_host(expected)))

@@ -105,8 +105,8 @@ def test_encode_train_resume_and_sample(tmp_path):
     children.mkdir()
     shutil.copytree(tmp_path / "checkpoints", whole / "checkpoints")
     longer = [a.replace("total_steps=6", "total_steps=8") for a in TINY]
-    many = ["--config.sampling.num_samples=4000", "--config.evaluation.num_samples=4000"]
-    many += ["--config.sampling.images_per_shard=200", "--checkpoint_step=8"]
+    many = ["--config.sampling.num_samples=2000", "--config.evaluation.num_samples=2000"]
+    many += ["--config.sampling.images_per_shard=100", "--checkpoint_step=8"]
     many += [f"--config.data.dir={tmp_path / 'data'}"]
     work = {"sample": "samples/.*.incomplete", "evaluate": "evaluations/.*.incomplete"}
     common = [f"--config={ROOT / 'configs/digits.py'}", workdir, *longer]
