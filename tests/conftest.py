@@ -52,7 +52,7 @@ _RUN = os.getppid() if _IS_WORKER else os.getpid()
 _CACHE = pathlib.Path(tempfile.gettempdir()) / f"repulsor_jax_tests_{_RUN}"
 for _name, _value in {
     "jax_compilation_cache_dir": str(_CACHE),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }.items():
     jax.config.update(_name, _value)
