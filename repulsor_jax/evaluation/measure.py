@@ -56,7 +56,7 @@ def _eigen_convolutions() -> dict[str, str]:
     """Options by which XLA on a CPU computes convolutions with Eigen, where it knows them.
 
     Inception takes 0.5 of the time that it takes with YNNPACK, which jax 0.10 would choose, and
-    0.85 with jax 0.12 (docs/measurements.md).
+    0.85 with jax 0.12 (docs/evaluation.md).
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     with contextlib.suppress(jax.errors.JaxRuntimeError):
