@@ -245,13 +245,17 @@ def attend(
         mask = mask[:, None]
     if implementation is not None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-    # Heads before tokens, and q scaled instead of the logits: XLA on a CPU takes half the time.
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    # Heads before tokens, and q scaled instead of the logits: XLA on a CPU takes 0.6 of the time.
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == jnp.float32:  # bfloat16 would round q, and the scale itself
+        q, scale = q * scale, 1.0
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = product("bhqd,bhkd->bhqk", q, k)
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp((logits - largest) * scale)
     out = product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v)
     return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype).swapaxes(1, 2)
 

@@ -249,8 +249,19 @@ def test_attention_agrees_with_a_plain_softmax(size: float) -> None:
     q, k, v = (a.astype(np.float32) for a in (size * q, k, v))
     np.testing.assert_allclose(attend(q, k, v), expected, atol=5e-5)
     np.testing.assert_allclose(attend(q, k, v, "xla"), expected, atol=5e-5)
-    half = jax.eval_shape(attend, *(a.astype(jnp.bfloat16) for a in (q, k, v)))
-    assert half.dtype == jnp.bfloat16
+
+
+def test_attention_in_bfloat16_rounds_no_scale() -> None:
+    """72 ** -0.5 is no power of two: rounded, or in a rounded q, it costs half as much again."""
+    half = np.random.default_rng(0).standard_normal((3, 1, 128, 4, 72)).astype(jnp.bfloat16)
+    q, k, v = half.astype(np.float64)
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(72)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    found = attend(*half)
+    assert found.dtype == jnp.bfloat16
+    error = np.asarray(found, np.float64) - expected
+    assert np.sqrt(np.square(error).mean() / np.square(expected).mean()) < 0.0025
 
 
 def test_masked_attention_is_that_among_the_keys_that_are_seen() -> None:
