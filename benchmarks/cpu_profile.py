@@ -1,19 +1,19 @@
 """Where the time of a step goes on one core of a CPU: ours, and PyTorch's compiled one.
 
-    pip install torch diffusers && python -m benchmarks.cpu_profile
+    python -m benchmarks.cpu_profile
+    pip install torch diffusers && python -m benchmarks.cpu_profile --peers
 
 On one core nothing runs at the same time, so that the times of a step's parts add up. Prints, for
 each program, ms by kind of work, and the rate of its matrix products.
 """
 
 import argparse
-import collections
 import os
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import step
@@ -26,15 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    step.add_options(parser, rounds=1)
+    step.add_options(parser, rounds=4)
     args = parser.parse_args()
     args.bank_rows, args.dim, args.steps = 65_536, 128, 1
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # workers inherit it
     os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch counts the machine's cores
-    builders: dict[str, step.Build] = {
-        "repulsor_jax": profile_jax,
-        "PyTorch compiled": profile_torch,
-    }
+    builders: dict[str, step.Build] = {"repulsor_jax": profile_jax}
+    if args.peers:
+        builders["PyTorch compiled"] = profile_torch
     workers = step.start_workers(builders, args)
     infos = {name: worker.info for name, worker in workers.items()}
     print(f"\n{step.setting(args)}; one core used\n")
@@ -67,25 +66,21 @@ def profile_jax(args: argparse.Namespace) -> tuple[step.Timed, dict[str, Any]]:
         state, metrics = program.step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    seconds = step_seconds(run)
+    seconds = step_seconds(run, args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
     made_by = dict(re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', program.step.as_text() or ""))
-    events = [
-        (made_by[event.name], event.name, event.duration_ns / 1e6)
+    events = (
+        (_kind_of_hlo(made_by[event.name], event.name), event.duration_ns / 1e6)
         for plane in data.planes
         for line in plane.lines
         for event in line.events
         if event.name in made_by
-    ]
-    return (lambda: 0.0), {
-        "ms": by_kind((_kind_of_hlo(op, name), ms) for op, name, ms in events),
-        "seconds": seconds,
-        "flops": linear_flops(args),
-    }
+    )
+    return profiled(args, seconds, events)
 
 
 def _kind_of_hlo(op: str, name: str) -> str:
@@ -100,15 +95,11 @@ def profile_torch(args: argparse.Namespace) -> tuple[step.Timed, dict[str, Any]]
     import torch
 
     timed, _ = step.build_torch(True, args)
-    seconds = step_seconds(timed)
+    seconds = step_seconds(timed, args.rounds)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         timed()
     events = ((_kind_of_torch(e.key), e.self_cpu_time_total / 1e3) for e in found.key_averages())
-    return (lambda: 0.0), {
-        "ms": by_kind(events),
-        "seconds": seconds,
-        "flops": linear_flops(args),
-    }
+    return profiled(args, seconds, events)
 
 
 def _kind_of_torch(name: str) -> str:
@@ -119,23 +110,25 @@ def _kind_of_torch(name: str) -> str:
     return UPDATE if re.search("adamw|lerp|Optimizer", name) else REST
 
 
-def by_kind(events: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Sums of ms by kind."""
-    total: dict[str, float] = collections.defaultdict(float)
+def profiled(
+    args: argparse.Namespace, seconds: float, events: Iterable[tuple[str, float]]
+) -> tuple[step.Timed, dict[str, Any]]:
+    """What a worker returns: nothing to time any more, and ms by kind of the events' (kind, ms)."""
+    total = dict.fromkeys(KINDS, 0.0)
     for kind, ms in events:
         total[kind] += ms
-    return {kind: total[kind] for kind in KINDS}
+    return (lambda: 0.0), {"ms": total, "seconds": seconds, "flops": linear_flops(args)}
 
 
-def step_seconds(run: Any) -> float:
-    """Seconds of the quickest of four runs, after one that is not counted."""
-
-    def once() -> float:
+def step_seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Seconds of the quickest of some runs, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(rounds):
         started = time.perf_counter()
         run()
-        return time.perf_counter() - started
-
-    return min([once() for _ in range(5)][1:])
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 from tqdm import tqdm
@@ -21,9 +20,7 @@ from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_images, evalua
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.inference import pretrained, run
 from repulsor_jax.inference.generator import Guidance, configured_guidance, make_generator
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from repulsor_jax.runtime.metrics import Tracker
 
 
 def evaluate(config: Config, workdir: pathlib.Path, checkpoints: str = "") -> list[report.Record]:
@@ -78,9 +75,10 @@ def _evaluate_checkpoints(
             evaluate_params, evaluator, num_samples=config.evaluation.num_samples, grid=True
         )
         if is_main:
-            from tensorboardX import SummaryWriter  # slow where torch is installed
+            from repulsor_jax.runtime.event_files import EventFiles  # slow where torch is installed
 
-            events = stack.enter_context(SummaryWriter(str(workdir / "tensorboard/evaluation")))
+            events = EventFiles(workdir / "tensorboard" / "evaluation")
+            stack.callback(events.close, failed=False)
         for step in itertools.chain([first], wanted):
             try:
                 params = published or run.restore_params(experiment, checkpointer, step)
@@ -105,17 +103,18 @@ def _evaluate_checkpoints(
     return records
 
 
-def _write_events(events: "SummaryWriter", records: Sequence[report.Record]) -> None:
+def _write_events(events: Tracker, records: Sequence[report.Record]) -> None:
     """Writes the records of one step; in a sweep the guidance is in their names."""
     for record in records:
         protocol, suffix = record["protocol"], ""
         if len(records) > 1:
             low, high = protocol.get("cfg_interval", (0, 1))
             suffix = f"/cfg_{protocol['cfg_scale']:g}_t_{low:g}_{high:g}"
-        text = f"```\n{json.dumps(record, indent=2)}\n```"
-        events.add_text(f"evaluation/protocol{suffix}", text, protocol["step"])
-        for name, value in record["metrics"].items():
-            events.add_scalar(f"evaluation/{name}{suffix}", value, protocol["step"])
+        step, text = protocol["step"], json.dumps(record, indent=2)
+        events.text(step, f"evaluation/protocol{suffix}", text)
+        metrics = record["metrics"].items()
+        events.scalars(step, {f"evaluation/{name}{suffix}": value for name, value in metrics})
+    events.flush()
 
 
 def _wanted_steps(checkpointer: Checkpointer, checkpoints: str, config: Config) -> Iterator[int]:

@@ -106,12 +106,8 @@ def make_residual_loss(trainer: Trainer) -> Callable:
     model: Any = trainer.model
     path, last = trainer.objective.path, (trainer.model.depth - 1,)
 
-    def loss_fn(
-        params: dict,
-        teacher: Teacher,
-        inputs: Inputs,
-        bank: MemoryBank | None,
-        weights: dict[str, Array],
+    def loss_fn(  # without a bank and terms
+        params: dict, teacher: Teacher, inputs: Inputs, *_: Any
     ) -> tuple[Array, tuple[Metrics, None]]:
         data, labels = inputs.data, inputs.labels
         noise = start_points(trainer, teacher.params, inputs, inputs.noise)

@@ -361,7 +361,9 @@ def test_what_a_term_costs_is_what_it_runs():
     plain = flops("none")
     for name, least, most in (
         ("layersync", 1.0, 1.01),
+        ("contrastive_flow", 1.0, 1.01),
         ("sra", 1 + 0.9 * 6 / 8 / 3, 1.4),  # six blocks of eight, forward alone, and a head
+        ("dual_times", 1 + 0.9 * 6 / 8 / 3, 1.4),
         ("repulsor", 1.0, 1.02),
         ("repulsor_positives", 1 + 0.9 * 3 / 8 / 3, 1 + 1.2 * 3 / 8 / 3),  # blocks 0 to 2
     ):
