@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from repulsor_jax import split_params
 from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
@@ -197,8 +198,9 @@ def make_forward(trainer: Trainer) -> Callable:
             shown[view] = view_time, dict(zip(blocks, seen_tokens, strict=True))
         tapped = dict(zip(taps, tokens, strict=True))
         times = mean_times(t, groups)
-        seen = Seen(data, times, inputs.tags, output, tapped, shown, None, inputs.features)
-        return loss, seen
+        tags, features = inputs.tags, inputs.features
+        by_row = Partial(on_rows)
+        return loss, Seen(data, times, tags, output, tapped, shown, None, features, by_row)
 
     return forward
 
@@ -246,7 +248,7 @@ def source_losses(trainer: Trainer, params: Any, inputs: Inputs) -> dict[str, tu
 
 def _source_of(trainer: Trainer, params: Any, labels: Array) -> Source:
     module: Any = trainer.source
-    return Source(*module.apply({"params": params["source"]}, labels))
+    return Source(*on_rows(module.apply, {"params": params["source"]}, labels))
 
 
 def term_loss(

@@ -33,7 +33,7 @@ def control_term(config: Config, classifier: Trained, weight: float = 0.5) -> Te
         found: Any = classifier.net.apply({"params": classifier.params}, seen.data)
         spatial = found[2]
         target = jax.image.resize(spatial, (len(spatial), side, side, SPATIAL), "linear")
-        ours: Any = head.apply({"params": params}, seen.tokens[block])
+        ours: Any = seen.on_rows(head.apply, {"params": params}, seen.tokens[block])
         return cosine_distance(ours, target.reshape(len(spatial), side**2, SPATIAL)), None
 
     return Term("control", lambda step: jnp.float32(weight), loss, taps=(block,), init=init)

@@ -106,7 +106,7 @@ def _build_sra(config: Any) -> Term:
         return head.init(key, jnp.zeros((1, 1, width)))["params"]
 
     def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
-        ours: Any = head.apply({"params": params}, seen.tokens[student])
+        ours: Any = seen.on_rows(head.apply, {"params": params}, seen.tokens[student])
         theirs = seen.teacher[view][1][teacher]
         return alignment.sra_loss(ours, theirs, distance=c.distance, axis=c.axis, beta=c.beta), None
 
@@ -122,7 +122,7 @@ def _build_latent_alignment(config: Any) -> Term:
         return head.init(key, jnp.zeros((1, 1, model.hidden_size)))["params"]
 
     def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
-        ours: Any = head.apply({"params": params}, seen.tokens[block])
+        ours: Any = seen.on_rows(head.apply, {"params": params}, seen.tokens[block])
         return alignment.clean_latent_loss(ours, seen.data, model.patch_size), None
 
     weight = weight_schedule(c, config.total_steps)
@@ -148,7 +148,7 @@ def _build_feature_alignment(config: Any) -> Term:
 
     def loss(params: Any, ema: Any, seen: Seen, bank: Any) -> tuple[Array, None]:
         assert seen.features is not None, "the batch holds the features"
-        ours: Any = head.apply({"params": params}, seen.tokens[block])
+        ours: Any = seen.on_rows(head.apply, {"params": params}, seen.tokens[block])
         return alignment.feature_loss(ours, seen.features), None
 
     weight = weight_schedule(c, config.total_steps)

@@ -84,26 +84,26 @@ def build(config: Any) -> Term:
         dtype = jnp.dtype(c.bank_dtype)
         return memory_bank.create(c.bank_rows // slot, slot, c.projection_dim, dtype)
 
-    def apply(name: str, params: Any, x: Array) -> Any:
-        return modules[name].apply({"params": params[name]}, x)
+    def apply(name: str, params: Any, seen: Seen, x: Array) -> Any:
+        return seen.on_rows(modules[name].apply, {"params": params[name]}, x)
 
-    def project(params: Any, tokens: Array) -> Array:
-        return apply("head", params, pool(tokens, c.pooling, c.pool_grid))
+    def project(params: Any, seen: Seen, tokens: Array) -> Array:
+        return apply("head", params, seen, pool(tokens, c.pooling, c.pool_grid))
 
     def compare(params: Any, ema: Any, seen: Seen) -> tuple[Compared, Rows]:
-        z = project(params, seen.tokens[block])
+        z = project(params, seen, seen.tokens[block])
         keys, rows = z, Rows(z, seen.t)
         positives = z  # not read without positives
         if view is not None:
             view_time, tokens = seen.teacher[view]
-            positives = jax.lax.stop_gradient(project(ema, tokens[block]))
+            positives = jax.lax.stop_gradient(project(ema, seen, tokens[block]))
             if c.bank_keys == "teacher":
                 keys, rows = positives, Rows(positives, view_time)
         if c.bank_keys == "latent":
-            keys = positives = jax.lax.stop_gradient(apply("latent", ema, seen.data))
+            keys = positives = jax.lax.stop_gradient(apply("latent", ema, seen, seen.data))
             rows = Rows(keys, jnp.ones_like(seen.t))
         if c.predictor:
-            z = apply("predictor", params, z)
+            z = apply("predictor", params, seen, z)
 
         def flat(x: Array) -> Array:
             return x.reshape(-1, c.projection_dim)
@@ -135,7 +135,7 @@ def build(config: Any) -> Term:
         return value, rows
 
     def encoder_loss(params: Any, seen: Seen, z: Array, tags: Tags) -> Array:
-        own = apply("latent", params, seen.data).reshape(z.shape)
+        own = apply("latent", params, seen, seen.data).reshape(z.shape)
         log_mean, count = log_mean_negatives(
             own, None, tags, contrast=contrast, keys=Keys(z, tags), rows_per_sample=num_rows
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.tree_util import Partial
 
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.repulsion import Contrast, Keys
@@ -20,6 +21,10 @@ class View(NamedTuple):
     true_labels: bool = False  # labels before label dropout, or those of the student
 
 
+def _call(fn: Callable[..., Any], params: Any, *rows: Any) -> Any:
+    return fn(params, *rows)
+
+
 class Seen(NamedTuple):
     """What the terms may read of one micro-batch of b rows; made once for all of them."""
 
@@ -31,6 +36,9 @@ class Seen(NamedTuple):
     teacher: Mapping[View, tuple[Array, Mapping[int, Array]]]  # view -> its t [b], tokens by block
     drawn: Any  # the term's own `draw`, [b, ...]
     features: Array | None = None  # [b, N, P] of an encoder, where they are stored
+    # (fn, params, *rows) -> fn(params, *rows), where rows and results are [b, ...] and no row sees
+    # another. Heads are applied by it, for `mesh.reduce_dtype` and `mesh.fsdp` to reach them.
+    on_rows: Callable[..., Any] = Partial(_call)  # a pytree, as all that is seen
 
 
 class Rows(NamedTuple):
