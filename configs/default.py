@@ -215,8 +215,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.tensor = 1  # splits attention heads and the MLP's width
     # A step gathers a copy of the parameters in model.dtype, and each device updates its share.
     c.mesh.split_update = True  # splits parameters, optimizer state and EMA over data too
-    # In which gradients are then summed over devices: "model" is the dtype of each layer, as XLA
-    # does it; "float32" or "bfloat16" is for all. Heads of terms stay in float32.
+    # In which gradients are then summed over devices, those of the model, of heads and of a learned
+    # source alike: "float32", "bfloat16", or "model", the dtype in which each layer computes (heads
+    # and source: float32). With tensor > 1 XLA sums, as with "model", whatever is set.
     c.mesh.reduce_dtype = "model"  # needs split_update
 
     c.checkpoint = ml_collections.ConfigDict()

@@ -10,6 +10,9 @@ and scattered to the shares.
 The blocks' modulation layers hold a third of a DiT's parameters, and are applied once to an image
 instead of to its every token. They are not gathered: the rows go to the parameters, and the
 products come back (`apply_dense`).
+
+Heads of terms and a learned source are small and stay whole, but for `fsdp`. Devices read them in
+the same way, so that their gradients are summed in the dtype in which the network's are.
 """
 
 import functools
@@ -154,7 +157,7 @@ def _without(axes: Axes, others: Axes) -> Axes:
 
 
 class Layout(NamedTuple):
-    """The places of a network's parameters, and the dtypes of what is made of them."""
+    """The places of parameters, and the dtypes of what is made of them."""
 
     places: dict[str, Any]  # tree of `Place`
     dtypes: dict[str, Any]  # tree: of the copies
@@ -164,11 +167,11 @@ class Layout(NamedTuple):
 def make_layout(
     shapes: dict[str, Any], dtypes: dict[str, Any], reduce_dtype: Any = None, *, in_place: bool
 ) -> Layout:
-    """The layout of a network's parameters.
+    """The layout of parameters: of the networks, the source and the terms.
 
     Args:
       shapes: tree of `jax.ShapeDtypeStruct` with their shardings.
-      dtypes: tree: in which each is used.
+      dtypes: tree: in which each is used, of what is to be gathered by `gather`.
       reduce_dtype: see `Layout`.
       in_place: compute the blocks' modulations where their kernels lie, if all devices of a batch
         split these by columns.
@@ -318,11 +321,11 @@ def make_reader(
             lambda params: constrain(params, whole.params),
             (constrain(state.ema_params, whole.ema_params), state.ema_terms),
         )
-    networks, _ = _apart(abstract_train_state(trainer, mesh).ema_params)
+    shapes = abstract_train_state(trainer, mesh)
     reduce_dtype = config.mesh.reduce_dtype
     layout = make_layout(
-        networks,
-        trainer.model.param_dtypes(networks),
+        shapes.ema_params | {"terms": shapes.params["terms"]},
+        trainer.model.param_dtypes(_apart(shapes.ema_params)[0]),
         None if reduce_dtype == "model" else jnp.dtype(reduce_dtype),
         in_place=trainer.model.takes_modulations and trainer.objective.groups is None,
     )
@@ -332,7 +335,9 @@ def make_reader(
 
         def reads(params: dict[str, Any]) -> dict[str, Any]:
             shares, source = _apart(params["model"])
-            return params | {"model": join(copy, shares, layout) | source}
+            small = source | {"terms": params["terms"]}  # their own copies
+            model = join(copy | small, shares | small, layout)
+            return params | {"terms": model.pop("terms"), "model": model}
 
         averaged, source = _apart(state.ema_params)
         model = join(gather(averaged, layout), None, layout) | source
@@ -342,6 +347,6 @@ def make_reader(
 
 
 def _apart(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters of the networks, and those of the learned source, which are whole."""
+    """The parameters of the networks, and those of the learned source, which are not gathered."""
     source = {"source": params["source"]} if "source" in params else {}
     return {name: tree for name, tree in params.items() if name != "source"}, source

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -18,6 +19,12 @@ from tests.oracles import tiny, traffic
 
 SCANNED = {"model__scan_blocks": True, "model__depth": 2, "optimizer__warmup_steps": 1}
 SLOWLY = SCANNED | {"optimizer__learning_rate": 1e-3}  # differences do not grow
+WITH_ENCODER = {
+    "terms": "repulsor+latent_alignment",
+    "repulsor__positives": "view",
+    "repulsor__bank_keys": "latent",
+    "repulsor__predictor": True,
+}
 SYSTEMS = {
     "scan": SCANNED,
     "teacher, micro-batches": SCANNED
@@ -54,9 +61,12 @@ def test_twenty_steps_are_those_of_one_device(on_one_device, mesh):
 
 
 # The blockwise network's is in models/test_blockwise.py.
-@pytest.mark.parametrize("system", ["teacher, micro-batches", "source, groups"])
-def test_every_system_trains_on_split_parameters(system):
-    expected, found = losses((1, 1, 1), **SYSTEMS[system]), losses((8, 1, 1), **SYSTEMS[system])
+@pytest.mark.parametrize(
+    ("system", "mesh"), [("teacher, micro-batches", (8, 1, 1)), ("source, groups", (2, 4, 1))]
+)
+def test_every_system_trains_on_split_parameters(monkeypatch, system, mesh):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)  # fsdp splits heads and source
+    expected, found = losses((1, 1, 1), **SYSTEMS[system]), losses(mesh, **SYSTEMS[system])
     for name in expected[0]:
         values, wanted = ([m[name] for m in history] for history in (found, expected))
         np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -121,14 +131,31 @@ def test_gradients_are_scattered_and_parameters_gathered_once():
     assert text.count(" all-to-all(") == 2  # forward and backward
 
 
+# What sums the gradient of a layer over all 8 devices, and the shape of its kernel.
+SUMMED = {
+    "blocks": [f"reduce_scatter {shape}" for shape in ("32x96", "32x128", "128x32")],
+    # The last layers of head, predictor and encoder; the predictor's first; the head on tokens.
+    "heads": [f"all_reduce {shape}" for shape in (*3 * ["32x12"], "12x32", "32x8")],
+    # Twice: for the start points, and for what it adds to the loss.
+    "source": 2 * [f"all_reduce {shape}" for shape in ("3x20", "20x20", "20x32")],
+}
+
+
 @pytest.mark.parametrize(
-    ("reduce_dtype", "expected"), [("model", "bf16"), ("bfloat16", "bf16"), ("float32", "f32")]
+    ("reduce_dtype", "of_blocks", "of_others"),
+    [("model", "bf16", "f32"), ("bfloat16", "bf16", "bf16"), ("float32", "f32", "f32")],
 )
-def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, expected):
+def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, of_blocks, of_others):
     c = tiny.config(
-        **SCANNED, terms="none", model__dtype="bfloat16", mesh__reduce_dtype=reduce_dtype
+        **WITH_ENCODER,
+        repulsor__projection_dim=12,
+        source__name="class",
+        source__rank=20,
+        model__dtype="bfloat16",
+        mesh__reduce_dtype=reduce_dtype,
     )
-    mesh, trainer = tiny.mesh(data=8), tiny.trainer(c)
+    mesh = tiny.mesh(data=8)
+    trainer = tiny.trainer(c)._replace(optimizer=optax.sgd(1e-3))  # quicker to trace
     arguments = (
         abstract_train_state(trainer, mesh),
         abstract_batch(c.batch_size, tiny.SHAPE, "float16", mesh),
@@ -136,10 +163,11 @@ def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, expected):
     step = jax.jit(make_train_step(trainer, tiny.FORMAT, mesh))
     with sharding.use_mesh(mesh):
         text = step.lower(*arguments).as_text()
-    found = re.findall(r"reduce_scatter.*?\}\) : \(tensor<([\dx]+)x(\w+)>\)", text, re.DOTALL)
-    of_blocks = [dtype for shape, dtype in found if shape in ("32x96", "32x128", "128x32")]
-    assert len(of_blocks) >= 3
-    assert {*of_blocks} == {expected}
+    over_all = r"(all_reduce|reduce_scatter)\"[^\n]*tensor<1x8xi64>"
+    found = re.findall(over_all + r".*?\}\) : \(tensor<([\dx]+)x(\w+)>\)", text, re.DOTALL)
+    for part, layers in SUMMED.items():
+        dtypes = [dtype for kind, shape, dtype in found if f"{kind} {shape}" in layers]
+        assert dtypes == [of_blocks if part == "blocks" else of_others] * len(layers), part
 
 
 @pytest.mark.parametrize("system", ["scan", "blockwise"])
