@@ -217,8 +217,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.mesh.split_update = True  # splits parameters, optimizer state and EMA over data too
     # In which gradients are then summed over devices, those of the model, of heads and of a learned
     # source alike: "float32", "bfloat16", or "model", the dtype in which each layer computes (heads
-    # and source: float32). With tensor > 1 XLA sums, as with "model", whatever is set.
-    c.mesh.reduce_dtype = "model"  # needs split_update
+    # and source: float32).
+    c.mesh.reduce_dtype = "model"  # others need split_update and tensor = 1
 
     c.checkpoint = ml_collections.ConfigDict()
     # A folder (relative to where the command runs) or gs://bucket/path; each run its own.

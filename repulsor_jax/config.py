@@ -496,9 +496,9 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
     if c.model.architecture == "blockwise":
         yield from _contradicting_segments(c)
     yield (
-        c.mesh.reduce_dtype != "model" and not c.mesh.split_update,
-        f"mesh.reduce_dtype={c.mesh.reduce_dtype!r} needs mesh.split_update=True: without it XLA "
-        "sums gradients in the dtype of each layer; set it to 'model'",
+        c.mesh.reduce_dtype != "model" and (not c.mesh.split_update or c.mesh.tensor != 1),
+        f"mesh.reduce_dtype={c.mesh.reduce_dtype!r} needs mesh.split_update=True and "
+        "mesh.tensor=1: else XLA sums gradients in the dtype of each layer; set it to 'model'",
     )
     is_second = c.model.residual_depth > 0
     yield (

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from repulsor_jax import config as config_lib
 from repulsor_jax import sharding, split_params
 from repulsor_jax.models.build import build_model
 from repulsor_jax.planning import hlo
@@ -216,3 +217,11 @@ def test_a_sum_that_is_scattered_and_collected_is_the_sum(monkeypatch, axes, til
         )(x)
     expected = x.sum(0) if any(axes) else x[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"mesh__tensor": 2}, {"mesh__split_update": False}])
+def test_a_dtype_of_sums_that_xla_makes_is_refused(other):
+    with pytest.raises(
+        config_lib.ConfigError, match="needs mesh.split_update=True and mesh.tensor=1"
+    ):
+        tiny.config(mesh__reduce_dtype="float32", **other)
