@@ -2,6 +2,8 @@
 
     python -m repulsor_jax.main --config=configs/evidence.py:cifar16,positives_1024 --workdir=...
 
+An arm may differ from a named one in further values: `positives_1024+repulsor.temperature=0.2`.
+
 `cifar16`: CIFAR-10 at 16x16, 5,000 pictures without labels, 38 epochs of them; minutes of one CPU
 core a run. `cifar16_labels`: all 50,000, with labels. `digits`: 1,300 digits without labels.
 `cifar32`: 32x32, S-sized, bfloat16, for a GPU; it was never run. The bench makes the data set,
@@ -9,6 +11,7 @@ gives the learning rate that its search found, and trains the arm `control` with
 (`benchmarks/evidence/control.py`). docs/evidence.md has what came out.
 """
 
+import ast
 from typing import Any
 
 import ml_collections
@@ -47,8 +50,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def get_config(setting: str = "cifar16,plain") -> ml_collections.ConfigDict:
-    """Returns the configuration of `BENCH,ARM`."""
+    """Returns the configuration of `BENCH,ARM` or `BENCH,ARM+SECTION.FIELD=VALUE+...`."""
     bench, _, arm = setting.partition(",")
+    arm, *changes = arm.split("+")
     if bench not in _BENCHES or arm not in ARMS:
         raise ValueError(
             f"configs/evidence.py:{setting}: expected BENCH,ARM with a bench of "
@@ -64,7 +68,21 @@ def get_config(setting: str = "cifar16,plain") -> ml_collections.ConfigDict:
     objective, values = ARMS[arm]
     objectives.use(c, objective)
     c.update_from_flattened_dict(values)
+    for change in changes:
+        key, _, value = change.partition("=")
+        try:
+            c.update_from_flattened_dict({key: _literal(value)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"configs/evidence.py:{setting}: {change}: {error}") from error
     return c
+
+
+def _literal(text: str) -> Any:
+    """The value that a text writes in Python, or the text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _small(c: ml_collections.ConfigDict) -> None:

@@ -10,7 +10,8 @@
    the runs of a seed are a pair.
 4. Every checkpoint is measured; the tables are printed, and drawn.
 
-Arms are those of configs/evidence.py. What is there already is not done again: a command that was
+Arms are those of configs/evidence.py, with other values where an arm says so:
+`positives_1024+repulsor.temperature=0.2`. What is there already is not done again: a command that was
 stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One run
 takes one core, or --platform=cuda with --workers=1 the GPU. docs/evidence.md has results.
 """
@@ -83,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="velocity scales to sample at",
     )
     parser.add_argument("--seeds", type=int, default=5, help="0 searches alone")
+    parser.add_argument("--first_seed", type=int, default=0, help="others for a look that is free")
     parser.add_argument("--steps", type=int, default=0, help="0: those of the configuration")
     parser.add_argument("--search_steps", type=int, default=0, help="0: half of the steps")
     parser.add_argument("--every", type=int, default=0, help="steps between checkpoints")
@@ -104,12 +106,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.every = args.every or min(config.checkpoint.every_steps, args.steps)
     args.source = args.source or ("digits" if args.bench == "digits" else "tfds:cifar10")
     args.root = (args.workdir / args.bench).absolute()
+    args.seeds = range(args.first_seed, args.first_seed + args.seeds)
     return args
 
 
 def _arms(text: str) -> tuple[str, ...]:
     arms = tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
-    if unknown := [arm for arm in arms if arm not in configs.ARMS]:
+    if unknown := [arm for arm in arms if arm.partition("+")[0] not in configs.ARMS]:
         expected = ", ".join(configs.ARMS)
         raise argparse.ArgumentTypeError(f"found {', '.join(unknown)}, expected {expected}")
     return ("plain", *(arm for arm in arms if arm != "plain"))
@@ -133,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_all(args, search)
             measure(args, search, args.stretches)
         rates = report.best_rates(args.root, args.arms, args.rates)
-        jobs = [Job(a, rates[a], s, args.steps) for s in range(args.seeds) for a in args.arms]
+        jobs = [Job(a, rates[a], s, args.steps) for s in args.seeds for a in args.arms]
         train_all(args, jobs)
         measure(args, jobs, args.stretches)
     else:
@@ -219,7 +222,7 @@ def train(args: argparse.Namespace, job: Job, running: list[subprocess.Popen]) -
     arguments += [f"--config.total_steps={job.steps}"]
     arguments += [f"--config.checkpoint.every_steps={args.every}"]
     module = "repulsor_jax.main"
-    if job.arm == "control":
+    if job.arm.partition("+")[0] == "control":
         module = "benchmarks.evidence.train_control"
         arguments.append(f"--classifier={args.root / 'classifier_control.npz'}")
     _program(args, module, job.arm, _folder(args, job), arguments, running)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,9 +88,9 @@ def write(args: argparse.Namespace) -> str:
     rates = best_rates(args.root, args.arms, args.rates)
     runs: dict[str, dict[int, Run]] = {}
     for arm, rate in rates.items():
-        by_seed = {s: read_run(run_folder(args.root, arm, rate, s)) for s in range(args.seeds)}
+        by_seed = {s: read_run(run_folder(args.root, arm, rate, s)) for s in args.seeds}
         runs[arm] = {seed: run for seed, run in by_seed.items() if args.steps in run.measures}
-    missing = sum(args.seeds - len(runs.get(arm, ())) for arm in args.arms)
+    missing = sum(len(args.seeds) - len(runs.get(arm, ())) for arm in args.arms)
     parts = [_floor(args), _search(args, rates)]
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     if runs.get("plain"):
@@ -97,7 +98,7 @@ def write(args: argparse.Namespace) -> str:
         parts += [section(args, runs, rates) for section in sections]
         _draw(args, runs)
     if missing:
-        parts.insert(0, f"PARTIAL: {missing} of {len(args.arms) * args.seeds} runs are missing.")
+        parts.insert(0, f"PARTIAL: {missing} of {len(args.arms) * len(args.seeds)} runs are missing.")
     text = "\n\n".join(filter(None, parts)) + "\n"
     atomic.write_text(args.root / "report.md", text)
     return text
@@ -248,16 +249,18 @@ def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Contrast with positives at every K against itself without a bank."""
-    arms = [arm for arm in runs if arm.startswith("positives_") and arm != "positives_0"]
-    if "positives_0" not in runs or not arms:
-        return ""
     rows = []
-    for arm in arms:
+    for arm in runs:
+        without = re.sub(r"^positives_\d+", "positives_0", arm)
+        if without == arm or without not in runs:
+            continue
         row = [arm]
         for name in MEASURES:
-            own, base = (_at_best(args, runs[a], name) for a in (arm, "positives_0"))
+            own, base = (_at_best(args, runs[a], name) for a in (arm, without))
             row.append(_compared(own, base, 3 if name == "flow_loss" else 2))
         rows.append(row)
+    if not rows:
+        return ""
     return _table("Is it the bank? Ratio to K = 0", ["arm", *MEASURES.values()], rows)
 
 
