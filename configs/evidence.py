@@ -72,8 +72,8 @@ def get_config(setting: str = "cifar16,plain") -> ml_collections.ConfigDict:
         key, _, value = change.partition("=")
         try:
             c.update_from_flattened_dict({key: _literal(value)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"configs/evidence.py:{setting}: {change}: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"configs/evidence.py:{setting}: {error}") from error
     return c
 
 

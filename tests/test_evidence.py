@@ -68,14 +68,23 @@ def test_every_arm_of_every_bench_is_a_configuration(name):
         assert config.model.latent_size == bench.BENCHES[name].size
         assert (config.model.num_classes > 1) == bench.BENCHES[name].labelled
     assert config_lib.parse(configs.get_config(f"{name},positives_256")).repulsor.bank_rows == 256
+    arm = "positives_1024+repulsor.pooling=token+repulsor.temperature=0.2"
+    found = config_lib.parse(configs.get_config(f"{name},{arm}")).repulsor
+    assert (found.bank_rows, found.pooling, found.temperature) == (1_024, "token", 0.2)
 
 
 def test_words_that_are_no_setting(capsys):
     with pytest.raises(ValueError, match="cifar16,pain: expected BENCH,ARM with a bench of"):
         configs.get_config("cifar16,pain")
-    with pytest.raises(SystemExit):
-        bench.parse_arguments(["--arms=pain,plain"])
-    assert "found pain, expected plain, logit_normal" in capsys.readouterr().err
+    for arm, said in {
+        "pain": "cifar16,pain: expected BENCH,ARM with a bench of",
+        "plain+repulse.weight=1": '"repulse.weight" cannot be set as "repulse" was not found',
+        "plain+repulsor.weigth=1": "config.repulsor.weigth: unknown key; expected one of",
+    }.items():
+        with pytest.raises(SystemExit):
+            bench.parse_arguments([f"--arms={arm},plain"])
+        assert "error: --arms: " in (found := capsys.readouterr().err)
+        assert said in found
 
 
 def test_the_command_line():
@@ -121,17 +130,12 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert (args.root / "curves_images.png").is_file()
 
 
-def _classifier(root, value):
-    np.savez(root / "classifier_metric.npz", weights=np.full(3, value), accuracy=0.5)
-
-
 def test_numbers_outlive_their_runs(tmp_path):
     words = ["--arms=positives_0", "--rates=1e-3", "--seeds=2", "--steps=10"]
     there, here = (bench.parse_arguments([f"--workdir={tmp_path}/{w}", *words]) for w in "ab")
     for seed, distances in enumerate([(8.0, 4.0), (6.0, 3.0)]):
         _measured(there, "plain", 1e-3, seed, 10, distances[0])
         _measured(there, "positives_0", 1e-3, seed, 10, distances[1])
-    _classifier(there.root, 1.0)
     floor = {"samples": 100, "features": 0.5, "pixels": 0.25, "accuracy": 0.5}
     (there.root / "floor.json").write_text(json.dumps(floor))
     path = tmp_path / "numbers" / "digits.jsonl"
@@ -146,11 +150,11 @@ def test_numbers_outlive_their_runs(tmp_path):
 
     own = report.run_folder(here.root, "plain", 1e-3, 1) / "measure_10.json"
     own.write_text("{}")
-    _classifier(here.root, 1.0)
+    (here.root / "floor.json").write_text(json.dumps(floor | {"features": 0.501}))
     ledger.unpack(path, here.root)  # what was measured here stays
     assert own.read_text() == "{}"
-    _classifier(here.root, 2.0)
-    with pytest.raises(ValueError, match="another processor or version of jax trained it"):
+    (here.root / "floor.json").write_text(json.dumps(floor | {"features": 0.51}))
+    with pytest.raises(ValueError, match="get 0.5000 in features, and 0.5100 by the classifier"):
         ledger.unpack(path, here.root)
 
 

@@ -11,9 +11,9 @@
 4. Every checkpoint is measured; the tables are printed, and drawn.
 
 Arms are those of configs/evidence.py, with other values where an arm says so:
-`positives_1024+repulsor.temperature=0.2`. What is there already is not done again: a command that was
-stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One run
-takes one core, or --platform=cuda with --workers=1 the GPU. docs/evidence.md has results.
+`positives_1024+repulsor.temperature=0.2`. What is there already is not done again: a command that
+was stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One
+run takes one core, or --platform=cuda with --workers=1 the GPU. docs/evidence.md has results.
 """
 
 import argparse
@@ -28,13 +28,18 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from benchmarks.evidence import ledger, report
 from benchmarks.evidence.report import SEARCH_SEED, run_folder
 from configs import evidence as configs
+from repulsor_jax import config as config_lib
+from repulsor_jax.files import atomic
+
+if TYPE_CHECKING:
+    from benchmarks.evidence.measure import Yardstick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="print what is there, and stop")
     args = parser.parse_args(argv)
-    config = configs.get_config(f"{args.bench},plain")
+    try:
+        parsed = [config_lib.parse(configs.get_config(f"{args.bench},{a}")) for a in args.arms]
+    except ValueError as error:
+        parser.error(f"--arms: {error}")
+    config = parsed[0]
     args.steps = args.steps or config.total_steps
     args.search_steps = args.search_steps or args.steps // 2
     args.batch_size = config.batch_size
@@ -112,9 +121,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _arms(text: str) -> tuple[str, ...]:
     arms = tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
-    if unknown := [arm for arm in arms if arm.partition("+")[0] not in configs.ARMS]:
-        expected = ", ".join(configs.ARMS)
-        raise argparse.ArgumentTypeError(f"found {', '.join(unknown)}, expected {expected}")
     return ("plain", *(arm for arm in arms if arm != "plain"))
 
 
@@ -129,16 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         os.environ["JAX_PLATFORMS"] = args.platform  # of the runs
         jax.config.update("jax_platforms", args.platform)  # and of this process
-        prepare(args)
+        yardstick = prepare(args)
         _read_ledger(args)
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
         if len(args.rates) > 1:
             train_all(args, search)
-            measure(args, search, args.stretches)
+            measure(args, search, yardstick)
         rates = report.best_rates(args.root, args.arms, args.rates)
         jobs = [Job(a, rates[a], s, args.steps) for s in args.seeds for a in args.arms]
         train_all(args, jobs)
-        measure(args, jobs, args.stretches)
+        measure(args, jobs, yardstick)
     else:
         _read_ledger(args)
     print(report.write(args))
@@ -152,9 +158,10 @@ def _read_ledger(args: argparse.Namespace) -> None:
             sys.exit(f"error: {error}")
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Pictures, classifiers and the data set that the runs read."""
+def prepare(args: argparse.Namespace) -> "Yardstick":
+    """Pictures, classifiers and the data set that the runs read; returns what measures them."""
     from benchmarks.evidence import classifier, pictures
+    from benchmarks.evidence.measure import Yardstick
 
     bench, root = BENCHES[args.bench], args.root
     found = pictures.load_pictures(root / "pictures.npz", args.source, bench.size)
@@ -170,6 +177,11 @@ def prepare(args: argparse.Namespace) -> None:
         pictures.write_latents(root / "latents", found, bench.count, bench.labelled)
         arguments = ["--mode=encode", f"--config.data.source_path={root / 'latents'}"]
         _program(args, "repulsor_jax.main", "plain", root, arguments, [])
+    measuring = classifier.load_classifier(root / "classifier_metric.npz")
+    yardstick = Yardstick(found, bench.count, measuring, args.samples)
+    about = yardstick.floor() | {"accuracy": measuring.accuracy, "samples": args.samples}
+    atomic.write_text(root / "floor.json", json.dumps(about) + "\n")
+    return yardstick
 
 
 def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
@@ -234,24 +246,14 @@ def steps_done(workdir: pathlib.Path) -> int:
     return max(steps, default=0)
 
 
-def measure(args: argparse.Namespace, jobs: Sequence[Job], scales: Sequence[float]) -> None:
+def measure(args: argparse.Namespace, jobs: Sequence[Job], yardstick: "Yardstick") -> None:
     """Measures every checkpoint of these runs that was not measured yet."""
-    from benchmarks.evidence import classifier, pictures
-    from benchmarks.evidence.measure import Yardstick, measure_run
-    from repulsor_jax import config as config_lib
+    from benchmarks.evidence.measure import measure_run
 
-    yardstick = Yardstick(
-        pictures.load_pictures(args.root / "pictures.npz", args.source, BENCHES[args.bench].size),
-        BENCHES[args.bench].count,
-        classifier.load_classifier(args.root / "classifier_metric.npz"),
-        args.samples,
-    )
-    about = yardstick.floor() | {"accuracy": yardstick.classifier.accuracy, "samples": args.samples}
-    (args.root / "floor.json").write_text(json.dumps(about) + "\n")
     todo = [job for job in jobs if not _is_measured(args, job)]
     for number, job in enumerate(todo, 1):
         config = config_lib.parse(configs.get_config(f"{args.bench},{job.arm}"))
-        measure_run(config, _folder(args, job), yardstick, scales)
+        measure_run(config, _folder(args, job), yardstick, args.stretches)
         print(f"measured {number}/{len(todo)}", end="\r", flush=True)
         if args.ledger:
             ledger.pack(args.root, args.ledger)

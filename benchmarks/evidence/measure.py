@@ -102,10 +102,10 @@ def measure_run(
             wanted = [1.0, *(scales if step == steps[-1] else ())]
             todo = [s for s in wanted if f"features@{s:g}" not in known]
             if todo:
-                tools = yardstick.tools or _Tools(
-                    yardstick, run.open_experiment(config, workdir, checkpointer, step)
-                )
-                yardstick.tools = tools
+                tools = yardstick.tools
+                if tools is None or tools.experiment.config.model != config.model:
+                    experiment = run.open_experiment(config, workdir, checkpointer, step)
+                    yardstick.tools = tools = _Tools(yardstick, experiment)
                 params = run.restore_params(tools.experiment, checkpointer, step)
                 known = known or tools.network(params)
                 for scale in todo:
@@ -129,7 +129,7 @@ def _fit(images: np.ndarray) -> GaussianStatistics:
 
 
 class _Tools:
-    """What is compiled once: all runs of a bench have one model and one data set."""
+    """What is compiled once for all runs of one model: a bench has one data set."""
 
     def __init__(self, yardstick: Yardstick, experiment: Experiment):
         self.experiment = experiment

@@ -98,7 +98,9 @@ def write(args: argparse.Namespace) -> str:
         parts += [section(args, runs, rates) for section in sections]
         _draw(args, runs)
     if missing:
-        parts.insert(0, f"PARTIAL: {missing} of {len(args.arms) * len(args.seeds)} runs are missing.")
+        parts.insert(
+            0, f"PARTIAL: {missing} of {len(args.arms) * len(args.seeds)} runs are missing."
+        )
     text = "\n\n".join(filter(None, parts)) + "\n"
     atomic.write_text(args.root / "report.md", text)
     return text
