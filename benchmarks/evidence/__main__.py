@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         os.environ["JAX_PLATFORMS"] = args.platform  # of the runs
         jax.config.update("jax_platforms", args.platform)  # and of this process
+        jax.config.update("jax_compilation_cache_dir", str(args.root / "cache"))
         yardstick = prepare(args)
         _read_ledger(args)
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
