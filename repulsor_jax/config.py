@@ -193,6 +193,7 @@ class RepulsorConfig(TermConfig):
     negatives: Annotated[str, _one_of(repulsor.NEGATIVES)]
     time_gap: Fraction
     view_noise: Literal["same", "new"]
+    view_min_crop: Annotated[float, Field(gt=0, le=1)]
     predictor: bool
     same_class_weight: Fraction
     time_window: Annotated[float, Field(gt=0, le=1)]
@@ -819,6 +820,17 @@ def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
         r.bank_start_step > 0 and (r.bank_rows == 0 or r.bank_start_step >= c.total_steps),
         f"repulsor.bank_start_step={r.bank_start_step} leaves nothing for the bank: "
         f"config.repulsor.bank_rows={r.bank_rows}, config.total_steps={c.total_steps}",
+    )
+    has_view = r.bank_keys == "teacher" or (r.positives == "view" and r.bank_keys == "online")
+    yield (
+        r.view_min_crop < 1 and not has_view,
+        f"repulsor.view_min_crop={r.view_min_crop} has no effect: no teacher is shown a view; set "
+        "it to 1",
+    )
+    yield (
+        r.view_min_crop < 1 and (r.pooling == "token" or c.conditioning.kind != "none"),
+        f"repulsor.view_min_crop={r.view_min_crop} moves what is where in the image, and "
+        "config.repulsor.pooling='token' and config.conditioning compare by place; set it to 1",
     )
     yield (
         r.bank_keys == "latent" and r.time_window < 1,

@@ -156,7 +156,7 @@ def make_measure(
         t = times[:, 0]
         if inputs.t.ndim == 2:
             t = jnp.broadcast_to(t[:, None], inputs.t.shape)
-        views = {view: (t, noise) for view, (_, noise) in inputs.views.items()}
+        views = {view: shown._replace(t=t) for view, shown in inputs.views.items()}
         inputs = inputs._replace(t=t, labels=inputs.tags.labels, views=views)
         _, seen = forward(state.params, teacher, inputs)
         _, now = term_loss(term, state.params, teacher, inputs, seen, None)

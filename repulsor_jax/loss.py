@@ -19,6 +19,7 @@ from repulsor_jax.flows.paths import interpolate, target_velocity
 from repulsor_jax.flows.source import Source
 from repulsor_jax.method import memory_bank
 from repulsor_jax.method.alignment import teacher_time
+from repulsor_jax.method.crops import random_crops
 from repulsor_jax.method.memory_bank import MemoryBank, Tags
 from repulsor_jax.method.term import Rows, Seen, Term, View
 from repulsor_jax.models.blockwise import segment_of_rows
@@ -40,6 +41,15 @@ Metrics = dict[str, Array]
 # Folded into a step's key; those of the views are below, see `draw_inputs`.
 _GROUPS = 3_000_001  # the groups of tokens
 _CONDITION = 3_100_000  # the masks
+_CROPS = 3_200_000  # and up to 1e6 more: the crops of the views
+
+
+class Shown(NamedTuple):
+    """What the teacher is shown of each image, in place of what `Inputs` has for the student."""
+
+    t: Array  # [B]; [B, G] with groups of tokens
+    noise: Array  # [B, H, W, C]
+    data: Array  # [B, H, W, C]
 
 
 class Inputs(NamedTuple):
@@ -50,7 +60,7 @@ class Inputs(NamedTuple):
     t: Array  # [B] times; [B, G] with groups of tokens, which are extras["groups"], [B, N]
     labels: Array  # [B], some replaced by the null class
     tags: Tags  # [B] image numbers, classes and times, of groups the mean over tokens
-    views: dict[View, tuple[Array, Array]]  # what the teacher is shown: its t, as above, and noise
+    views: dict[View, Shown]  # what the teacher is shown
     drawn: dict[str, Any]  # name of a term -> its own `draw`, [B, ...]
     extras: dict[str, Array]  # what else the model reads, by its argument's name, [B, ...]
     features: Array | None = None  # [B, N, P] of an encoder, where they are stored
@@ -186,12 +196,12 @@ def make_forward(trainer: Trainer) -> Callable:
 
         shown = {}
         for view, blocks in objective.views.items():
-            view_time, view_noise = inputs.views[view]
+            view_time, view_noise, view_data = inputs.views[view]
             shown_labels = inputs.tags.labels if view.true_labels else labels
             own_inputs = inputs._replace(labels=shown_labels)
             view_x_0 = start_points(trainer, teacher.params, own_inputs, view_noise)
             view_at = pixel_times(view_time, groups, size)
-            x = interpolate(objective.path, data, view_x_0, view_at)
+            x = interpolate(objective.path, view_data, view_x_0, view_at)
             of_blocks = functools.partial(tokens_of, blocks)
             seen_tokens = on_rows(of_blocks, teacher.params, x, view_time, shown_labels, extras)
             view_time = mean_times(view_time, groups)
@@ -311,7 +321,9 @@ def draw_inputs(
         u = jax.random.uniform(gap_key, t.shape)
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
         moved = teacher_time(t, u, view.time_gap)
-        views[view] = teacher_group_times(moved, t, spec.teacher_times) if spec else moved, own
+        moved = teacher_group_times(moved, t, spec.teacher_times) if spec else moved
+        crop_key = jax.random.fold_in(rng, _CROPS + round(1e6 * view.min_crop))
+        views[view] = Shown(moved, own, random_crops(crop_key, data, view.min_crop))
     tags, drawn = Tags(ids, classes, mean_times(t, groups)), {}
     if any(term.draw for term in objective.terms):
         target = target_velocity(objective.path, data, noise, pixel_times(t, groups, data.shape[1]))

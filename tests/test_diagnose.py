@@ -131,7 +131,7 @@ class Expected:
         return project(self.state.ema_terms["repulsor"]["head"], found[0])
 
     def queries_and_keys(self):
-        ((view_time, _),) = self.inputs.views.values()
+        ((view_time, _, _),) = self.inputs.views.values()
         z = project(self.state.params["terms"]["repulsor"]["head"], self.student()[TAP])
         return z, self.keys_at(self.inputs, view_time, self.inputs.labels)
 

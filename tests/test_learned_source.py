@@ -17,6 +17,7 @@ from repulsor_jax.config import ConfigError
 from repulsor_jax.inference import exported, pretrained
 from repulsor_jax.inference import run as run_lib
 from repulsor_jax.loss import Teacher, draw_inputs, make_forward, source_losses
+from repulsor_jax.method.crops import random_crops
 from repulsor_jax.models import torch_weights
 from repulsor_jax.models.build import build_source
 from repulsor_jax.models.dit import tokens_after
@@ -85,6 +86,9 @@ def test_the_loss_is_what_its_parts_say(null, detach):
     trainer = tiny.trainer(c)
     batch = jax.tree.map(jnp.asarray, tiny.batches(1)[0])
     inputs = draw_inputs(jax.random.key(5), batch, trainer.objective, tiny.FORMAT)
+    ((view, shown),) = inputs.views.items()
+    cropped = shown._replace(data=random_crops(jax.random.key(6), shown.data, 0.5))
+    inputs = inputs._replace(views={view: cropped})
     state = create_train_state(trainer, tiny.mesh())
     params, ema = shaken(state.params["model"]), shaken(state.ema_params, 1)
     head = state.params["terms"]["sra"]
@@ -117,9 +121,9 @@ def test_the_loss_is_what_its_parts_say(null, detach):
         alignment = jnp.mean((unit(mean) - unit(inputs.data)) ** 2)
         flow = jnp.mean((v - (inputs.data - end)) ** 2)
         # The teacher sees points of its own source.
-        ((at, noise),) = inputs.views.values()
+        at, noise, data = cropped
         ts = at[:, None, None, None]
-        x = ts * inputs.data + (1 - ts) * points(ema, noise)
+        x = ts * data + (1 - ts) * points(ema, noise)
         shown = tokens_after(trainer.model, ema, x, at, given, (0,))[0]
         return flow + 5 * variance + alignment, (flow, variance, alignment, shown)
 

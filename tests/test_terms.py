@@ -11,7 +11,7 @@ import pytest
 from configs import objectives
 from repulsor_jax import config as config_lib
 from repulsor_jax.flows.paths import interpolate
-from repulsor_jax.loss import Inputs, Teacher, make_forward, make_loss
+from repulsor_jax.loss import Inputs, Shown, Teacher, make_forward, make_loss
 from repulsor_jax.method import registry
 from repulsor_jax.method.alignment import sra_loss, teacher_time
 from repulsor_jax.method.memory_bank import tag
@@ -172,13 +172,14 @@ def test_sra_in_sit_is_the_published_program():
     head = sra_head(values)
     params = {"model": params_of(values, "student/", fields), "terms": {"sra": head}}
     averaged = Teacher(params_of(values, "teacher/", fields), {})
-    noise, labels = last(values["sra/noise"]), jnp.asarray(values["sra/labels_after_dropout"])
+    data, noise = last(values["sra/data"]), last(values["sra/noise"])
+    labels = jnp.asarray(values["sra/labels_after_dropout"])
     view = View(float(values["sra/t_max"]), new_noise=False)
     (only,) = trainer.objective.views
     np.testing.assert_allclose(only.time_gap, view.time_gap)
-    seen = {only: (jnp.asarray(values["sra/t_teacher_ours"]), noise)}
+    seen = {only: Shown(jnp.asarray(values["sra/t_teacher_ours"]), noise, data)}
     t = jnp.asarray(values["sra/t_ours"])
-    inputs = Inputs(last(values["sra/data"]), noise, t, labels, tag(labels), seen, {}, {})
+    inputs = Inputs(data, noise, t, labels, tag(labels), seen, {}, {})
     loss_fn = make_loss(trainer)
     weights = {"sra": jnp.float32(0.5)}
     loss = lambda params: loss_fn(params, averaged, inputs, None, weights)
@@ -230,7 +231,7 @@ def test_dual_times_and_attention_separation_are_the_published_program():
             np.testing.assert_allclose(found[groups == group], tokens[groups == group], atol=1e-6)
 
     tags = tag(labels, labels)  # the teacher reads those before dropout
-    views, extras = {view: (view_time, noise)}, {"groups": groups}
+    views, extras = {view: Shown(view_time, noise, data)}, {"groups": groups}
     inputs = Inputs(data, noise, t, labels, tags, views, {}, extras)
     _, seen = jax.jit(make_forward(trainer))(params, averaged, inputs)
     out = dit.patchify(-seen.output, fields["patch_size"])
@@ -418,6 +419,16 @@ def test_parameters_of_terms_are_boxed_with_names():
                 "repulsor.negatives": "none",
             },
             "repulsor.negatives='none' would let the encoder of config.repulsor.bank_keys='latent'",
+        ),
+        ({"repulsor.view_min_crop": 0.5}, "repulsor.view_min_crop=0.5 has no effect: no teacher"),
+        (
+            {
+                "repulsor.positives": "view",
+                "repulsor.view_min_crop": 0.5,
+                "repulsor.pooling": "token",
+                "repulsor.bank_rows": 64,
+            },
+            "repulsor.view_min_crop=0.5 moves what is where in the image",
         ),
         ({"repulsor.bank_start_step": 10}, "repulsor.bank_start_step=10 leaves nothing"),
         (

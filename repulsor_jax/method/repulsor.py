@@ -54,7 +54,9 @@ def build(config: Any) -> Term:
     contrast = Contrast(c.temperature, c.distance, c.same_class_weight, c.time_window)
     has_positives, has_negatives = c.positives == "view", c.negatives == "all"
     needs_teacher = c.bank_keys == "teacher" or (has_positives and c.bank_keys == "online")
-    view = View(c.time_gap, c.view_noise == "new") if needs_teacher else None
+    view = None
+    if needs_teacher:
+        view = View(c.time_gap, c.view_noise == "new", min_crop=c.view_min_crop)
     modules: dict[str, nn.Module] = {"head": ProjectionHead(c.projection_dim, model.hidden_size)}
     if c.predictor:
         modules["predictor"] = ProjectionHead(c.projection_dim, model.hidden_size)

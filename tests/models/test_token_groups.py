@@ -126,7 +126,7 @@ def test_a_step_draws_groups_their_times_and_the_teachers():
     mean = np.where(is_whole, inputs.t[:, 0], inputs.t @ np.array([0.25, 0.75]))
     np.testing.assert_allclose(inputs.tags.times, mean, rtol=1e-6)
     assert len(inputs.views) == 2  # SRA's teacher reads the true labels, that of the bank does not
-    for times, noise in inputs.views.values():
+    for times, noise, _ in inputs.views.values():
         gap = np.asarray(times - inputs.t)
         assert (gap >= 0).all()
         assert (gap <= 0.2).all()
@@ -137,10 +137,10 @@ def test_a_step_draws_groups_their_times_and_the_teachers():
 
 def test_the_other_rules_of_the_teachers_times():
     inputs = inputs_of(**{"flow.teacher_times": "self_flow"})
-    for times, _ in inputs.views.values():
+    for times, _, _ in inputs.views.values():
         np.testing.assert_array_equal(times, np.max(inputs.t, axis=1, keepdims=True).repeat(2, 1))
     inputs = inputs_of(**{"flow.teacher_times": "same"})
-    for times, _ in inputs.views.values():
+    for times, _, _ in inputs.views.values():
         np.testing.assert_array_equal(times, inputs.t)
 
 

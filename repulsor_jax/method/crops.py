@@ -1,0 +1,35 @@
+"""Random crops: what makes two views of an image differ in more than noise. Needs jax alone."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def random_crops(key: Array, images: Array, min_crop: float) -> Array:
+    """A random square of each image, stretched to its size; of every second one the mirror image.
+
+    After SimCLR's (arXiv 2002.05709), with the square's form kept.
+
+    Args:
+      key: draws the squares.
+      images: [B, H, H, C], which are latents as well.
+      min_crop: the square's side is uniform between this part of H and H; 1 returns the images.
+    """
+    if min_crop == 1:
+        return images
+    size = images.shape[1]
+    side_key, start_key, mirror_key = jax.random.split(key, 3)
+    side = jax.random.uniform(side_key, (len(images), 1), minval=min_crop)
+    start = jax.random.uniform(start_key, (len(images), 2)) * (1 - side)
+    is_mirrored = jax.random.bernoulli(mirror_key, 0.5, (len(images), 1))
+    pixels = (jnp.arange(size) + 0.5) / size
+
+    def weights(start: Array, at: Array) -> Array:
+        """Bilinear weights of an image's rows for the crop's: [B, size, size]."""
+        rows = jnp.clip((start + side * at) * size - 0.5, 0, size - 1)
+        return jnp.maximum(0, 1 - jnp.abs(rows[:, :, None] - jnp.arange(size)))
+
+    rows = weights(start[:, :1], pixels)
+    columns = weights(start[:, 1:], jnp.where(is_mirrored, 1 - pixels, pixels))
+    return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, images)
