@@ -118,7 +118,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.repulsor.time_gap = 0.2  # the teacher sees the image at min(1, t + U(0, time_gap))
     c.repulsor.view_noise = "same"  # of what the teacher sees: the student's, or "new"
     # Below 1 the teacher sees a random square of the image, its side at least this part of the
-    # whole, stretched to the whole, and of every second image the mirror image.
+    # whole, stretched to the whole, mirrored or not. Needs positives, and keys of the teacher.
     c.repulsor.view_min_crop = 1.0
     c.repulsor.predictor = False  # BYOL's, between projection and loss; needs positives
     c.repulsor.same_class_weight = 1.0  # of negatives of the own class: 0 leaves them out

@@ -70,6 +70,8 @@ def get_config(setting: str = "cifar16,plain") -> ml_collections.ConfigDict:
     c.update_from_flattened_dict(values)
     for change in changes:
         key, _, value = change.partition("=")
+        if not key or not value:
+            raise ValueError(f"configs/evidence.py:{setting}: +{change}: expected +KEY=VALUE")
         try:
             c.update_from_flattened_dict({key: _literal(value)})
         except (KeyError, TypeError) as error:

@@ -821,11 +821,11 @@ def _contradicting_repulsor(c: Config) -> Iterator[tuple[bool, str]]:
         f"repulsor.bank_start_step={r.bank_start_step} leaves nothing for the bank: "
         f"config.repulsor.bank_rows={r.bank_rows}, config.total_steps={c.total_steps}",
     )
-    has_view = r.bank_keys == "teacher" or (r.positives == "view" and r.bank_keys == "online")
+    keys_are_views = r.positives == "view" and (r.bank_keys == "teacher" or r.negatives == "none")
     yield (
-        r.view_min_crop < 1 and not has_view,
-        f"repulsor.view_min_crop={r.view_min_crop} has no effect: no teacher is shown a view; set "
-        "it to 1",
+        r.view_min_crop < 1 and not keys_are_views,
+        f"repulsor.view_min_crop={r.view_min_crop} needs config.repulsor.positives='view' and "
+        "bank_keys='teacher': a crop among whole images is known by being a crop",
     )
     yield (
         r.view_min_crop < 1 and (r.pooling == "token" or c.conditioning.kind != "none"),

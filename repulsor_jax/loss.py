@@ -45,11 +45,11 @@ _CROPS = 3_200_000  # and up to 1e6 more: the crops of the views
 
 
 class Shown(NamedTuple):
-    """What the teacher is shown of each image, in place of what `Inputs` has for the student."""
+    """What the teacher is shown of each image, where the student is shown what `Inputs` has."""
 
     t: Array  # [B]; [B, G] with groups of tokens
     noise: Array  # [B, H, W, C]
-    data: Array  # [B, H, W, C]
+    data: Array | None = None  # [B, H, W, C], crops of the data; None: the data
 
 
 class Inputs(NamedTuple):
@@ -196,12 +196,12 @@ def make_forward(trainer: Trainer) -> Callable:
 
         shown = {}
         for view, blocks in objective.views.items():
-            view_time, view_noise, view_data = inputs.views[view]
+            view_time, view_noise, crops = inputs.views[view]
             shown_labels = inputs.tags.labels if view.true_labels else labels
             own_inputs = inputs._replace(labels=shown_labels)
             view_x_0 = start_points(trainer, teacher.params, own_inputs, view_noise)
             view_at = pixel_times(view_time, groups, size)
-            x = interpolate(objective.path, view_data, view_x_0, view_at)
+            x = interpolate(objective.path, data if crops is None else crops, view_x_0, view_at)
             of_blocks = functools.partial(tokens_of, blocks)
             seen_tokens = on_rows(of_blocks, teacher.params, x, view_time, shown_labels, extras)
             view_time = mean_times(view_time, groups)
@@ -314,16 +314,18 @@ def draw_inputs(
 
     views = {}
     for view in objective.views:
-        # A number of the view's own, so that what else is in the sum makes no difference; 0 to 3
-        # give the keys of the split above.
+        # A number of the view's own, its crop apart, so that what else is in the sum makes no
+        # difference; 0 to 3 give the keys of the split above.
         number = 4 + 2 * round(1e6 * view.time_gap) + view.new_noise
         gap_key, view_noise_key = jax.random.split(jax.random.fold_in(rng, number))
         u = jax.random.uniform(gap_key, t.shape)
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
         moved = teacher_time(t, u, view.time_gap)
         moved = teacher_group_times(moved, t, spec.teacher_times) if spec else moved
-        crop_key = jax.random.fold_in(rng, _CROPS + round(1e6 * view.min_crop))
-        views[view] = Shown(moved, own, random_crops(crop_key, data, view.min_crop))
+        views[view] = Shown(moved, own)
+        if view.min_crop < 1:
+            crop_key = jax.random.fold_in(rng, _CROPS + round(1e6 * view.min_crop))
+            views[view] = Shown(moved, own, random_crops(crop_key, data, view.min_crop))
     tags, drawn = Tags(ids, classes, mean_times(t, groups)), {}
     if any(term.draw for term in objective.terms):
         target = target_velocity(objective.path, data, noise, pixel_times(t, groups, data.shape[1]))

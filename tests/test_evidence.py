@@ -80,6 +80,8 @@ def test_words_that_are_no_setting(capsys):
         "pain": "cifar16,pain: expected BENCH,ARM with a bench of",
         "plain+repulse.weight=1": '"repulse.weight" cannot be set as "repulse" was not found',
         "plain+repulsor.weigth=1": "config.repulsor.weigth: unknown key; expected one of",
+        "plain+repulsor.weight": "+repulsor.weight: expected +KEY=VALUE",
+        "plain+optimizer.learning_rate=1e-2": "plain+optimizer.learning_rate=1e-2: seed, steps, b",
     }.items():
         with pytest.raises(SystemExit):
             bench.parse_arguments([f"--arms={arm},plain"])
@@ -91,6 +93,10 @@ def test_the_command_line():
     args = bench.parse_arguments(["--bench=digits", "--arms=sra,plain", "--rates=2e-3,1e-3"])
     assert args.arms == ("plain", "sra")  # whatever is compared is compared with plain
     assert args.rates == (1e-3, 2e-3)
+    assert (*args.seeds,) == (0, 1, 2, 3, 4)
+    assert (*bench.parse_arguments(["--first_seed=200", "--seeds=2"]).seeds,) == (200, 201)
+    with pytest.raises(SystemExit):
+        bench.parse_arguments(["--first_seed=99", "--seeds=2"])  # the seed of the search is 100
     assert (args.source, args.steps, args.search_steps, args.every) == ("digits", 4000, 2000, 1000)
 
 
@@ -130,6 +136,17 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert (args.root / "curves_images.png").is_file()
 
 
+def test_a_bank_is_compared_with_none_where_all_else_is_equal(tmp_path):
+    arms = [f"positives_{k}+repulsor.weight=1" for k in ("0", "256+repulsor.bank_start_step=5")]
+    words = [f"--arms={','.join(arms)},positives_256", "--rates=1e-3", "--seeds=1", "--steps=10"]
+    args = bench.parse_arguments([f"--workdir={tmp_path}", *words])
+    for arm, distance in zip(args.arms, (8.0, 5.0, 4.0, 3.0), strict=True):
+        _measured(args, arm, 1e-3, 0, 10, distance)
+    table = report.write(args).partition("Ratio to K = 0")[2]
+    assert f"| {arms[1]} | 0.80 | 0.80 | 0.800 |" in table
+    assert table.partition("stretch")[0].count("| positives_256") == 1  # the other has no partner
+
+
 def test_numbers_outlive_their_runs(tmp_path):
     words = ["--arms=positives_0", "--rates=1e-3", "--seeds=2", "--steps=10"]
     there, here = (bench.parse_arguments([f"--workdir={tmp_path}/{w}", *words]) for w in "ab")
@@ -150,11 +167,11 @@ def test_numbers_outlive_their_runs(tmp_path):
 
     own = report.run_folder(here.root, "plain", 1e-3, 1) / "measure_10.json"
     own.write_text("{}")
-    (here.root / "floor.json").write_text(json.dumps(floor | {"features": 0.501}))
+    (here.root / "floor.json").write_text(json.dumps(floor | {"features": 0.5001}))
     ledger.unpack(path, here.root)  # what was measured here stays
     assert own.read_text() == "{}"
     (here.root / "floor.json").write_text(json.dumps(floor | {"features": 0.51}))
-    with pytest.raises(ValueError, match="get 0.5000 in features, and 0.5100 by the classifier"):
+    with pytest.raises(ValueError, match="have features=0.5 there and 0.51 in"):
         ledger.unpack(path, here.root)
 
 

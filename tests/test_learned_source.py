@@ -87,7 +87,7 @@ def test_the_loss_is_what_its_parts_say(null, detach):
     batch = jax.tree.map(jnp.asarray, tiny.batches(1)[0])
     inputs = draw_inputs(jax.random.key(5), batch, trainer.objective, tiny.FORMAT)
     ((view, shown),) = inputs.views.items()
-    cropped = shown._replace(data=random_crops(jax.random.key(6), shown.data, 0.5))
+    cropped = shown._replace(data=random_crops(jax.random.key(6), inputs.data, 0.5))
     inputs = inputs._replace(views={view: cropped})
     state = create_train_state(trainer, tiny.mesh())
     params, ema = shaken(state.params["model"]), shaken(state.ema_params, 1)

@@ -11,7 +11,7 @@ import pytest
 from configs import objectives
 from repulsor_jax import config as config_lib
 from repulsor_jax.flows.paths import interpolate
-from repulsor_jax.loss import Inputs, Shown, Teacher, make_forward, make_loss
+from repulsor_jax.loss import Inputs, Shown, Teacher, draw_inputs, make_forward, make_loss
 from repulsor_jax.method import registry
 from repulsor_jax.method.alignment import sra_loss, teacher_time
 from repulsor_jax.method.memory_bank import tag
@@ -177,7 +177,7 @@ def test_sra_in_sit_is_the_published_program():
     view = View(float(values["sra/t_max"]), new_noise=False)
     (only,) = trainer.objective.views
     np.testing.assert_allclose(only.time_gap, view.time_gap)
-    seen = {only: Shown(jnp.asarray(values["sra/t_teacher_ours"]), noise, data)}
+    seen = {only: Shown(jnp.asarray(values["sra/t_teacher_ours"]), noise)}
     t = jnp.asarray(values["sra/t_ours"])
     inputs = Inputs(data, noise, t, labels, tag(labels), seen, {}, {})
     loss_fn = make_loss(trainer)
@@ -231,7 +231,7 @@ def test_dual_times_and_attention_separation_are_the_published_program():
             np.testing.assert_allclose(found[groups == group], tokens[groups == group], atol=1e-6)
 
     tags = tag(labels, labels)  # the teacher reads those before dropout
-    views, extras = {view: Shown(view_time, noise, data)}, {"groups": groups}
+    views, extras = {view: Shown(view_time, noise)}, {"groups": groups}
     inputs = Inputs(data, noise, t, labels, tags, views, {}, extras)
     _, seen = jax.jit(make_forward(trainer))(params, averaged, inputs)
     out = dit.patchify(-seen.output, fields["patch_size"])
@@ -371,6 +371,26 @@ def test_what_a_term_costs_is_what_it_runs():
         assert least <= flops(name) / plain <= most, name
 
 
+def test_the_teacher_is_shown_crops_where_they_are_asked_for():
+    for min_crop in (1.0, 0.5):
+        c = tiny.config(
+            repulsor__positives="view",
+            repulsor__bank_keys="teacher",
+            repulsor__view_min_crop=min_crop,
+        )
+        batch = jax.tree.map(jnp.asarray, tiny.batches(1)[0])
+        inputs = draw_inputs(jax.random.key(0), batch, tiny.trainer(c).objective, tiny.FORMAT)
+        ((view, shown),) = inputs.views.items()
+        assert view.min_crop == min_crop
+        assert (shown.data is None) == (min_crop == 1)
+    crops, images = shown.data, inputs.data
+    assert crops.shape == images.shape
+    # Weighted means of pixels, each of its own image.
+    low, high = (f(images, axis=(1, 2), keepdims=True) for f in (jnp.min, jnp.max))
+    assert jnp.all((low - 1e-5 <= crops) & (crops <= high + 1e-5))
+    assert jnp.all(jnp.abs(crops - images).max((1, 2, 3)) > 0.1)
+
+
 def test_every_term_is_in_a_sum():
     names = {name for total in SUMS for name in total.split("+")}
     assert {objectives.PRESETS[name][0] for name in names} == {*registry.TERMS}
@@ -420,10 +440,14 @@ def test_parameters_of_terms_are_boxed_with_names():
             },
             "repulsor.negatives='none' would let the encoder of config.repulsor.bank_keys='latent'",
         ),
-        ({"repulsor.view_min_crop": 0.5}, "repulsor.view_min_crop=0.5 has no effect: no teacher"),
+        (
+            {"repulsor.positives": "view", "repulsor.view_min_crop": 0.5},
+            "repulsor.view_min_crop=0.5 needs config.repulsor.positives='view' and bank_keys='te",
+        ),
         (
             {
                 "repulsor.positives": "view",
+                "repulsor.bank_keys": "teacher",
                 "repulsor.view_min_crop": 0.5,
                 "repulsor.pooling": "token",
                 "repulsor.bank_rows": 64,

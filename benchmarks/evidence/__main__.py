@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -109,6 +109,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--arms: {error}")
     config = parsed[0]
+    for arm, other in zip(args.arms, parsed, strict=True):
+        if "/" in arm or _set_by_bench(other) != _set_by_bench(config):
+            parser.error(
+                f"--arms: {arm}: seed, steps, batch, rate, prediction, data and checkpoints are "
+                "set by the bench, and no value has a slash"
+            )
     args.steps = args.steps or config.total_steps
     args.search_steps = args.search_steps or args.steps // 2
     args.batch_size = config.batch_size
@@ -116,12 +122,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.source = args.source or ("digits" if args.bench == "digits" else "tfds:cifar10")
     args.root = (args.workdir / args.bench).absolute()
     args.seeds = range(args.first_seed, args.first_seed + args.seeds)
+    if SEARCH_SEED in args.seeds:
+        parser.error(f"--first_seed, --seeds: {SEARCH_SEED} is the seed of the search")
     return args
 
 
 def _arms(text: str) -> tuple[str, ...]:
     arms = tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
-    return ("plain", *(arm for arm in arms if arm != "plain"))
+    return tuple(dict.fromkeys(("plain", *arms)))
+
+
+def _set_by_bench(c: config_lib.Config) -> tuple[Any, ...]:
+    """What no arm may set: flags of the bench set it, or it measures all arms by it."""
+    rate, prediction = c.optimizer.learning_rate, c.flow.prediction
+    return c.seed, c.total_steps, c.batch_size, rate, prediction, c.data, c.checkpoint
 
 
 def _rates(text: str) -> tuple[float, ...]:

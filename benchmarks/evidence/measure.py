@@ -48,7 +48,7 @@ class Yardstick:
         self.features = fit_gaussian([classify(self.classifier, self.pictures.test)[1]])
         shown = self.pictures.train[: self.trained_on]
         self.copies_floor = nearest(self.pictures.test[: self.num_samples], shown)
-        self.tools: _Tools | None = None
+        self.tools: dict[str, _Tools] = {}  # by what of a configuration they are made for
 
     def floor(self) -> dict[str, float]:
         """What real pictures get: as many as are sampled, the last ones of the training split."""
@@ -102,10 +102,11 @@ def measure_run(
             wanted = [1.0, *(scales if step == steps[-1] else ())]
             todo = [s for s in wanted if f"features@{s:g}" not in known]
             if todo:
-                tools = yardstick.tools
-                if tools is None or tools.experiment.config.model != config.model:
+                parts = (config.model, config.flow, config.source, config.sampling)
+                if (kind := repr(parts)) not in yardstick.tools:
                     experiment = run.open_experiment(config, workdir, checkpointer, step)
-                    yardstick.tools = tools = _Tools(yardstick, experiment)
+                    yardstick.tools[kind] = _Tools(yardstick, experiment)
+                tools = yardstick.tools[kind]
                 params = run.restore_params(tools.experiment, checkpointer, step)
                 known = known or tools.network(params)
                 for scale in todo:

@@ -102,6 +102,7 @@ def write(args: argparse.Namespace) -> str:
             0, f"PARTIAL: {missing} of {len(args.arms) * len(args.seeds)} runs are missing."
         )
     text = "\n\n".join(filter(None, parts)) + "\n"
+    args.root.mkdir(parents=True, exist_ok=True)
     atomic.write_text(args.root / "report.md", text)
     return text
 
@@ -250,10 +251,14 @@ def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 
 def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Contrast with positives at every K against itself without a bank."""
+    """Contrast with positives at every K against itself without a bank.
+
+    The arm without one is `positives_0`, with the same other values.
+    """
     rows = []
     for arm in runs:
-        without = re.sub(r"^positives_\d+", "positives_0", arm)
+        without = re.sub(r"\+repulsor\.bank_\w+=[^+]*", "", arm)
+        without = re.sub(r"^positives_\d+", "positives_0", without)
         if without == arm or without not in runs:
             continue
         row = [arm]

@@ -1,4 +1,4 @@
-"""Random crops: what makes two views of an image differ in more than noise. Needs jax alone."""
+"""Random crops: views of an image that differ in more than their noise. Needs jax alone."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,19 @@ Array = jax.Array
 
 
 def random_crops(key: Array, images: Array, min_crop: float) -> Array:
-    """A random square of each image, stretched to its size; of every second one the mirror image.
+    """A random square of each image, stretched to its size, mirrored with probability 1/2.
 
-    After SimCLR's (arXiv 2002.05709), with the square's form kept.
+    After SimCLR (arXiv 2002.05709), which draws areas and other forms than squares. Latents are
+    cropped as images are, though the mirror image of a latent is no latent of the mirror image.
 
     Args:
       key: draws the squares.
-      images: [B, H, H, C], which are latents as well.
-      min_crop: the square's side is uniform between this part of H and H; 1 returns the images.
+      images: [B, H, H, C].
+      min_crop: the square's side is uniform between this part of H and H.
+
+    Returns:
+      [B, H, H, C], bilinear.
     """
-    if min_crop == 1:
-        return images
     size = images.shape[1]
     side_key, start_key, mirror_key = jax.random.split(key, 3)
     side = jax.random.uniform(side_key, (len(images), 1), minval=min_crop)
@@ -32,4 +34,4 @@ def random_crops(key: Array, images: Array, min_crop: float) -> Array:
 
     rows = weights(start[:, :1], pixels)
     columns = weights(start[:, 1:], jnp.where(is_mirrored, 1 - pixels, pixels))
-    return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, images)
+    return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, images, precision="highest")

@@ -19,7 +19,7 @@ class View(NamedTuple):
     time_gap: float
     new_noise: bool  # noise of its own, or that of the student
     true_labels: bool = False  # labels before label dropout, or those of the student
-    min_crop: float = 1.0  # below 1: a random square, its side at least this part, or its mirror
+    min_crop: float = 1.0  # below 1: random crops, see `random_crops`
 
 
 def _call(fn: Callable[..., Any], params: Any, *rows: Any) -> Any:

@@ -36,8 +36,3 @@ def test_a_square_within_the_image_stretched_to_its_size():
         at = np.meshgrid(x, y, indexing="ij")
         expected = ndimage.map_coordinates(picture[..., 0], at, order=1)
         np.testing.assert_allclose(image[..., 2], expected, atol=1e-4)
-
-
-def test_all_of_an_image_is_the_image():
-    images = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
-    assert random_crops(jax.random.key(0), images, 1.0) is images
