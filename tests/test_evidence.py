@@ -160,6 +160,11 @@ def test_numbers_outlive_their_runs(tmp_path):
 
     ledger.unpack(path, here.root)  # an empty folder: nothing was run
     assert report.write(here) == report.write(there)
+    seconds = {"plain": 0.02, "positives_0": 0.04}
+    (there.root / report.SECONDS_NAME).write_text(json.dumps(seconds))
+    ledger.pack(there.root, path)
+    ledger.unpack(path, here.root)
+    assert "| positives_0 | 5 |" in report.write(here)  # steps in the time of plain's 10
     job = bench.Job("plain", 1e-3, 0, 10)
     assert bench._is_measured(here, job)
     assert not bench._is_measured(here, job._replace(steps=20))
@@ -255,3 +260,6 @@ def test_from_an_empty_folder_to_the_table_and_on(tmp_path):
     assert "After 6 steps (384 images)" in said
     log = tmp_path / "digits" / "runs" / "plain" / "lr_0.001" / "seed_0" / "log.txt"
     assert "step 4 of 6" in log.read_text()
+
+    _run(tmp_path, "--arms=plain", "--time_steps=2")
+    assert json.loads((tmp_path / "digits" / "seconds.json").read_text())["plain"] > 0

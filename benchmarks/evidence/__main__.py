@@ -13,7 +13,8 @@
 Arms are those of configs/evidence.py, with other values where an arm says so:
 `positives_1024+repulsor.temperature=0.2`. What is there already is not done again: a command that
 was stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One
-run takes one core, or --platform=cuda with --workers=1 the GPU. docs/evidence.md has results.
+run takes one core, or --platform=cuda with --workers=1 the GPU. The table of equal seconds needs
+times of one machine that does nothing else: --time_steps=1000. docs/evidence.md has results.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+from tqdm import tqdm
 
 from benchmarks.evidence import ledger, report
 from benchmarks.evidence.report import SEARCH_SEED, run_folder
@@ -102,6 +105,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=pathlib.Path,
         help="file of numbers: runs in it count as done, and those measured here are added",
     )
+    parser.add_argument(
+        "--time_steps",
+        type=int,
+        default=0,
+        help="time so many steps of each arm, one arm at a time, for equal seconds, and stop",
+    )
     parser.add_argument("--report", action="store_true", help="print what is there, and stop")
     args = parser.parse_args(argv)
     try:
@@ -152,6 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(args.root / "cache"))
         yardstick = prepare(args)
         _read_ledger(args)
+        if args.time_steps:
+            time_arms(args)
+            if args.ledger:
+                ledger.pack(args.root, args.ledger)
+            return
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
         if len(args.rates) > 1:
             train_all(args, search)
@@ -240,10 +254,32 @@ def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
             raise
 
 
-def train(args: argparse.Namespace, job: Job, running: list[subprocess.Popen]) -> None:
+def time_arms(args: argparse.Namespace) -> None:
+    """Trains each arm for some steps and keeps the times: of one machine, which does nothing else.
+
+    The times of runs are of the machines and of the load that they happened to have.
+    """
+    if args.platform == "cpu":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    path = args.root / report.SECONDS_NAME
+    for arm in tqdm(args.arms, desc="time", unit="arm"):
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = pathlib.Path(folder)
+            train(args, Job(arm, args.rates[0], 0, args.time_steps), [], workdir)
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            known[arm] = report.read_run(workdir).seconds_per_step
+        atomic.write_text(path, json.dumps(known) + "\n")
+
+
+def train(
+    args: argparse.Namespace,
+    job: Job,
+    running: list[subprocess.Popen],
+    workdir: pathlib.Path | None = None,
+) -> None:
     """One run, through the program; it goes on from its newest checkpoint.
 
-    Its process is in `running` as long as it runs.
+    Its process is in `running` as long as it runs. `workdir` is another than the job's.
     """
     arguments = [f"--config.seed={job.seed}", f"--config.optimizer.learning_rate={job.rate}"]
     arguments += [f"--config.total_steps={job.steps}"]
@@ -252,7 +288,7 @@ def train(args: argparse.Namespace, job: Job, running: list[subprocess.Popen]) -
     if job.arm.partition("+")[0] == "control":
         module = "benchmarks.evidence.train_control"
         arguments.append(f"--classifier={args.root / 'classifier_control.npz'}")
-    _program(args, module, job.arm, _folder(args, job), arguments, running)
+    _program(args, module, job.arm, workdir or _folder(args, job), arguments, running)
 
 
 def steps_done(workdir: pathlib.Path) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.report import read_run, run_folder
+from benchmarks.evidence.report import SECONDS_NAME, read_run, run_folder
 from repulsor_jax.files import atomic
 from repulsor_jax.runtime.metrics import JSONL_NAME
 
@@ -27,6 +27,8 @@ def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
     }
     if ledger.is_file():
         about = json.loads(ledger.read_text().splitlines()[0])
+    if (path := root / SECONDS_NAME).is_file():
+        about["seconds_per_step"] = json.loads(path.read_text())
     runs = []
     for folder in sorted((root / "runs").glob("*/lr_*/seed_*")):
         found = read_run(folder)
@@ -72,8 +74,9 @@ def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
             atomic.write_text(folder / f"measure_{step}.json", json.dumps(numbers) + "\n")
         seconds = {"step": 1, "seconds_per_step": line["seconds_per_step"]}
         atomic.write_text(folder / JSONL_NAME, json.dumps(seconds) + "\n")
-    if not (root / "floor.json").is_file():
-        atomic.write_text(root / "floor.json", json.dumps(about["floor"]) + "\n")
+    for name, key in (("floor.json", "floor"), (SECONDS_NAME, "seconds_per_step")):
+        if key in about and not (root / name).is_file():
+            atomic.write_text(root / name, json.dumps(about[key]) + "\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -16,6 +16,7 @@ from repulsor_jax.files.pictures import Curve, save_curves
 from repulsor_jax.runtime.metrics import JSONL_NAME, read_jsonl
 
 SEARCH_SEED = 100  # of the search for learning rates; never among those that count
+SECONDS_NAME = "seconds.json"  # of a step, by arm
 MEASURES = {"features": "features", "pixels": "pixels", "flow_loss": "held-out flow loss"}
 
 Numbers = Mapping[int, dict[str, Any]]  # step -> numbers by name
@@ -195,7 +196,7 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         ranks = [m["rank_by_block"][len(m["rank_by_block"]) // 4] for m in last]
         row.append(f"{np.mean(ranks):.1f}")
         row.append(f"{np.mean([m['near_copies@1'] for m in last]):.3f}")
-        row.append(f"{1e3 * np.nanmin([r.seconds_per_step for r in by_seed.values()]):.1f}")
+        row.append(f"{1e3 * _step_seconds(args, arm, by_seed):.1f}")
         rows.append(row)
     title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images), "
     title += "each arm at the stretch of the velocity that is the best for it"
@@ -273,12 +274,11 @@ def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Every arm after the seconds that plain takes for all steps."""
-    fastest = {
-        arm: float(np.nanmin([r.seconds_per_step for r in by_seed.values()]))
-        for arm, by_seed in runs.items()
-    }
+    fastest = {arm: _step_seconds(args, arm, by_seed) for arm, by_seed in runs.items()}
     rows = []
     for arm, by_seed in runs.items():
+        if math.isnan(fastest["plain"] + fastest[arm]):
+            continue
         step = min(args.steps, args.steps * fastest["plain"] / fastest[arm])
         own = {seed: _at(run.measures, step, "features@1") for seed, run in by_seed.items()}
         plain = _values(runs["plain"], args.steps, "features@1")
@@ -287,6 +287,14 @@ def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         f"Features, no stretch, after the {args.steps * fastest['plain']:.0f} s that plain takes"
     )
     return _table(title, ["arm", "steps in that time", "of plain"], rows)
+
+
+def _step_seconds(args: argparse.Namespace, arm: str, by_seed: Mapping[int, Run]) -> float:
+    """Of an arm: what `--time_steps` found, or nan; if it never ran, the fastest of the logs."""
+    path = args.root / SECONDS_NAME
+    if path.is_file():
+        return float(json.loads(path.read_text()).get(arm, math.nan))
+    return float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
 
 
 def _at(measures: Numbers, step: float, name: str) -> float:
@@ -303,15 +311,18 @@ def _draw(args: argparse.Namespace, runs: Runs) -> None:
         means = [float(np.mean(list(_values(by_seed, s, name).values()))) for s in steps]
         return [step * scale for step in steps], means
 
-    def seconds(by_seed: Mapping[int, Run]) -> float:
-        return float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
-
     quantities = {"features": "features@1", "pixels": "pixels@1", "flow loss": "flow_loss"}
-    for file, label in (("images", "images seen"), ("seconds", "seconds of training")):
+    seconds = {arm: _step_seconds(args, arm, by_seed) for arm, by_seed in runs.items()}
+    images = dict.fromkeys(runs, float(args.batch_size))
+    for file, label, scales in (
+        ("images", "images seen", images),
+        ("seconds", "seconds of training", seconds),
+    ):
         panels = {
             quantity: {
-                arm: curve(by_seed, name, args.batch_size if file == "images" else seconds(by_seed))
+                arm: curve(by_seed, name, scales[arm])
                 for arm, by_seed in runs.items()
+                if not math.isnan(scales[arm])
             }
             for quantity, name in quantities.items()
         }
