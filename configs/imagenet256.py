@@ -7,6 +7,10 @@ or a sum of the presets of configs/objectives.py, as `layersync` or `repulsor_po
 Latents of the SD-VAE (32x32x4, factor 0.18215), AdamW 1e-4, batch 256, EMA 0.9999, 400,000 steps.
 docs/data.md makes the latents.
 
+The default, repulsion from the bank alone, is the nearest to the abstract; nothing has shown that
+it helps. On pictures of 8x8 and 16x16 contrast with positives (`repulsor_positives`) did, in one
+of three measures, and with a bank as without: docs/evidence.md.
+
 Not run here. Published for XL/2 at 400,000 steps: SiT 17.2 to 18.5 unguided, 6.02 guided (cfg 1.5,
 ODE); Dispersive Loss 15.95 and 4.74 to 5.09 guided; Repulsor's abstract FID 2.40, with a protocol
 that it does not state. What a run takes on a pod: `--mode=plan --topology=v5e:16x16`, docs/plan.md.

@@ -255,11 +255,9 @@ def test_from_an_empty_folder_to_the_table_and_on(tmp_path):
     assert "| control | 0.001 | 1 |" in said
     assert "PARTIAL" not in said
 
-    said = _run(tmp_path, "--arms=plain", "--steps=6", "--every=2")
+    said = _run(tmp_path, "--arms=plain", "--steps=6", "--every=2", "--time_steps=2")
     assert "1/1 runs" in said
     assert "After 6 steps (384 images)" in said
     log = tmp_path / "digits" / "runs" / "plain" / "lr_0.001" / "seed_0" / "log.txt"
     assert "step 4 of 6" in log.read_text()
-
-    _run(tmp_path, "--arms=plain", "--time_steps=2")
     assert json.loads((tmp_path / "digits" / "seconds.json").read_text())["plain"] > 0

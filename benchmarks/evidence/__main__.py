@@ -109,7 +109,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--time_steps",
         type=int,
         default=0,
-        help="time so many steps of each arm, one arm at a time, for equal seconds, and stop",
+        help="then time so many steps of each arm, one arm at a time, for equal seconds",
     )
     parser.add_argument("--report", action="store_true", help="print what is there, and stop")
     args = parser.parse_args(argv)
@@ -161,11 +161,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(args.root / "cache"))
         yardstick = prepare(args)
         _read_ledger(args)
-        if args.time_steps:
-            time_arms(args)
-            if args.ledger:
-                ledger.pack(args.root, args.ledger)
-            return
         search = [Job(a, r, SEARCH_SEED, args.search_steps) for a in args.arms for r in args.rates]
         if len(args.rates) > 1:
             train_all(args, search)
@@ -174,6 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = [Job(a, rates[a], s, args.steps) for s in args.seeds for a in args.arms]
         train_all(args, jobs)
         measure(args, jobs, yardstick)
+        if args.time_steps:
+            time_arms(args)
+        if args.ledger:
+            ledger.pack(args.root, args.ledger)
     else:
         _read_ledger(args)
     print(report.write(args))
