@@ -30,6 +30,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dispersive_pytorch": ("dispersive_pytorch", {}),
     "repulsor": ("repulsor", {"repulsor.weight": 0.02, "repulsor.bank_rows": 1_024}),
     **{f"positives_{k}": ("repulsor_positives", {"repulsor.bank_rows": k}) for k in BANKS},
+    **{f"crops_{k}": ("repulsor_crops", {"repulsor.bank_rows": k}) for k in BANKS},
     **{
         f"positives_{keys}_1024": (
             "repulsor_positives",

@@ -17,6 +17,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "repulsor",
         {"positives": "view", "bank_keys": "teacher", "temperature": 0.4, "weight": 0.1},
     ),
+    "repulsor_crops": (  # the same image as a random crop in other noise: docs/evidence.md
+        "repulsor",
+        {
+            "positives": "view",
+            "bank_keys": "teacher",
+            "view_noise": "new",
+            "view_min_crop": 0.4,
+            "temperature": 0.2,
+            "weight": 0.1,
+        },
+    ),
     "repulsor_latent": (
         "repulsor",
         {"positives": "view", "bank_keys": "latent", "temperature": 0.4, "weight": 0.1},

@@ -254,12 +254,12 @@ def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Contrast with positives at every K against itself without a bank.
 
-    The arm without one is `positives_0`, with the same other values.
+    The arm without one is `positives_0` or `crops_0`, with the same other values.
     """
     rows = []
     for arm in runs:
         without = re.sub(r"\+repulsor\.bank_\w+=[^+]*", "", arm)
-        without = re.sub(r"^positives_\d+", "positives_0", without)
+        without = re.sub(r"^(positives|crops)_\d+", r"\1_0", without)
         if without == arm or without not in runs:
             continue
         row = [arm]
