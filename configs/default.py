@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.repulsor.view_noise = "same"  # of what the teacher sees: the student's, or "new"
     # Below 1 the teacher sees a random square of the image, its side at least this part of the
     # whole, stretched to the whole, mirrored or not. Needs positives, and keys of the teacher.
-    c.repulsor.view_min_crop = 1.0
+    c.repulsor.view_min_crop = 1.0  # 1: the whole image
     c.repulsor.predictor = False  # BYOL's, between projection and loss; needs positives
     c.repulsor.same_class_weight = 1.0  # of negatives of the own class: 0 leaves them out
     c.repulsor.time_window = 1.0  # negatives further away in t do not count; 1: all do
