@@ -151,7 +151,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def save_curves(path: PathLike, panels: Mapping[str, Mapping[str, Curve]], x_label: str) -> None:
     """Writes a PNG with one panel for each quantity, one above the other, over a common axis.
 
-    The panels are quantity -> name of a line -> (x, y); lines named "" have no legend.
+    The panels are quantity -> name of a line -> (x, y); lines named "" have no legend. Panels with
+    the same lines share one, above them.
     """
     # Imported here: only some runs draw, and every program would start later.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -160,13 +161,18 @@ def save_curves(path: PathLike, panels: Mapping[str, Mapping[str, Curve]], x_lab
     figure = Figure(figsize=(7, 1 + 2 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)  # draws without pyplot's global state or a display
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    first, *others = panels.values()
+    is_shared = any(first) and any(others) and all([*lines] == [*first] for lines in others)
     for panel, (quantity, lines) in zip(axes, panels.items(), strict=True):
         for name, (x, y) in lines.items():
             panel.plot(x, y, linewidth=1.2, marker="." if len(x) < 50 else "", label=name or None)
         panel.set_ylabel(quantity)
         panel.grid(alpha=0.3)
-        if any(lines):
+        if any(lines) and not is_shared:
             panel.legend(fontsize="small")
+    if is_shared:
+        found = axes[0].get_legend_handles_labels()
+        figure.legend(*found, loc="outside upper center", ncols=3, fontsize="small")
     axes[-1].set_xlabel(x_label)
     with atomic.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
