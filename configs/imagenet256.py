@@ -9,7 +9,7 @@ docs/data.md makes the latents.
 
 The default, repulsion from the bank alone, is the nearest to the abstract; nothing has shown that
 it helps. On pictures of 8x8 and 16x16 contrast with positives (`repulsor_positives`) did, in one
-of three measures, and with a bank as without: docs/evidence.md.
+of three measures, where the velocity is stretched, and with a bank as without: docs/evidence.md.
 
 Not run here. Published for XL/2 at 400,000 steps: SiT 17.2 to 18.5 unguided, 6.02 guided (cfg 1.5,
 ODE); Dispersive Loss 15.95 and 4.74 to 5.09 guided; Repulsor's abstract FID 2.40, with a protocol

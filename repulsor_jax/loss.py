@@ -322,10 +322,11 @@ def draw_inputs(
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
         moved = teacher_time(t, u, view.time_gap)
         moved = teacher_group_times(moved, t, spec.teacher_times) if spec else moved
-        views[view] = Shown(moved, own)
+        crops = None
         if view.min_crop < 1:
             crop_key = jax.random.fold_in(rng, _CROPS + round(1e6 * view.min_crop))
-            views[view] = Shown(moved, own, random_crops(crop_key, data, view.min_crop))
+            crops = random_crops(crop_key, data, view.min_crop)
+        views[view] = Shown(moved, own, crops)
     tags, drawn = Tags(ids, classes, mean_times(t, groups)), {}
     if any(term.draw for term in objective.terms):
         target = target_velocity(objective.path, data, noise, pixel_times(t, groups, data.shape[1]))

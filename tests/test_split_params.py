@@ -148,6 +148,7 @@ SUMMED = {
 )
 def test_gradients_are_summed_in_the_configured_dtype(reduce_dtype, of_blocks, of_others):
     c = tiny.config(
+        **SCANNED,
         **WITH_ENCODER,
         repulsor__projection_dim=12,
         source__name="class",

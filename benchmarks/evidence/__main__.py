@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="velocity scales to sample at",
     )
     parser.add_argument("--seeds", type=int, default=5, help="0 searches alone")
-    parser.add_argument("--first_seed", type=int, default=0, help="others for a look that is free")
+    parser.add_argument("--first_seed", type=int, default=0, help="another to look around")
     parser.add_argument("--steps", type=int, default=0, help="0: those of the configuration")
     parser.add_argument("--search_steps", type=int, default=0, help="0: half of the steps")
     parser.add_argument("--every", type=int, default=0, help="steps between checkpoints")
@@ -171,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(args, jobs, yardstick)
         if args.time_steps:
             time_arms(args)
-        if args.ledger:
-            ledger.pack(args.root, args.ledger)
+            _write_ledger(args)
     else:
         _read_ledger(args)
     print(report.write(args))
@@ -184,6 +183,11 @@ def _read_ledger(args: argparse.Namespace) -> None:
             ledger.unpack(args.ledger, args.root)
         except ValueError as error:
             sys.exit(f"error: {error}")
+
+
+def _write_ledger(args: argparse.Namespace) -> None:
+    if args.ledger:
+        ledger.pack(args.root, args.ledger)
 
 
 def prepare(args: argparse.Namespace) -> "Yardstick":
@@ -261,11 +265,11 @@ def time_arms(args: argparse.Namespace) -> None:
     if args.platform == "cpu":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     path = args.root / report.SECONDS_NAME
+    known = json.loads(path.read_text()) if path.is_file() else {}
     for arm in tqdm(args.arms, desc="time", unit="arm"):
         with tempfile.TemporaryDirectory() as folder:
             workdir = pathlib.Path(folder)
             train(args, Job(arm, args.rates[0], 0, args.time_steps), [], workdir)
-            known = json.loads(path.read_text()) if path.is_file() else {}
             known[arm] = report.read_run(workdir).seconds_per_step
         atomic.write_text(path, json.dumps(known) + "\n")
 
@@ -305,8 +309,7 @@ def measure(args: argparse.Namespace, jobs: Sequence[Job], yardstick: "Yardstick
         config = config_lib.parse(configs.get_config(f"{args.bench},{job.arm}"))
         measure_run(config, _folder(args, job), yardstick, args.stretches)
         print(f"measured {number}/{len(todo)}", end="\r", flush=True)
-        if args.ledger:
-            ledger.pack(args.root, args.ledger)
+        _write_ledger(args)
 
 
 def _is_measured(args: argparse.Namespace, job: Job) -> bool:

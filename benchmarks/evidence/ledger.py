@@ -21,12 +21,11 @@ TOLERANCE = 0.001
 
 def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
     """Writes all measured runs below `<root>/runs` to a ledger."""
-    about = {
-        "floor": json.loads((root / "floor.json").read_text()),
-        "jax": metadata.version("jax"),
-    }
     if ledger.is_file():
         about = json.loads(ledger.read_text().splitlines()[0])
+    else:
+        floor = json.loads((root / "floor.json").read_text())
+        about = {"floor": floor, "jax": metadata.version("jax")}
     if (path := root / SECONDS_NAME).is_file():
         about["seconds_per_step"] = json.loads(path.read_text())
     runs = []

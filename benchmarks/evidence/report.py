@@ -183,6 +183,7 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     head = ["arm", "rate", "seeds"]
     head += [f"{what}{of}" for what in MEASURES.values() for of in ("", ", of plain")]
     head += ["best probe", "rank", "near copies", "ms/step"]
+    seconds = _step_seconds(args, runs)
     rows = []
     for arm, by_seed in runs.items():
         row = [arm, f"{rates[arm]:g}", str(len(by_seed))]
@@ -196,7 +197,7 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         ranks = [m["rank_by_block"][len(m["rank_by_block"]) // 4] for m in last]
         row.append(f"{np.mean(ranks):.1f}")
         row.append(f"{np.mean([m['near_copies@1'] for m in last]):.3f}")
-        row.append(f"{1e3 * _step_seconds(args, arm, by_seed):.1f}")
+        row.append(f"{1e3 * seconds[arm]:.1f}")
         rows.append(row)
     title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images), "
     title += "each arm at the stretch of the velocity that is the best for it"
@@ -274,8 +275,7 @@ def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Every arm after the seconds that plain takes for all steps."""
-    fastest = {arm: _step_seconds(args, arm, by_seed) for arm, by_seed in runs.items()}
-    rows = []
+    fastest, rows = _step_seconds(args, runs), []
     for arm, by_seed in runs.items():
         if math.isnan(fastest["plain"] + fastest[arm]):
             continue
@@ -289,12 +289,16 @@ def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     return _table(title, ["arm", "steps in that time", "of plain"], rows)
 
 
-def _step_seconds(args: argparse.Namespace, arm: str, by_seed: Mapping[int, Run]) -> float:
-    """Of an arm: what `--time_steps` found, or nan; if it never ran, the fastest of the logs."""
+def _step_seconds(args: argparse.Namespace, runs: Runs) -> dict[str, float]:
+    """Of each arm: what `--time_steps` found, or nan; if it never ran, the fastest of the logs."""
     path = args.root / SECONDS_NAME
     if path.is_file():
-        return float(json.loads(path.read_text()).get(arm, math.nan))
-    return float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
+        known = json.loads(path.read_text())
+        return {arm: known.get(arm, math.nan) for arm in runs}
+    return {
+        arm: float(np.nanmin([run.seconds_per_step for run in by_seed.values()]))
+        for arm, by_seed in runs.items()
+    }
 
 
 def _at(measures: Numbers, step: float, name: str) -> float:
@@ -312,7 +316,7 @@ def _draw(args: argparse.Namespace, runs: Runs) -> None:
         return [step * scale for step in steps], means
 
     quantities = {"features": "features@1", "pixels": "pixels@1", "flow loss": "flow_loss"}
-    seconds = {arm: _step_seconds(args, arm, by_seed) for arm, by_seed in runs.items()}
+    seconds = _step_seconds(args, runs)
     images = dict.fromkeys(runs, float(args.batch_size))
     for file, label, scales in (
         ("images", "images seen", images),

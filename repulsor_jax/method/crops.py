@@ -24,14 +24,13 @@ def random_crops(key: Array, images: Array, min_crop: float) -> Array:
     side_key, start_key, mirror_key = jax.random.split(key, 3)
     side = jax.random.uniform(side_key, (len(images), 1), minval=min_crop)
     start = jax.random.uniform(start_key, (len(images), 2)) * (1 - side)
-    is_mirrored = jax.random.bernoulli(mirror_key, 0.5, (len(images), 1))
-    pixels = (jnp.arange(size) + 0.5) / size
+    is_mirrored = jax.random.bernoulli(mirror_key, 0.5, (len(images), 1, 1, 1))
 
-    def weights(start: Array, at: Array) -> Array:
-        """Bilinear weights of an image's rows for the crop's: [B, size, size]."""
-        rows = jnp.clip((start + side * at) * size - 0.5, 0, size - 1)
-        return jnp.maximum(0, 1 - jnp.abs(rows[:, :, None] - jnp.arange(size)))
+    def crop(image: Array, side: Array, start: Array) -> Array:
+        scale, translation = jnp.broadcast_to(1 / side, (2,)), -size * start / side
+        return jax.image.scale_and_translate(
+            image, image.shape, (0, 1), scale, translation, "linear", antialias=False
+        )
 
-    rows = weights(start[:, :1], pixels)
-    columns = weights(start[:, 1:], jnp.where(is_mirrored, 1 - pixels, pixels))
-    return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, images, precision="highest")
+    crops = jax.vmap(crop)(images, side, start)
+    return jnp.where(is_mirrored, crops[:, :, ::-1], crops)
