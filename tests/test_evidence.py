@@ -134,6 +134,12 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert row in text
     assert (args.root / "report.md").read_text() == text
     assert (args.root / "curves_images.png").is_file()
+    args = bench.parse_arguments([f"--workdir={tmp_path}", *words, "--baseline=positives_0"])
+    assert args.arms == ("positives_0", "positives_256")
+    args.arms = (*args.arms, "plain")
+    assert "| plain | 0.001 | 2 | 7 ± 1.4 | 2.00 [2.00, 2.00] |" in (text := report.write(args))
+    assert text.count("of positives_0") == 5
+    assert "of plain" not in text
 
 
 def test_a_bank_is_compared_with_none_where_all_else_is_equal(tmp_path):

@@ -11,7 +11,8 @@
 4. Every checkpoint is measured; the tables are printed, and drawn.
 
 Arms are those of configs/evidence.py, with other values where an arm says so:
-`positives_1024+repulsor.temperature=0.2`. What is there already is not done again: a command that
+`positives_1024+repulsor.temperature=0.2`; a larger model is compared with one of its own size by
+`--baseline=plain+model.hidden_size=128`. What is there already is not done again: a command that
 was stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One
 run takes one core, or --platform=cuda with --workers=1 the GPU. The table of equal seconds needs
 times of one machine that does nothing else: --time_steps=1000. docs/evidence.md has results.
@@ -84,6 +85,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", default="", help='archive, folder, "tfds:cifar10" or "digits"')
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/evidence"))
     parser.add_argument("--arms", type=_arms, default=tuple(configs.ARMS), help="or all")
+    parser.add_argument("--baseline", default="plain", help="the arm that others are compared with")
     parser.add_argument("--rates", type=_rates, default=(1.5e-3, 3e-3, 6e-3), help="to search")
     parser.add_argument(
         "--stretches",
@@ -113,6 +115,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="print what is there, and stop")
     args = parser.parse_args(argv)
+    args.arms = tuple(dict.fromkeys((args.baseline, *args.arms)))
     try:
         parsed = [config_lib.parse(configs.get_config(f"{args.bench},{a}")) for a in args.arms]
     except ValueError as error:
@@ -137,8 +140,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _arms(text: str) -> tuple[str, ...]:
-    arms = tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
-    return tuple(dict.fromkeys(("plain", *arms)))
+    return tuple(configs.ARMS) if text == "all" else tuple(text.split(","))
 
 
 def _set_by_bench(c: config_lib.Config) -> tuple[Any, ...]:

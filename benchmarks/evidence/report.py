@@ -84,7 +84,7 @@ def write(args: argparse.Namespace) -> str:
     """Returns the tables as Markdown; writes them to `report.md`, and curves beside it.
 
     Args:
-      args: `root` of a bench, `arms`, `rates`, `seeds`, `steps`, `batch_size`.
+      args: `root` of a bench, `arms`, `baseline`, `rates`, `seeds`, `steps`, `batch_size`.
     """
     rates = best_rates(args.root, args.arms, args.rates)
     runs: dict[str, dict[int, Run]] = {}
@@ -94,7 +94,7 @@ def write(args: argparse.Namespace) -> str:
     missing = sum(len(args.seeds) - len(runs.get(arm, ())) for arm in args.arms)
     parts = [_floor(args), _search(args, rates)]
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
-    if runs.get("plain"):
+    if runs.get(args.baseline):
         sections = (_arms, _seeds, _stretched, _times, _against_no_bank, _seconds)
         parts += [section(args, runs, rates) for section in sections]
         _draw(args, runs)
@@ -179,18 +179,18 @@ def _compared(own: Mapping[int, float], base: Mapping[int, float], digits: int =
 
 
 def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Every arm beside plain at equal steps."""
+    """Every arm beside the baseline at equal steps."""
     head = ["arm", "rate", "seeds"]
-    head += [f"{what}{of}" for what in MEASURES.values() for of in ("", ", of plain")]
+    head += [f"{what}{of}" for what in MEASURES.values() for of in ("", f", of {args.baseline}")]
     head += ["best probe", "rank", "near copies", "ms/step"]
     seconds = _step_seconds(args, runs)
     rows = []
     for arm, by_seed in runs.items():
         row = [arm, f"{rates[arm]:g}", str(len(by_seed))]
         for name in MEASURES:
-            own, plain = (_at_best(args, each, name) for each in (by_seed, runs["plain"]))
+            own, base = (_at_best(args, each, name) for each in (by_seed, runs[args.baseline]))
             row.append(mean_and_spread(list(own.values())))
-            row.append(_compared(own, plain, 3 if name == "flow_loss" else 2))
+            row.append(_compared(own, base, 3 if name == "flow_loss" else 2))
         last = [run.measures[args.steps] for run in by_seed.values()]
         row.append(f"{np.mean([max(m['probe_by_block']) for m in last]):.3f}")
         # Of the block that most terms act on.
@@ -220,36 +220,37 @@ def _seeds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 
 def _stretched(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Every arm at every stretch of the velocity, and without one beside plain without one."""
+    """Every arm at every stretch of the velocity, and without one beside the baseline's."""
     scales, rows = (1.0, *args.stretches), []
+    base = _values(runs[args.baseline], args.steps, "features@1")
     for arm, by_seed in runs.items():
         found = [_values(by_seed, args.steps, f"features@{scale:g}") for scale in scales]
-        plain = _values(runs["plain"], args.steps, "features@1")
         means = [f"{np.mean(list(values.values())):.2f}" for values in found]
-        rows.append([arm, *means, _compared(found[0], plain)])
-    head = ["arm", *(f"x {scale:g}" for scale in scales), "x 1, of plain's"]
+        rows.append([arm, *means, _compared(found[0], base)])
+    head = ["arm", *(f"x {scale:g}" for scale in scales), f"x 1, of {args.baseline}'s"]
     return _table("Features by the stretch of the velocity", head, rows)
 
 
 def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Held-out flow loss by bins of t, in per cent of plain."""
-    plain = runs["plain"]
-    bins = len(next(iter(plain.values())).measures[args.steps]["flow_loss_by_t"])
+    """Held-out flow loss by bins of t, in per cent of the baseline's."""
+    base = runs[args.baseline]
+    bins = len(next(iter(base.values())).measures[args.steps]["flow_loss_by_t"])
 
     def row(arm: str, by_seed: Mapping[int, Run]) -> list[str]:
         changes = [
             np.array(by_seed[s].measures[args.steps]["flow_loss_by_t"])
-            / plain[s].measures[args.steps]["flow_loss_by_t"]
+            / base[s].measures[args.steps]["flow_loss_by_t"]
             - 1
-            for s in by_seed.keys() & plain.keys()
+            for s in by_seed.keys() & base.keys()
         ]
         return [arm, *(f"{100 * x:+.1f}" for x in np.mean(changes, axis=0))] if changes else [arm]
 
-    own = [r.measures[args.steps]["flow_loss_by_t"] for r in plain.values()]
-    rows = [["plain itself", *(f"{x:.3f}" for x in np.mean(own, axis=0))]]
-    rows += [row(arm, by_seed) for arm, by_seed in runs.items() if arm != "plain"]
+    own = [r.measures[args.steps]["flow_loss_by_t"] for r in base.values()]
+    rows = [[f"{args.baseline} itself", *(f"{x:.3f}" for x in np.mean(own, axis=0))]]
+    rows += [row(arm, by_seed) for arm, by_seed in runs.items() if arm != args.baseline]
     head = ["arm", *(f"{b / bins:.1f}" for b in range(bins))]
-    return _table("Held-out flow loss from t = ... on, change against plain in %", head, rows)
+    title = f"Held-out flow loss from t = ... on, change against {args.baseline} in %"
+    return _table(title, head, rows)
 
 
 def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
@@ -274,19 +275,18 @@ def _against_no_bank(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
 
 
 def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
-    """Every arm after the seconds that plain takes for all steps."""
+    """Every arm after the seconds that the baseline takes for all steps."""
     fastest, rows = _step_seconds(args, runs), []
+    budget = args.steps * fastest[args.baseline]
+    base = _values(runs[args.baseline], args.steps, "features@1")
     for arm, by_seed in runs.items():
-        if math.isnan(fastest["plain"] + fastest[arm]):
+        if math.isnan(budget + fastest[arm]):
             continue
-        step = min(args.steps, args.steps * fastest["plain"] / fastest[arm])
+        step = min(args.steps, budget / fastest[arm])
         own = {seed: _at(run.measures, step, "features@1") for seed, run in by_seed.items()}
-        plain = _values(runs["plain"], args.steps, "features@1")
-        rows.append([arm, f"{step:,.0f}", _compared(own, plain)])
-    title = (
-        f"Features, no stretch, after the {args.steps * fastest['plain']:.0f} s that plain takes"
-    )
-    return _table(title, ["arm", "steps in that time", "of plain"], rows)
+        rows.append([arm, f"{step:,.0f}", _compared(own, base)])
+    title = f"Features, no stretch, after the {budget:.0f} s that {args.baseline} takes"
+    return _table(title, ["arm", "steps in that time", f"of {args.baseline}"], rows)
 
 
 def _step_seconds(args: argparse.Namespace, runs: Runs) -> dict[str, float]:
