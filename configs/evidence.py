@@ -11,12 +11,12 @@ gives the learning rate that its search found, and trains the arm `control` with
 (`benchmarks/evidence/control.py`). docs/evidence.md has what came out.
 """
 
-import ast
 from typing import Any
 
 import ml_collections
 
 from configs import default, objectives
+from repulsor_jax import config as config_lib
 from repulsor_jax.models.dit import DIT_SIZES
 
 BANKS = (0, 256, 1_024, 4_096, 16_384)  # K, rows
@@ -69,23 +69,10 @@ def get_config(setting: str = "cifar16,plain") -> ml_collections.ConfigDict:
     objective, values = ARMS[arm]
     objectives.use(c, objective)
     c.update_from_flattened_dict(values)
-    for change in changes:
-        key, _, value = change.partition("=")
-        if not key or not value:
-            raise ValueError(f"configs/evidence.py:{setting}: +{change}: expected +KEY=VALUE")
-        try:
-            c.update_from_flattened_dict({key: _literal(value)})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"configs/evidence.py:{setting}: {error}") from error
-    return c
-
-
-def _literal(text: str) -> Any:
-    """The value that a text writes in Python, or the text."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    pairs = dict(change.partition("=")[::2] for change in changes)
+    if not all(pairs.values()):
+        raise ValueError(f"configs/evidence.py:{setting}: expected +SECTION.FIELD=VALUE")
+    return ml_collections.ConfigDict(config_lib.with_changes(c.to_dict(), pairs))
 
 
 def _small(c: ml_collections.ConfigDict) -> None:

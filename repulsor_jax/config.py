@@ -4,12 +4,14 @@ The classes are the schema, a class for each section of `configs/default.py`, wh
 defaults and explains every knob.
 """
 
+import ast
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import ml_collections
 import numpy as np
+from flax import traverse_util
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from repulsor_jax.data.features import open_features
@@ -442,6 +444,24 @@ def plain_values(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[
         own = values[section]
         values[section] = own | {key: value for key, value in given.items() if key in own}
     return values
+
+
+def with_changes(values: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values with some replaced by others given as text, by keys such as `model.depth`.
+
+    Raises:
+      ConfigError: no such key. A value of the wrong type or range is found by `parse`.
+    """
+    flat: dict[str, Any] = traverse_util.flatten_dict(values, sep=".")
+    for key, text in changes.items():
+        if key not in flat:
+            raise ConfigError(f"config.{key}: unknown key; configs/default.py explains every key")
+        try:
+            flat[key] = text if isinstance(flat[key], str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            flat[key] = text
+    changed: dict[str, Any] = traverse_util.unflatten_dict(flat, sep=".")
+    return changed
 
 
 def guides_by_no_class(config: Config) -> bool:

@@ -3,7 +3,6 @@
 The programs of the run are compiled for a TPU slice and read: memory, FLOPs, collectives.
 """
 
-import ast
 import concurrent.futures
 import dataclasses
 import functools
@@ -17,7 +16,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import traverse_util
 
 from repulsor_jax import __version__
 from repulsor_jax import config as config_lib
@@ -261,7 +259,7 @@ def _variants(values: dict[str, Any], options: Options) -> list[Variant]:
             raise ConfigError(f"--compare: num_slices={slices!r} must be a number")
         topology = opened(name, int(slices))
         try:
-            config = config_lib.parse(_changed(values, changes))
+            config = config_lib.parse(config_lib.with_changes(values, changes))
         except ConfigError as error:
             raise ConfigError(f"--compare={label!r}: {error}" if label else str(error)) from error
         return Variant(label, config, topology)
@@ -281,17 +279,3 @@ def _pairs(text: str) -> dict[str, str]:
             )
         pairs[key.removeprefix("config.")] = value
     return pairs
-
-
-def _changed(values: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration's values with some replaced by values given as text."""
-    flat: dict[str, Any] = traverse_util.flatten_dict(values, sep=".")
-    for key, text in changes.items():
-        if key not in flat:
-            raise ConfigError(f"config.{key}: unknown key")
-        try:
-            flat[key] = text if isinstance(flat[key], str) else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            flat[key] = text  # `config.parse` says what is wrong with it
-    changed: dict[str, Any] = traverse_util.unflatten_dict(flat, sep=".")
-    return changed

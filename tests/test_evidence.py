@@ -78,9 +78,10 @@ def test_words_that_are_no_setting(capsys):
         configs.get_config("cifar16,pain")
     for arm, said in {
         "pain": "cifar16,pain: expected BENCH,ARM with a bench of",
-        "plain+repulse.weight=1": '"repulse.weight" cannot be set as "repulse" was not found',
-        "plain+repulsor.weigth=1": "config.repulsor.weigth: unknown key; expected one of",
-        "plain+repulsor.weight": "+repulsor.weight: expected +KEY=VALUE",
+        "plain+repulse.weight=1": "config.repulse.weight: unknown key",
+        "plain+repulsor.weigth=1": "config.repulsor.weigth: unknown key",
+        "plain+repulsor.weight": "plain+repulsor.weight: expected +SECTION.FIELD=VALUE",
+        "plain+repulsor.weight=heavy": "expected a valid number, found 'heavy'",
         "plain+optimizer.learning_rate=1e-2": "plain+optimizer.learning_rate=1e-2: seed, steps, b",
     }.items():
         with pytest.raises(SystemExit):

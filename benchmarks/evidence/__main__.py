@@ -200,20 +200,21 @@ def prepare(args: argparse.Namespace) -> "Yardstick":
     bench, root = BENCHES[args.bench], args.root
     found = pictures.load_pictures(root / "pictures.npz", args.source, bench.size)
     steps = args.classifier_steps or bench.classifier_steps
+    loaded = {}
     for name, seed, part in (("metric", 0, 1.0), ("control", 1, 0.5)):
         path = root / f"classifier_{name}.npz"
         classifier.train_classifier(
             path, found, seed=seed, steps=round(steps * part), flips=bench.flips
         )
-        accuracy = classifier.load_classifier(path).accuracy
+        loaded[name] = classifier.load_classifier(path)
+        accuracy = loaded[name].accuracy
         print(f"classifier {name}: accuracy {accuracy:.3f} on held-out pictures", flush=True)
     if not (root / "data" / "train" / "dataset.json").is_file():
         pictures.write_latents(root / "latents", found, bench.count, bench.labelled)
         arguments = ["--mode=encode", f"--config.data.source_path={root / 'latents'}"]
         _program(args, "repulsor_jax.main", "plain", root, arguments, [])
-    measuring = classifier.load_classifier(root / "classifier_metric.npz")
-    yardstick = Yardstick(found, bench.count, measuring, args.samples)
-    about = yardstick.floor() | {"accuracy": measuring.accuracy, "samples": args.samples}
+    yardstick = Yardstick(found, bench.count, loaded["metric"], args.samples)
+    about = yardstick.floor() | {"accuracy": loaded["metric"].accuracy, "samples": args.samples}
     atomic.write_text(root / "floor.json", json.dumps(about) + "\n")
     return yardstick
 
