@@ -290,25 +290,41 @@ def _order(
     that take more memory than one that is not among the best, and a remat that was seen to take
     more memory than another without being quicker.
     """
-    is_same = lambda a, b: _without_remat(a) == _without_remat(b)
-    fitting, best = [each for each in tried if each.step["fits"]], frontier(tried)
-    same = [each for each in tried if is_same(each.setting, setting)]
+    same = [each for each in tried if _is_same_mesh(each.setting, setting)]
     if same:
-        beaten = [each for each in same if each in fitting and each not in best]
-        is_late = any(setting.place > each.setting.place for each in beaten) or any(
-            a.setting.config.model.remat == setting.config.model.remat
-            for a, b in itertools.permutations(fitting, 2)
-            if is_same(a.setting, b.setting)
-            and a.setting.place > b.setting.place
-            and a.seconds >= b.seconds
-        )
+        is_late = _takes_memory_for_nothing(setting, same, tried)
     else:
-        is_late = "model.remat" in setting.changes or any(is_same(s, setting) for s in running)
-    # What the guess is wrong by: of the same mesh, or of most.
-    factors = [each.seconds / each.setting.guess for each in fitting]
-    of_same = [f for f, each in zip(factors, fitting, strict=True) if each in same]
-    factor = min(of_same) if of_same else statistics.median(factors or [1.0])
+        is_running = any(_is_same_mesh(each, setting) for each in running)
+        is_late = is_running or "model.remat" in setting.changes
+    of_same, of_all = _errors_of_guess(same), _errors_of_guess(tried)
+    factor = min(of_same) if of_same else statistics.median(of_all or [1.0])
     return bool(setting.changes), is_late, setting.guess * factor
+
+
+def _takes_memory_for_nothing(
+    setting: Setting, same: Sequence[Tried], tried: Sequence[Tried]
+) -> bool:
+    """Whether less memory was seen to be as quick: on its mesh, or with its remat on another."""
+    best = frontier(tried)
+    beaten = [each for each in same if each.step["fits"] and each not in best]
+    fitting = [each for each in tried if each.step["fits"]]
+    return any(setting.place > each.setting.place for each in beaten) or any(
+        a.setting.config.model.remat == setting.config.model.remat
+        and _is_same_mesh(a.setting, b.setting)
+        and a.setting.place > b.setting.place
+        and a.seconds >= b.seconds
+        for a, b in itertools.permutations(fitting, 2)
+    )
+
+
+def _errors_of_guess(tried: Sequence[Tried]) -> list[float]:
+    """What the guesses of those that fit are wrong by, as factors."""
+    return [each.seconds / each.setting.guess for each in tried if each.step["fits"]]
+
+
+def _is_same_mesh(a: Setting, b: Setting) -> bool:
+    """Whether two settings differ by nothing but remat."""
+    return _without_remat(a) == _without_remat(b)
 
 
 def _without_remat(setting: Setting) -> Values:
