@@ -265,7 +265,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.sampling.rtol = 1e-3  # dopri5: relative tolerance of a step
     c.sampling.atol = 1e-6  # dopri5: absolute tolerance
     c.sampling.max_steps = 1_000  # dopri5: a sample that needs more is an error
-    # SDE: "constant", "sbdm", "sigma", "linear", "decreasing" or "increasing-decreasing".
+    # SDE: "constant", "sbdm", "sigma", "linear", "decreasing" or "increasing_decreasing".
     c.sampling.diffusion_form = "sigma"  # how much noise is added along the way
     c.sampling.diffusion_norm = 1.0  # SDE: its factor
     c.sampling.last_step = "mean"  # SDE: without noise, "mean", "tweedie", "euler", or "none"

@@ -111,7 +111,7 @@ _SEARCH = flags.DEFINE_bool(
     "which none is both quicker and smaller, as commands.",
 )
 _SEARCH_BATCHES = flags.DEFINE_list(
-    "search_batches", [], "plan: --search among these batches: 256,512,1024."
+    "search_batches", [], "plan: --search among these batches too: 256,512,1024."
 )
 _SEARCH_LIMIT = flags.DEFINE_integer("search_limit", 16, "plan: compilations of --search.")
 

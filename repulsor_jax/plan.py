@@ -42,7 +42,7 @@ class Options:
     compare: str = ""
     price_per_chip_hour: float = 0.0  # in any currency; 0 prints no cost
     search: bool = False  # compile train steps with other meshes and rematerialisation
-    search_batches: tuple[int, ...] = ()  # to search among; () keeps the configured one
+    search_batches: tuple[int, ...] = ()  # to search among, beside the configured one
     search_limit: int = 16  # compilations of a search
     # The user's own, which found settings are added to.
     command: tuple[str, ...] = ("python", "-m", "repulsor_jax.main")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -65,7 +66,7 @@ def sample(config: Config, workdir: pathlib.Path, step: int | None = None) -> pa
         if sharding.agree(int(path.is_file() and record.is_file())):
             if is_main:
                 shards.remove()  # a job killed at its very end leaves its shards
-                if config.sampling.save_png and not path.with_suffix("").is_dir():
+                if config.sampling.save_png:
                     rows = [shards.rows(shard) for shard in range(len(shards))]
                     finished = open_images(path).read(rows)
                     _save_pngs(path, zip(rows, finished, strict=True))
@@ -130,9 +131,14 @@ def draw_trajectory(config: Config, workdir: pathlib.Path, path: pathlib.Path) -
 
 
 def _save_pngs(path: pathlib.Path, pieces: Iterable[tuple[range, np.ndarray]]) -> None:
-    """Writes the folder of PNG files beside the .npz."""
+    """Writes the folder of PNG files beside the .npz, unless it is there; it appears whole."""
+    folder, made = path.with_suffix(""), path.with_name(f".{path.stem}.png.incomplete")
+    if folder.is_dir():
+        return
+    shutil.rmtree(made, ignore_errors=True)  # of a job that was killed
     for rows, piece in pieces:
-        pictures.save_pngs(path.with_suffix(""), rows.start, piece)
+        pictures.save_pngs(made, rows.start, piece)
+    made.rename(folder)
 
 
 def _first(pieces: Iterator[np.ndarray], count: int) -> np.ndarray:

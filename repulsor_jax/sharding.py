@@ -298,6 +298,24 @@ def agree_numbers(values: Sequence[int]) -> list[int]:
     return agree(padded).tolist()
 
 
+@contextlib.contextmanager
+def raised_on_all() -> Iterator[None]:
+    """All processes enter this block and leave it together: an error in one is raised on each.
+
+    Raised on one alone, it would leave the others waiting in their next collective for good.
+
+    Raises:
+      OSError: another process failed here; it says why itself.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        fault = error
+    if any_process(fault is not None):
+        raise fault or OSError("another process failed; its own message says why")
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; the same answer on all, which ask together."""
     if jax.process_count() == 1:

@@ -165,8 +165,12 @@ def test_numbers_outlive_their_runs(tmp_path):
     path = tmp_path / "numbers" / "digits.jsonl"
     ledger.pack(there.root, path)
 
-    ledger.unpack(path, here.root)  # an empty folder: nothing was run
+    report.run_folder(here.root, "plain", 1e-3, 0).mkdir(parents=True)  # begun, and not measured
+    ledger.unpack(path, here.root)
     assert report.write(here) == report.write(there)
+    lines = path.read_text()
+    ledger.pack(tmp_path / "empty", path)  # what a ledger has stays in it
+    assert path.read_text() == lines
     seconds = {"plain": 0.02, "positives_0": 0.04}
     (there.root / report.SECONDS_NAME).write_text(json.dumps(seconds))
     ledger.pack(there.root, path)

@@ -146,3 +146,13 @@ def test_slices_of_real_chips(monkeypatch):
     assert scattered  # or contiguous rows would have been enough
     with pytest.raises(ValueError, match="found 2 slices of 16 devices"):
         sharding.create_mesh(1, -1, 1, devices=described)
+
+
+def test_an_error_in_one_process_is_raised_on_all(monkeypatch):
+    with pytest.raises(ValueError, match="mine"), sharding.raised_on_all():
+        raise ValueError("mine")
+    with sharding.raised_on_all():
+        pass
+    monkeypatch.setattr(sharding, "any_process", lambda flag: True)  # as another one's
+    with pytest.raises(OSError, match="another process failed"), sharding.raised_on_all():
+        pass

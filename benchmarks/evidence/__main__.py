@@ -227,8 +227,9 @@ def train_all(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
         if not _is_measured(args, job) and steps_done(_folder(args, job)) < job.steps
     ]
     cores: queue.Queue[int | None] = queue.Queue()
-    for core in sorted(os.sched_getaffinity(0))[: args.workers] * args.workers:
-        cores.put(core if args.platform == "cpu" else None)
+    allowed = sorted(os.sched_getaffinity(0))
+    for worker in range(args.workers):
+        cores.put(allowed[worker % len(allowed)] if args.platform == "cpu" else None)
     running: list[subprocess.Popen] = []
     started, done = time.monotonic(), 0
 

@@ -20,35 +20,39 @@ TOLERANCE = 0.001
 
 
 def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
-    """Writes all measured runs below `<root>/runs` to a ledger."""
+    """Adds all measured runs below `<root>/runs` to a ledger; what it has stays."""
+    runs: dict[tuple[str, float, int], dict[str, Any]] = {}
     if ledger.is_file():
-        about = json.loads(ledger.read_text().splitlines()[0])
+        about, *known = map(json.loads, ledger.read_text().splitlines())
+        runs = {(line["arm"], line["rate"], line["seed"]): line for line in known}
     else:
         floor = json.loads((root / "floor.json").read_text())
         about = {"floor": floor, "jax": metadata.version("jax")}
     if (path := root / SECONDS_NAME).is_file():
         about["seconds_per_step"] = json.loads(path.read_text())
-    runs = []
-    for folder in sorted((root / "runs").glob("*/lr_*/seed_*")):
+    for folder in (root / "runs").glob("*/lr_*/seed_*"):
         found = read_run(folder)
-        if found.measures:
-            arm, rate, seed = folder.relative_to(root / "runs").parts
-            runs.append(
-                {
-                    "arm": arm,
-                    "rate": float(rate.removeprefix("lr_")),
-                    "seed": int(seed.removeprefix("seed_")),
-                    "seconds_per_step": found.seconds_per_step,
-                    "measures": found.measures,
-                }
-            )
-    lines = [json.dumps(_rounded(line), separators=(",", ":")) for line in (about, *runs)]
+        if not found.measures:
+            continue
+        arm, lr, number = folder.relative_to(root / "runs").parts
+        rate, seed = float(lr.removeprefix("lr_")), int(number.removeprefix("seed_"))
+        measures = runs[arm, rate, seed]["measures"] if (arm, rate, seed) in runs else {}
+        measures |= {str(step): numbers for step, numbers in found.measures.items()}
+        runs[arm, rate, seed] = {
+            "arm": arm,
+            "rate": rate,
+            "seed": seed,
+            "seconds_per_step": found.seconds_per_step,
+            "measures": measures,
+        }
+    ordered = [runs[key] for key in sorted(runs)]
+    lines = [json.dumps(_rounded(line), separators=(",", ":")) for line in (about, *ordered)]
     ledger.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(ledger, "\n".join(lines) + "\n")
 
 
 def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
-    """Puts the numbers of a ledger where those of runs lie that were not made here.
+    """Puts the numbers of a ledger beside those of runs; numbers that were made here stay.
 
     Raises:
       ValueError: real pictures are measured otherwise by this bench than by that of the ledger, so
@@ -66,13 +70,12 @@ def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
             )
     for line in runs:
         folder = run_folder(root, line["arm"], line["rate"], line["seed"])
-        if folder.exists():
-            continue
-        folder.mkdir(parents=True)
-        for step, numbers in line["measures"].items():
-            atomic.write_text(folder / f"measure_{step}.json", json.dumps(numbers) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
         seconds = {"step": 1, "seconds_per_step": line["seconds_per_step"]}
-        atomic.write_text(folder / JSONL_NAME, json.dumps(seconds) + "\n")
+        files = {f"measure_{step}.json": numbers for step, numbers in line["measures"].items()}
+        for name, numbers in {**files, JSONL_NAME: seconds}.items():
+            if not (folder / name).exists():
+                atomic.write_text(folder / name, json.dumps(numbers) + "\n")
     for name, key in (("floor.json", "floor"), (SECONDS_NAME, "seconds_per_step")):
         if key in about and not (root / name).is_file():
             atomic.write_text(root / name, json.dumps(about[key]) + "\n")

@@ -150,7 +150,8 @@ def _measured(
         identity["reference"] = yardstick.reference.description
     name = f"{stem}-{job_name(identity)}"
     with locks.locked(yardstick.folder / name, enabled=is_main):
-        known = report.read(yardstick.folder, name) if is_main else None
+        with sharding.raised_on_all():
+            known = report.read(yardstick.folder, name) if is_main else None
         if sharding.agree(int(known is not None)):
             return known or {}, name
         started = time.perf_counter()

@@ -157,8 +157,9 @@ def fill(
         missing = shards.missing(share)
     else:
         mask = np.zeros(len(shards), np.int32)
-        if keeps:
-            mask[shards.missing()] = 1
+        with sharding.raised_on_all():
+            if keeps:
+                mask[shards.missing()] = 1
         missing = np.flatnonzero(sharding.agree(mask)).tolist()
     if not missing:
         return 0
@@ -185,10 +186,14 @@ def fill(
                 yield part
 
         for shard, rows in zip(missing, todo, strict=True):
-            if keeps:
+            if share is not None:
                 shards.write(shard, parts(len(rows)))
-            else:
-                collections.deque(parts(len(rows)), maxlen=0)
+                continue
+            # Making parts is collective work, and its errors are on all; writing is of one.
+            made = collections.deque(parts(len(rows)), maxlen=None if keeps else 0)
+            with sharding.raised_on_all():
+                if keeps:
+                    shards.write(shard, made)
     return left
 
 

@@ -168,9 +168,10 @@ def _archive(experiment: Experiment, path: pathlib.Path) -> Task:
                 f"{m.num_classes}, which stands for no class"
             )
         arrays["labels"] = labels.astype(np.int32)
-    if is_semantic and (arrays["maps"][arrays["maps"] != 255] >= config.conditioning.classes).any():
+    classes = arrays["maps"][arrays["maps"] != 255] if is_semantic else np.zeros(0)
+    if (classes >= config.conditioning.classes).any():
         raise ValueError(
-            f"maps: found the class {arrays['maps'].max()}, expected less than "
+            f"maps: found the class {classes.max()}, expected less than "
             f"config.conditioning.classes={config.conditioning.classes}, or 255 for none"
         )
     if not is_semantic:

@@ -79,7 +79,7 @@ def candidates(
       values: the configuration as plain values.
       experiment: of that configuration.
       topology: the devices.
-      batches: to try instead of the configured one.
+      batches: to try beside the configured one.
 
     Raises:
       ConfigError: a batch fits no setting.
@@ -88,7 +88,7 @@ def candidates(
     flat: Values = traverse_util.flatten_dict(values, sep=".")
     count = experiment.mesh.size // shape["tensor"]
     knobs: dict[str, Sequence[Any]] = {
-        "batch_size": tuple(batches) or (config.batch_size,),
+        "batch_size": tuple(dict.fromkeys((config.batch_size, *batches))),
         "mesh.fsdp": [n for n in range(1, count + 1) if count % n == 0],
         "mesh.split_update": (False, True),
         "model.remat": REMATS,

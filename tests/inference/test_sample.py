@@ -84,8 +84,12 @@ def test_writes_images_labels_grid_pngs_and_protocol(workdir):
     assert 3 * 57 < height < 3 * 72
 
     before = path.stat().st_mtime_ns
-    shutil.rmtree(path.with_suffix(""))
+    folder = path.with_suffix("")
+    shutil.rmtree(folder)
+    (killed := folder.with_name(f".{folder.name}.png.incomplete")).mkdir()
+    (killed / "000000.png").write_text("half of a picture")
     assert draw(workdir, sampling__save_png=True) == path
+    assert not killed.exists()
     assert path.stat().st_mtime_ns == before  # it is there, and not made again
     assert len(list(path.with_suffix("").iterdir())) == 40  # what was missing beside it is
 

@@ -166,7 +166,10 @@ def test_images_are_drawn_for_label_maps(folder, tmp_path, truth, whole):
 def test_a_file_that_does_not_fit_is_refused_by_its_key(folder, tmp_path, kind, arrays, message):
     given = tmp_path / "given.npz"
     if arrays:
-        np.savez(given, **{name: np.full(shape, 7, np.uint8) for name, shape in arrays.items()})
+        filled = {name: np.full(shape, 7, np.uint8) for name, shape in arrays.items()}
+        for array in filled.values():
+            array.flat[0] = 255  # no class of a map, and none that is too large
+        np.savez(given, **filled)
     with pytest.raises(ConfigError, match=f"config.conditioning.images=.*{message}"):
         draw(folder, tmp_path, kind, conditioning__images=str(given))
 
