@@ -30,10 +30,10 @@ def get_config(objective: str = "repulsor") -> ml_collections.ConfigDict:
     c.model.scan_blocks = False
     c.model.dtype = "float32"
 
-    # The smallest lambda that docs/evidence.md has: at this size the regulariser costs capacity.
+    # Small: at this size repulsion costs capacity, more with a larger lambda (docs/evidence.md).
     c.repulsor.weight = 0.05
     c.repulsor.projection_dim = 64
-    c.repulsor.bank_rows = 1_024  # fewer than the 1,300 images: an image is there once at most
+    c.repulsor.bank_rows = 1_024  # fewer than the 1,300 images: few are there twice
     c.repulsor.bank_dtype = "float32"
     objectives.use(c, objective)
 

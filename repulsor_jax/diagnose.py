@@ -96,13 +96,12 @@ def make_measure(
         found = pooled_tokens(state.params["model"], x, inputs.t, inputs.labels, inputs.extras)
         values: Values = {}
         for block, tokens, pooled in zip(blocks, *found, strict=True):
-            cosine = diagnostics.mean_cosine_between_tokens(tokens)
             values |= {
                 f"block_{block}/effective_rank": diagnostics.effective_rank(
                     _first(pooled, MOST_ROWS)
                 ),
-                f"block_{block}/isotropy": 1.0 - cosine,
-                f"block_{block}/cosine_tokens": cosine,
+                f"block_{block}/isotropy": diagnostics.isotropy(tokens),
+                f"block_{block}/cosine_tokens": diagnostics.mean_cosine_between_tokens(tokens),
                 f"block_{block}/cosine_samples": diagnostics.mean_cosine_between_samples(pooled),
             }
         return values

@@ -70,7 +70,7 @@ _MODE = flags.DEFINE_enum(
 _FORCE = flags.DEFINE_bool(
     "force",
     False,
-    "train: go on with other data, or another flow or regulariser, than the run was trained with.",
+    "train: go on with other data, or another flow or other terms, than the run was trained with.",
 )
 _CHECKPOINT_STEP = flags.DEFINE_string(
     "checkpoint_step",

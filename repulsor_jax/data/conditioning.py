@@ -12,8 +12,6 @@ from repulsor_jax.data.latents import LatentFormat, normalize, sample_posterior
 
 Array = jax.Array
 
-KINDS = ("none", "inpaint", "semantic")
-
 # LaMa's generator (arXiv 2109.07161) for 256 pixels, whose ranges MAT and LFM took over.
 _SIDE = 256
 _MOST_STROKES, _MOST_SEGMENTS, _MOST_BOXES = 11, 5, 3

@@ -105,7 +105,7 @@ def log_mean_negatives(
       tags: of the samples, `[B]` each; None where nothing is known of them.
       contrast: distance, temperature and weights.
       keys: the rows of the batch that are negatives; None takes z itself, with gradient.
-      rows_per_sample: G where rows g to g + G - 1 of z are of one image, whatever the tags.
+      rows_per_sample: G where rows i G to i G + G - 1 of z are of image i, whatever the tags.
       chunk_slots: slots of the bank to go through at a time. All of them is the direct form, which
         keeps every logit for the backward pass; fewer is the online form, which keeps none and
         can be differentiated once. None takes as many as make `MAX_LOGITS` logits on a device.

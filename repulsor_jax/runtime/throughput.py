@@ -64,15 +64,11 @@ def forward_flops(config: ModelConfig) -> float:
     """FLOPs of the transformer's matrix products for one image, 2 per multiply-add."""
     if config.architecture == "blockwise":
         return _blockwise_flops(config)
-    width = config.hidden_size
-    tokens = (config.latent_size // config.patch_size) ** 2
-    patch = config.in_channels * config.patch_size**2
-    hidden = int(width * config.mlp_ratio)
-    attention = tokens * 4 * width**2 + 2 * tokens**2 * width  # q, k, v, out; scores and values
-    block = attention + tokens * 2 * width * hidden + 6 * width**2  # MLP; modulation
-    last = tokens * patch * width * (2 if config.learn_sigma else 1) + 2 * width**2
-    first = tokens * patch * width + NUM_FREQUENCIES * width + width**2  # patches; time
-    return 2.0 * (config.depth * block + first + last)
+    width, patch = config.hidden_size, config.in_channels * config.patch_size**2
+    blocks = config.depth * (_block_flops(config) + 12.0 * width**2)  # their modulation
+    outputs = patch * (2 if config.learn_sigma else 1)
+    last = 2.0 * (_num_tokens(config) * width * outputs + 2 * width**2)
+    return blocks + _ends_flops(config) + last
 
 
 def _blockwise_flops(config: ModelConfig) -> float:
@@ -90,13 +86,13 @@ def _trunk_flops(config: ModelConfig) -> float:
 
 
 def _ends_flops(config: ModelConfig) -> float:
-    """Of the trunk's patches, and of the time."""
+    """Of the patches, and of the time."""
     width, patch = config.hidden_size, config.in_channels * config.patch_size**2
     return 2.0 * (_num_tokens(config) * patch * width + NUM_FREQUENCIES * width + width**2)
 
 
 def _block_flops(config: ModelConfig) -> float:
-    """Of one block without its modulation."""
+    """Of one block without its modulation: q, k, v, out; scores and values; MLP."""
     width, tokens = config.hidden_size, _num_tokens(config)
     hidden = int(width * config.mlp_ratio)
     return 2.0 * (tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)
