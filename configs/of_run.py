@@ -46,7 +46,9 @@ def _record(directory: epath.Path, asked: str) -> dict[str, Any]:
     if directory.is_file():
         return dict(json.loads(directory.read_text()))
     if directory.is_dir():
-        steps = (path for path in directory.iterdir() if path.name.isdecimal())
+        steps = [path for path in directory.iterdir() if path.name.isdecimal()]
+        if str(directory).startswith("gs://"):  # where orbax marks what is whole
+            steps = [path for path in steps if (path / "commit_success.txt").exists()]
         found = {int(path.name): path / "config" / "metadata" for path in steps}
     if not found:
         raise ValueError(

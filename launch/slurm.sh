@@ -69,6 +69,10 @@ watch() {
 }
 
 parse_command_line "$@"
+if [[ $COMMAND == install ]]; then # needs no settings
+  run bash "$REPO/launch/worker.sh" install cuda
+  exit
+fi
 REQUIRED=(NAME NODES GPUS_PER_NODE TIME CONFIG WORKDIR)
 OPTIONAL=(CPUS_PER_TASK=8 PARTITION= ACCOUNT= CONSTRAINT= COMPILATION_CACHE_DIR= MAX_STARTS=5 GRACE_SECONDS=300
   POLL_SECONDS=60)
@@ -88,7 +92,6 @@ case $COMMAND in
     submit
     watch
     ;;
-  install) run bash "$REPO/launch/worker.sh" install cuda ;;
   run) submit ;;
   logs) follow ;;
   status) run squeue --me "--name=$NAME" --long ;;

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, latent_scale
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data import converted, listing, preprocess
@@ -88,11 +89,20 @@ def _splits(config: Config) -> dict[str, str]:
 def _to_make(config: Config, directory: pathlib.Path) -> dict[str, str]:
     """The split of each folder, train and test, that is not complete yet."""
     todo = {}
-    for folder, split in _splits(config).items():
-        if split and (directory / folder / METADATA).exists():
-            _check_is_the_configured(config, directory / folder, folder)
-        elif split:
-            todo[folder] = split
+    with sharding.raised_on_all():
+        for folder, split in _splits(config).items():
+            if split and (directory / folder / METADATA).exists():
+                _check_is_the_configured(config, directory / folder, folder)
+            elif split:
+                todo[folder] = split
+    mask = np.array([folder in todo for folder in _splits(config)])
+    is_other = bool((sharding.agree(mask) != mask).any())
+    with sharding.raised_on_all():
+        if is_other:
+            raise ConfigError(
+                f"{directory}: the first process sees other data sets there: config.data.dir must "
+                "be one folder that all processes see"
+            )
     return todo
 
 
@@ -117,16 +127,17 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
         for source in opened.values():
             converted.check_layout(source, config.model.latent_size, config.model.in_channels)
         return opened
-    # Only the first process may decompress an archive: the others wait for its copy.
-    if name == "archive" and jax.process_index() > 0:
-        multihost_utils.sync_global_devices("decompressed")
+    # Only the first process may decompress an archive, or prepare a data set of TFDS.
+    is_made_once = name == "archive" or name.startswith("tfds:")
+    if is_made_once and jax.process_index() > 0:
+        multihost_utils.sync_global_devices("prepared")
     open_split = functools.partial(open_source, name, path=path, cache_dir=cache)
     sources = {folder: open_split(split) for folder, split in splits.items()}
     if config.conditioning.kind == "semantic":
         maps = config.conditioning.maps_path
         sources = {k: with_maps(source, maps, splits[k]) for k, source in sources.items()}
-    if name == "archive" and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("decompressed")
+    if is_made_once and jax.process_index() == 0:
+        multihost_utils.sync_global_devices("prepared")
     return sources
 
 

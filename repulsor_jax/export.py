@@ -9,8 +9,9 @@ from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.evaluation import report
 from repulsor_jax.files import locks
-from repulsor_jax.inference import exported, pretrained
+from repulsor_jax.inference import exported, pretrained, run
 from repulsor_jax.inference.generator import (
+    Guide,
     configured_guidance,
     generate_images,
     make_generator,
@@ -51,7 +52,7 @@ def export(
         raise ConfigError(f"--push_to={push_to!r}: expected a repository, as owner/name")
     opened = pretrained.open_model(config, workdir, step)
     experiment, records = opened.experiment, opened.records
-    host_params = sharding.to_host(opened.params)
+    host_params, digest = sharding.to_host(opened.params), run.params_sha256(opened.params)
     folder = workdir / "export" / f"step_{opened.step}"
     is_main = jax.process_index() == 0
     with locks.locked(folder, enabled=is_main):
@@ -62,20 +63,23 @@ def export(
             state = exported.write_weights(partial, experiment, host_params, convention)
             no_diffusers = exported.write_diffusers(partial, experiment, state)
         count = config.sampling.grid_samples
-        generator = make_generator(experiment)
+        guide = run.load_guide(experiment)
+        generator = make_generator(experiment, guide)
         guidance = configured_guidance(config.sampling)
         images, labels = generate_images(generator, opened.params, count, guidance)
         if is_main:
             write_grid(experiment, partial / "samples.png", images, labels)
             saved = exported.without_folders(records["config"])
             saved["model"]["learn_sigma"] &= convention != "reversed"
+            if "guiding_run" in saved.get("sampling", {}):
+                saved["sampling"]["guiding_run"] = ""  # a folder of this machine
             exported.write_json(partial / exported.TRAINING_CONFIG, saved)
-            evaluations = _copy_evaluations(workdir / "evaluations", partial, opened.step)
+            evaluations = _copy_evaluations(workdir / "evaluations", partial, digest)
             exported.write_card(
                 partial,
                 experiment,
                 title=workdir.name,
-                origin=_origin(opened, guidance),
+                origin=_origin(opened, guidance, guide),
                 convention=convention,
                 no_diffusers=no_diffusers,
                 evaluations=evaluations,
@@ -90,7 +94,7 @@ def export(
     return folder
 
 
-def _origin(opened: pretrained.Opened, guidance: object) -> list[str]:
+def _origin(opened: pretrained.Opened, guidance: object, guide: Guide | None) -> list[str]:
     """Lines for the card: what the parameters were trained on, and how the grid was drawn."""
     experiment, config = opened.experiment, opened.records["config"]
     lines = []
@@ -106,13 +110,16 @@ def _origin(opened: pretrained.Opened, guidance: object) -> list[str]:
         lines.append(f"Losses beside the flow loss: {config.get('terms', 'none')}")
     c = experiment.config.sampling
     drawn = f"Samples shown: {c.solver}, {c.num_steps} steps, seed {c.seed}"
-    return [*lines, f"{drawn}, {guidance or 'without guidance'}"]
+    drawn += f", {guidance or 'without guidance'}"
+    if guidance and guide:
+        drawn += " by {run}, step {step}".format_map(exported.without_folders(guide.description))
+    return [*lines, drawn]
 
 
-def _copy_evaluations(source: pathlib.Path, target: pathlib.Path, step: int) -> str:
-    """Copies the records of a step with their protocols; returns their table."""
+def _copy_evaluations(source: pathlib.Path, target: pathlib.Path, digest: str) -> str:
+    """Copies the records of these weights with their protocols; returns their table."""
     records = map(exported.without_folders, report.read_all(source))
-    found = [record for record in records if record["protocol"].get("step") == step]
+    found = [record for record in records if record["protocol"].get("weights_sha256") == digest]
     for record in found:
         (target / "evaluations").mkdir(exist_ok=True)
         exported.write_json(target / "evaluations" / record["file"], record)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -165,7 +166,7 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         sys.exit("error: --workdir is empty: name the folder of the run")
     workdir = pathlib.Path(_path_of("workdir", _WORKDIR.value)).absolute()
-    with _one_line_errors(ValueError, OSError, SamplingError):
+    with _one_line_errors(*_OF_INPUT):
         config = config_lib.parse(_CONFIG.value)
         directories = (
             config.checkpoint.directory,
@@ -194,7 +195,7 @@ def _path_of(flag: str, value: str) -> str:
 
 def _train(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     """Trains; `held` is closed at the end of the job, and keeps other jobs away until then."""
-    with _one_line_errors(ValueError, OSError, SamplingError):
+    with _one_line_errors(*_OF_INPUT):
         wandb_tracker.check_installed(config.log.wandb)
         _hold(config, workdir, held)
         if config.data.encode_if_missing:
@@ -221,9 +222,13 @@ def _hold(config: Config, workdir: pathlib.Path, held: contextlib.ExitStack) -> 
     """
     held.enter_context(locks.sole(workdir, "training", "give this one another --workdir"))
     checkpoints = checkpoint_directory(config.checkpoint, workdir)
-    if isinstance(checkpoints, pathlib.Path):
+    if isinstance(checkpoints, pathlib.Path) and checkpoints.resolve() != workdir.resolve():
         remedy = "give this one another config.checkpoint.directory"
         held.enter_context(locks.sole(checkpoints, "training", remedy))
+
+
+# What is wrong with the input; an error of any other kind is a fault of the program.
+_OF_INPUT = (ValueError, OSError, SamplingError, DamagedDataError)
 
 
 @contextlib.contextmanager
@@ -245,20 +250,31 @@ def _one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(preemption.EXIT_CODE)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from what is saved", 130)
+    except Exception:
+        if _is_one_of_several():
+            traceback.print_exc()
+            _end_at_once(1)
+        raise
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    """Ends this process with one line on standard error.
-
-    One of several processes ends at once: an orderly exit would wait for the others, and they for
-    this process.
-    """
+    """Ends this process with one line on standard error."""
     print(printable(message), file=sys.stderr, flush=True)
-    # Asking for the number of processes takes the devices, which another job may hold.
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        os._exit(code)
+    if _is_one_of_several():
+        _end_at_once(code)
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    # Asking for the number of processes takes the devices, which another job may hold.
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """Ends one of several processes: in order, it would wait for the others, and they for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _encode(config: Config, workdir: pathlib.Path) -> None:
@@ -369,7 +385,7 @@ def _with_own_config(argv: list[str]) -> list[str]:
     """Adds, where a mode of a run has no --config, that of the run in --workdir."""
     given = {"config": "", "mode": "train", "workdir": "", "checkpoint_step": ""}
     keys = {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, equals, value = argument.partition("=")
         name = flag.lstrip("-")
         if not flag.startswith("-"):

@@ -220,7 +220,7 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
       weights: a folder in diffusers' layout, its `.safetensors` or `.bin` file, a file of the
         original latent-diffusion code, or a repository "org/name"; empty is the published one.
       dtype: of parameters and of the computation.
-      abstract: reads no weights, and of "kl" the config.json in a local folder.
+      abstract: reads no weights, and of "kl" the config.json, from its repository if need be.
 
     Raises:
       FileNotFoundError: files are missing or cannot be downloaded; says which.
@@ -228,8 +228,9 @@ def load_kl(name: str, weights: str, dtype: Any, *, abstract: bool) -> Autoencod
         tensors that are missing, superfluous or of another shape.
     """
     path = pathlib.Path(weights).expanduser()
-    if not abstract:
-        path = weight_files.locate(name, weights, REPOSITORIES[name], ["config.json", _WEIGHTS])
+    if not abstract or (name == "kl" and not path.exists()):
+        wanted = ["config.json"] if abstract else ["config.json", _WEIGHTS]
+        path = weight_files.locate(name, weights, REPOSITORIES[name], wanted)
     described = (path if path.is_dir() else path.parent) / "config.json"
     config = read_config(described) if name == "kl" else KLConfig()
     tensors, file = None, path

@@ -90,7 +90,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-        self.wait()
+        # An error of one process alone must not wait for the others' answer.
+        if kind is None or jax.process_count() == 1:
+            self.wait()
         self._storage.close()
         if self._failed and kind is None:
             raise CheckpointError(

@@ -129,7 +129,8 @@ def find_warnings(
         if said := alike(f"{name}/cosine_samples"):
             found[f"{name}/samples"] = (
                 f"{name}: its projections of different images are {said}: they have collapsed. "
-                f"Set config.{name}.negatives='all', or, without negatives, predictor=True"
+                f"With negatives, raise {weight} or lower config.{name}.temperature; without, set "
+                f"config.{name}.negatives='all' or predictor=True"
             )
         for tap in term.taps:
             if said := alike(f"block_{tap}/cosine_tokens"):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import filelock
 import jax
 
 from repulsor_jax import sharding
@@ -81,7 +80,6 @@ def _held(
     note = file.with_name(f"{work}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        # Not a FileLock, which on storage without locks makes one of a file that outlives a crash.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, descriptor)
         try:
@@ -162,17 +160,16 @@ def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
         return
     path = pathlib.Path(path)
     file = path.parent / _FOLDER / path.name
-    lock = filelock.FileLock(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=0)
-        if not lock.is_locked:
-            print(f"waiting for another job that makes {path}", flush=True)
-            lock.acquire()
-    except OSError as error:
-        print(f"warning: no lock on {path} ({error}): run one job on it at a time", flush=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another job that makes {path}", flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"warning: no lock on {path} ({error}): run one job on it at a time", flush=True)
         yield
-    finally:
-        lock.release()

@@ -9,6 +9,7 @@ import abc
 import collections
 import contextlib
 import dataclasses
+import errno
 import math
 import pathlib
 import shutil
@@ -68,12 +69,19 @@ class Shards(Restartable):
     """Named arrays, one .npz file a shard; reading checks the CRC of every array."""
 
     def is_finished(self, shard: int) -> bool:
-        """Whether a shard is there; a damaged one is removed."""
+        """Whether a shard is there; a damaged one is removed.
+
+        Raises:
+          OSError: it cannot be read now, which is no damage.
+        """
         path = self._path(shard)
         try:
             with zipfile.ZipFile(path) as archive:
                 is_whole = archive.testzip() is None
-        except DAMAGED:
+        except DAMAGED as error:
+            number = getattr(error, "errno", None)
+            if number not in (None, errno.ENOENT, errno.EINVAL):  # trouble with the disk
+                raise
             is_whole = False
         if not is_whole:
             path.unlink(missing_ok=True)

@@ -178,6 +178,10 @@ Samples start from mean + exp(log_variance / 2) noise of their class, not from n
 tensors `source.*`, for which SiT's code has no place (`strict=False`), give them: a row of `table`,
 then `hidden`, SiLU, and `mean` and, where it is there, `log_variance`, each [C, H, W].
 """
+    guidance = ""  # its pipeline knows no other guide than the model without a class
+    if not sampling.guiding_run:
+        guidance = f", guidance_scale={sampling.cfg_scale:g}"
+        guidance += f", guidance_channels={sampling.cfg_channels}" if sampling.cfg_channels else ""
     if no_diffusers:
         use += f"\nNot for diffusers: {no_diffusers}.\n"
     else:
@@ -190,7 +194,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True{vae})
-pipe([0], num_inference_steps={sampling.num_steps}, guidance_scale={sampling.cfg_scale:g}).images[0]
+pipe([0], num_inference_steps={sampling.num_steps}{guidance}).images[0]
 ```
 """
     lines = [

@@ -100,7 +100,9 @@ def make_generator(
         if task is None:
             return None
         own = (sharding.local_row_numbers(mesh, batch_size) + first) % task.count
-        return sharding.to_global(task.read(own), mesh)
+        with sharding.raised_on_all():  # each process reads its own
+            found = task.read(own)
+        return sharding.to_global(found, mesh)
 
     def start(params: Any, first: int, guidance: Guidance | None) -> Samples:
         row = jax.device_put(np.int32(first), everywhere)

@@ -3,9 +3,11 @@
 Everything comes from the run's directory; its data set need not be there.
 """
 
+import contextlib
 import dataclasses
 import operator
 import pathlib
+from collections.abc import Iterator
 from typing import Annotated, Any, get_type_hints
 
 import jax
@@ -238,14 +240,15 @@ def load_guide(experiment: Experiment) -> Guide | None:
     Its size is that of its own configuration, which its checkpoint holds.
 
     Raises:
-      ConfigError: its latents, classes, path or prediction are not those of the model it guides.
-      CheckpointError: no such checkpoint.
+      ConfigError: no such checkpoint; its latents, path, prediction or number of classes are not
+        those of the model it guides.
     """
     config = experiment.config
     if not config.sampling.guiding_run:
         return None
     run, checkpoints = _locate(config.sampling.guiding_run)
-    with Checkpointer(checkpoints, read_only=True) as checkpointer:
+    key = f"config.sampling.guiding_run={run!r}"
+    with _naming(key), Checkpointer(checkpoints, read_only=True) as checkpointer:
         step = config.sampling.guiding_step
         step = checkpointer.resolve(None if step == -1 else step)
         saved = read_records(checkpointer, step)
@@ -265,11 +268,12 @@ def load_guide(experiment: Experiment) -> Guide | None:
             "config.source.name": (saved.source.name, config.source.name),
             "the latents' shift": (list(saved.latents.shift), own.shift.tolist()),
             "the latents' factor": (list(saved.latents.factor), own.factor.tolist()),
+            "the autoencoder's SHA-256": _digests(saved, experiment),
         }
         for what, (found, expected) in comparisons.items():
             if found != expected:
                 raise ConfigError(
-                    f"config.sampling.guiding_run={run!r}: {what} is {found!r}, and "
+                    f"{key}: {what} is {found!r}, and "
                     f"{expected!r} in the model that it would guide: they must be the same"
                 )
         values = checkpointer.records(step)[0]["model"]
@@ -279,12 +283,27 @@ def load_guide(experiment: Experiment) -> Guide | None:
         parts = model, build_source(saved.source, model_config)
         if model.segments not in (1, experiment.model.segments):
             raise ConfigError(
-                f"config.sampling.guiding_run={run!r}: config.model.segments is {model.segments}, "
+                f"{key}: config.model.segments is {model.segments}, "
                 f"and {experiment.model.segments} in the model that it would guide: they must be "
                 "the same, or the guide a plain transformer"
             )
         params = restore_params(experiment, checkpointer, step, parts)
     return Guide(model, params, {"run": run, "step": step, "weights_sha256": params_sha256(params)})
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Names the key by which another run was looked for."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _digests(saved: RunRecords, experiment: Experiment) -> tuple[str, str]:
+    """Of the weights that made the latents, there and here; alike where one is not known."""
+    there, here = saved.latents.weights_sha256, experiment.latents_sha256
+    return (there, here) if there and here else ("", "")
 
 
 def _locate(run: str) -> tuple[str, str]:
@@ -304,12 +323,12 @@ def with_base_params(experiment: Experiment, params: Any) -> Any:
       params: of its model; those of the residual network stay.
 
     Raises:
-      ConfigError: the base run has another model, path or latents.
-      CheckpointError: no such checkpoint.
+      ConfigError: no such checkpoint; the base run has another model, path or latents.
     """
     config = experiment.config
     run, checkpoints = _locate(config.residual.base_run)
-    with Checkpointer(checkpoints, read_only=True) as checkpointer:
+    key = f"config.residual.base_run={run!r}"
+    with _naming(key), Checkpointer(checkpoints, read_only=True) as checkpointer:
         step = config.residual.base_step
         step = checkpointer.resolve(None if step == -1 else step)
         saved = read_records(checkpointer, step)
@@ -322,11 +341,12 @@ def with_base_params(experiment: Experiment, params: Any) -> Any:
             "config.flow.path": (saved.flow.path, config.flow.path),
             "the latents' shift": (list(saved.latents.shift), own.shift.tolist()),
             "the latents' factor": (list(saved.latents.factor), own.factor.tolist()),
+            "the autoencoder's SHA-256": _digests(saved, experiment),
         }
         for what, (found, expected) in pairs.items():
             if found != expected:
                 raise ConfigError(
-                    f"config.residual.base_run={run!r}: {what} is {found!r}, expected {expected!r} "
+                    f"{key}: {what} is {found!r}, expected {expected!r} "
                     "as in the model with the residual network"
                 )
         base: Any = experiment.model.clone(residual_depth=0)
@@ -385,7 +405,9 @@ def protocol(
         found["source"] = config.source.name
     if c.velocity_scale != 1.0:
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
-    if task := open_task(experiment):
+    with sharding.raised_on_all():
+        task = open_task(experiment)
+    if task:
         found["conditioning"] = task.description
     if c.classes:
         found["chosen_classes"] = present_classes(experiment)

@@ -186,8 +186,9 @@ def training_advice(program: Program, config: Config, topology: Topology) -> lis
     if larger and copy > 0.1 * available:
         enough = [n for n in larger if copy * fsdp / n < 0.1 * available]
         best = (enough or larger[-1:])[0]
+        rest = "" if config.mesh.data == -1 else " --config.mesh.data=-1"
         advice.append(
-            f"--config.mesh.fsdp={best}: the parameters that a device computes with take "
+            f"--config.mesh.fsdp={best}{rest}: the parameters that a device computes with take "
             f"{copy / GIB:.1f} GiB of it now, and about {copy * fsdp / best / GIB:.1f} GiB then"
         )
     if temporaries > 0.25 * available:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from repulsor_jax.autoencoders import get_autoencoder, kl
+from repulsor_jax.autoencoders import weights as weight_files
 from tests.oracles import autoencoders as oracles
 
 SMALL = pathlib.Path(__file__).parents[1] / "data" / "autoencoders_small.npz"
@@ -91,6 +92,17 @@ def config(values):
 @pytest.fixture(scope="module")
 def state(values):
     return {k.removeprefix("kl/state/"): v for k, v in values.items() if k.startswith("kl/state/")}
+
+
+def test_shapes_of_a_repository_need_its_configuration_alone(tmp_path, config, monkeypatch):
+    def locate(name, weights, repository, wanted):
+        assert (weights, wanted) == ("org/name", ["config.json"])
+        return tmp_path
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(weight_files, "locate", locate)
+    found = get_autoencoder("kl", weights="org/name", abstract=True)
+    assert found.scale == config["scaling_factor"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import pytest
 
 from repulsor_jax import encode as encode_lib
 from repulsor_jax import experiment as experiment_lib
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder, get_autoencoder
 from repulsor_jax.config import ConfigError
 from repulsor_jax.data.encoder import encode_images
@@ -283,6 +284,12 @@ def test_a_complete_data_set_is_not_taken_for_another(tmp_path, pictures):
         message = rf"train holds another.*config\.data\.{key}={value!r}, and there it is {there!r}"
         with pytest.raises(ConfigError, match=message):
             encode_lib.encode(other, tmp_path)
+
+
+def test_processes_that_see_other_folders_are_told_so(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(sharding, "agree", np.zeros_like)  # the first process sees all made
+    with pytest.raises(ConfigError, match="data.dir must be one folder that all processes see"):
+        encode_lib.encode(config(pictures), tmp_path)
 
 
 def test_paths_may_begin_with_a_tilde(tmp_path, pictures, monkeypatch):

@@ -45,7 +45,7 @@ def test_one_job_where_storage_has_no_locks_is_a_warning(tmp_path, capsys, monke
     assert not (tmp_path / ".locks" / "training.json").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_storage_without_locks_is_a_warning(tmp_path, capsys, monkeypatch, number):
     """As NFS without its lock service, or object storage that is mounted."""
 

@@ -1,3 +1,6 @@
+import errno
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -76,6 +79,17 @@ def test_a_damaged_shard_is_made_again(whole, damage):
     made = []
     run(whole, made)
     assert made == list(range(6, 12))
+    assert files(whole) == before
+
+
+def test_trouble_with_the_disk_is_no_damage(whole, monkeypatch):
+    def testzip(archive):
+        raise OSError(errno.EIO, "cannot read now")
+
+    before = files(whole)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", testzip)
+    with pytest.raises(OSError, match="cannot read now"):
+        whole.missing()
     assert files(whole) == before
 
 

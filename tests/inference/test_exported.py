@@ -14,6 +14,7 @@ from repulsor_jax.evaluation import report
 from repulsor_jax.export import export
 from repulsor_jax.flows.sampler import initial_noise
 from repulsor_jax.inference import exported, pretrained
+from repulsor_jax.inference import run as run_lib
 from repulsor_jax.sample import sample
 from tests.oracles import sit, tiny
 from tests.oracles.autoencoders import load_diffusers
@@ -43,8 +44,12 @@ def run(tmp_path_factory):
     tiny.save_run(workdir, saved, {7: tiny.random_params(c)}, **FACTOR)
     protocol = {"step": 7, "num_samples": 9, "reference": "/home/me/imagenet.npz"}
     (workdir / "evaluations").mkdir()
-    for step in (6, 7):
-        record = {"metrics": {"fid": step + 0.25}, "protocol": protocol | {"step": step}}
+    # Of other weights, as those of a run that was in this folder before, and of these.
+    for step, digest in ((6, "others"), (7, run_lib.params_sha256(tiny.random_params(c)))):
+        record = {
+            "metrics": {"fid": step + 0.25},
+            "protocol": {"weights_sha256": digest, **protocol},
+        }
         record |= {"features": {"name": "inception", "digest": "f"}}
         record["reference"] = {"name": "/home/me/x", "digest": "0"}
         report.write(workdir / "evaluations", f"step_{step}", record)

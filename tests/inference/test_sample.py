@@ -269,6 +269,11 @@ def test_a_guide_that_does_not_fit_is_refused(
         draw(workdir, sampling__cfg_scale=2.0, sampling__guiding_run=str(weak_run))
 
 
+def test_a_guide_that_is_not_there_is_named_by_its_key(workdir, tmp_path):
+    with pytest.raises(config_lib.ConfigError, match="config.sampling.guiding_run=.*no checkpoint"):
+        draw(workdir, sampling__cfg_scale=2.0, sampling__guiding_run=str(tmp_path / "none"))
+
+
 def test_a_digest_of_parameters_is_that_of_their_values_alone():
     c = config_lib.parse(values())
     params = tiny.random_params(c)

@@ -255,6 +255,12 @@ def test_a_launcher_explains_its_settings_and_deletes_nothing_unasked(launch, la
     assert launch.steps() == [deletes[launcher]]
 
 
+def test_installing_on_a_cluster_needs_no_settings(launch):
+    result = launch("slurm", "install", "--settings=/none", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "worker.sh install cuda" in result.stdout
+
+
 def test_a_wrong_command_line_or_setting_is_named(launch):
     assert "fly: no such command" in launch("tpu", "fly").stderr
     assert "--fast: no such option" in launch("tpu", "up", "--fast").stderr
@@ -572,7 +578,7 @@ class Job:
     """launch/slurm.sbatch under a stand-in of srun that runs two tasks, one after the other."""
 
     TASKS = (
-        'sh:shift; code=0; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" || '
+        'sh:while case $1 in --*) ;; *) false ;; esac; do shift; done; code=0; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" || '
         "{ one=$?; if ((one > code)); then code=$one; fi; }; done; exit $code"
     )
 
@@ -580,6 +586,7 @@ class Job:
         self.launch = launch
         self.worker = worker
         launch.environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
+        launch.environment |= {"SLURM_CPUS_PER_TASK": "8"}  # which srun does not read everywhere
         launch.answers({"srun": self.TASKS})
 
     def start(self, max_starts: str = "5") -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from repulsor_jax import config as config_lib
+from repulsor_jax import main
 from repulsor_jax.files import locks
 from tests.oracles import tiny
 
@@ -235,6 +236,16 @@ def test_a_second_training_in_a_folder_ends_with_one_line(complaints, held):
     other = folder.parent / ("elsewhere_run" if held == "run" else "run_elsewhere")
     written = [each for each in other.rglob("*") if each.is_file()]
     assert not [each for each in written if each.parent.name != ".locks"]
+
+
+def test_a_command_without_arguments_stays_as_it_is():
+    assert main._with_own_config(["main.py"]) == ["main.py"]
+
+
+def test_a_run_may_keep_its_checkpoints_in_its_own_folder(tmp_path):
+    c = tiny.config(checkpoint__directory=str(tmp_path))
+    with contextlib.ExitStack() as held:
+        main._hold(c, tmp_path, held)
 
 
 def test_names_that_the_locale_cannot_write(tmp_path):
