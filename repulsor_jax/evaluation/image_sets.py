@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
-from repulsor_jax.data.latents import LatentDataset, decode_records
+from repulsor_jax.data.latents import LatentDataset
+from repulsor_jax.data.pipeline import read_records
 from repulsor_jax.data.preprocess import BadImageError, read_images
 from repulsor_jax.data.sources import ImageSource
 from repulsor_jax.data.workers import read_in_order
@@ -113,8 +114,8 @@ def latent_images(dataset: LatentDataset, autoencoder: Autoencoder) -> ImageSet:
 
     def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
         for rows in parts:
-            found = records.__getitems__([row * dataset.views for row in rows]) if rows else []
-            latents = decode_records(found, dataset.record_shape, dataset.dtype)["latents"]
+            numbers = np.array(rows, np.int64) * dataset.views
+            latents = read_records(dataset, records, numbers)["latents"]
             yield latents[..., : dataset.latent_shape[-1]].astype(np.float32)  # posterior's mean
 
     parts = [autoencoder.identity, *(shard.sha256 for shard in dataset.shards)]

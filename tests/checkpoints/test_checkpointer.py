@@ -143,10 +143,11 @@ def test_another_dtype_of_parameters_is_refused(saved):
 
 
 def test_an_error_of_one_process_does_not_wait_for_the_others(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="mine"), Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, train_state(1, tiny.mesh()), *records(1))
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(checkpointer._storage, "outcome", lambda: pytest.fail("a collective"))
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, train_state(1, tiny.mesh()), *records(1))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpointer._storage, "outcome", lambda: pytest.fail("a collective"))
+    with pytest.raises(ValueError, match="mine"), checkpointer:
         raise ValueError("mine")
 
 

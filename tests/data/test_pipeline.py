@@ -3,12 +3,14 @@ import json
 import numpy as np
 import pytest
 
+from repulsor_jax.autoencoders import get_autoencoder
 from repulsor_jax.data.latents import LatentDataset
 from repulsor_jax.data.pipeline import (
     DamagedDataError,
     rescale_position,
     training_iterator,
 )
+from repulsor_jax.evaluation.image_sets import latent_images
 from tests.oracles import latent_sets
 
 COUNT = 22
@@ -162,3 +164,6 @@ def test_a_damaged_record_is_one_clear_error(tmp_path):
     message = rf"/d/{damaged.shards[1].name}: a record is damaged .*config\.data\.verify"
     with pytest.raises(DamagedDataError, match=message):
         next(iterator)
+    images = latent_images(damaged, get_autoencoder("identity"))  # as a reference
+    with pytest.raises(DamagedDataError, match=message):
+        list(images.read([range(COUNT)]))

@@ -578,7 +578,8 @@ class Job:
     """launch/slurm.sbatch under a stand-in of srun that runs two tasks, one after the other."""
 
     TASKS = (
-        'sh:while case $1 in --*) ;; *) false ;; esac; do shift; done; code=0; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" || '
+        "sh:while case $1 in --*) ;; *) false ;; esac; do shift; done; code=0; "
+        'for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@" || '
         "{ one=$?; if ((one > code)); then code=$one; fi; }; done; exit $code"
     )
 
