@@ -197,7 +197,7 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         ranks = [m["rank_by_block"][len(m["rank_by_block"]) // 4] for m in last]
         row.append(f"{np.mean(ranks):.1f}")
         row.append(f"{np.mean([m['near_copies@1'] for m in last]):.3f}")
-        row.append(f"{1e3 * seconds[arm]:.1f}")
+        row.append("-" if math.isnan(seconds[arm]) else f"{1e3 * seconds[arm]:.1f}")
         rows.append(row)
     title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images), "
     title += "each arm at the stretch of the velocity that is the best for it"

@@ -253,6 +253,10 @@ def test_advice_for_segments_keeps_their_rows():
     advice = "".join(training_advice(step, c, device))
     assert "accumulation_steps=8: about 1/8" in advice  # of 16 rows on a device, two at a time
     assert "batch_size=16: about 1/8" in advice
+    assert "--config.mesh.fsdp=8: " in advice
+    with_data = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, data=8))
+    advice = "".join(training_advice(step, with_data, device))
+    assert "--config.mesh.fsdp=8 --config.mesh.data=-1: " in advice
 
 
 def test_another_batch_keeps_the_bank():
