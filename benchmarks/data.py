@@ -199,6 +199,7 @@ def encode_rates(folder: pathlib.Path) -> tuple[str, str, dict[str, Callable[[],
                 num_workers=workers,
             ),
             title="encode",
+            share=slice(None),
         )
         times = sorted(p.stat().st_mtime for p in writer.folder.glob("*.array_record"))
         return (len(times) - 1) * 2 * _BATCH.value / (times[-1] - times[0])

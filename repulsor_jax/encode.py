@@ -127,18 +127,21 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
         for source in opened.values():
             converted.check_layout(source, config.model.latent_size, config.model.in_channels)
         return opened
-    # Only the first process may decompress an archive, or prepare a data set of TFDS.
-    is_made_once = name == "archive" or name.startswith("tfds:")
-    if is_made_once and jax.process_index() > 0:
-        multihost_utils.sync_global_devices("prepared")
-    open_split = functools.partial(open_source, name, path=path, cache_dir=cache)
-    sources = {folder: open_split(split) for folder, split in splits.items()}
-    if config.conditioning.kind == "semantic":
-        maps = config.conditioning.maps_path
-        sources = {k: with_maps(source, maps, splits[k]) for k, source in sources.items()}
-    if is_made_once and jax.process_index() == 0:
-        multihost_utils.sync_global_devices("prepared")
-    return sources
+
+    def open_all() -> dict[str, Any]:
+        open_split = functools.partial(open_source, name, path=path, cache_dir=cache)
+        sources = {folder: open_split(split) for folder, split in splits.items()}
+        if config.conditioning.kind == "semantic":
+            maps = config.conditioning.maps_path
+            sources = {k: with_maps(source, maps, splits[k]) for k, source in sources.items()}
+        return sources
+
+    # The first process decompresses an archive, or prepares a data set of TFDS, for all.
+    is_main, sources = jax.process_index() == 0, {}
+    with sharding.raised_on_all():
+        if is_main:
+            sources = open_all()
+    return sources if is_main else open_all()
 
 
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:

@@ -31,8 +31,8 @@ def export(
 ) -> pathlib.Path:
     """Writes `<workdir>/export/step_<step>`: weights, a folder for diffusers, a card, a grid.
 
-    Beside them: the configuration as `training_config.json`, and every evaluation of this step with
-    its protocol in `evaluations/`. Absolute paths of this machine are left out.
+    Beside them: the configuration as `training_config.json`, and every evaluation of these weights
+    with its protocol in `evaluations/`. Absolute paths of this machine are left out.
 
     Args:
       config: the configuration.
@@ -53,6 +53,8 @@ def export(
     opened = pretrained.open_model(config, workdir, step)
     experiment, records = opened.experiment, opened.records
     host_params, digest = sharding.to_host(opened.params), run.params_sha256(opened.params)
+    guidance = configured_guidance(config.sampling)
+    guide = run.load_guide(experiment) if guidance else None
     folder = workdir / "export" / f"step_{opened.step}"
     is_main = jax.process_index() == 0
     with locks.locked(folder, enabled=is_main):
@@ -63,16 +65,14 @@ def export(
             state = exported.write_weights(partial, experiment, host_params, convention)
             no_diffusers = exported.write_diffusers(partial, experiment, state)
         count = config.sampling.grid_samples
-        guide = run.load_guide(experiment)
         generator = make_generator(experiment, guide)
-        guidance = configured_guidance(config.sampling)
         images, labels = generate_images(generator, opened.params, count, guidance)
         if is_main:
             write_grid(experiment, partial / "samples.png", images, labels)
             saved = exported.without_folders(records["config"])
             saved["model"]["learn_sigma"] &= convention != "reversed"
-            if "guiding_run" in saved.get("sampling", {}):
-                saved["sampling"]["guiding_run"] = ""  # a folder of this machine
+            if saved.get("sampling", {}).get("guiding_run"):  # a folder of this machine
+                saved["sampling"] |= {"guiding_run": "", "cfg_scale": 1.0}
             exported.write_json(partial / exported.TRAINING_CONFIG, saved)
             evaluations = _copy_evaluations(workdir / "evaluations", partial, digest)
             exported.write_card(

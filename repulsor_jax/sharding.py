@@ -302,7 +302,8 @@ def agree_numbers(values: Sequence[int]) -> list[int]:
 def raised_on_all() -> Iterator[None]:
     """All processes enter this block and leave it together: an error in one is raised on each.
 
-    Raised on one alone, it would leave the others waiting in their next collective for good.
+    Raised on one alone, it would leave the others waiting in their next collective for good. Who
+    catches it catches an OSError as well, which the others raise.
 
     Raises:
       OSError: another process failed here; it says why itself.

@@ -23,8 +23,8 @@ def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
     """Adds all measured runs below `<root>/runs` to a ledger; what it has stays."""
     runs: dict[tuple[str, float, int], dict[str, Any]] = {}
     if ledger.is_file():
-        about, *known = map(json.loads, ledger.read_text().splitlines())
-        runs = {(line["arm"], line["rate"], line["seed"]): line for line in known}
+        about, *lines_there = map(json.loads, ledger.read_text().splitlines())
+        runs = {(line["arm"], line["rate"], line["seed"]): line for line in lines_there}
     else:
         floor = json.loads((root / "floor.json").read_text())
         about = {"floor": floor, "jax": metadata.version("jax")}
@@ -36,15 +36,12 @@ def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
             continue
         arm, lr, number = folder.relative_to(root / "runs").parts
         rate, seed = float(lr.removeprefix("lr_")), int(number.removeprefix("seed_"))
-        measures = runs[arm, rate, seed]["measures"] if (arm, rate, seed) in runs else {}
-        measures |= {str(step): numbers for step, numbers in found.measures.items()}
-        runs[arm, rate, seed] = {
-            "arm": arm,
-            "rate": rate,
-            "seed": seed,
-            "seconds_per_step": found.seconds_per_step,
-            "measures": measures,
-        }
+        line = {"arm": arm, "rate": rate, "seed": seed, "seconds_per_step": found.seconds_per_step}
+        known: dict[str, Any] = runs.get((arm, rate, seed), {"measures": {}})
+        measures = {str(step): numbers for step, numbers in found.measures.items()}
+        for step, numbers in known["measures"].items():
+            measures[step] = measures.get(step, {}) | numbers
+        runs[arm, rate, seed] = {**line, **known, "measures": measures}
     ordered = [runs[key] for key in sorted(runs)]
     lines = [json.dumps(_rounded(line), separators=(",", ":")) for line in (about, *ordered)]
     ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +49,7 @@ def pack(root: pathlib.Path, ledger: pathlib.Path) -> None:
 
 
 def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
-    """Puts the numbers of a ledger beside those of runs; numbers that were made here stay.
+    """Puts the numbers of a ledger where those of runs lie that were not measured here.
 
     Raises:
       ValueError: real pictures are measured otherwise by this bench than by that of the ledger, so
@@ -70,6 +67,8 @@ def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
             )
     for line in runs:
         folder = run_folder(root, line["arm"], line["rate"], line["seed"])
+        if list(folder.glob("measure_*.json")):
+            continue  # two machines' numbers of a run are not mixed
         folder.mkdir(parents=True, exist_ok=True)
         seconds = {"step": 1, "seconds_per_step": line["seconds_per_step"]}
         files = {f"measure_{step}.json": numbers for step, numbers in line["measures"].items()}

@@ -285,6 +285,8 @@ def _seconds(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         step = min(args.steps, budget / fastest[arm])
         own = {seed: _at(run.measures, step, "features@1") for seed, run in by_seed.items()}
         rows.append([arm, f"{step:,.0f}", _compared(own, base)])
+    if not rows:
+        return ""
     title = f"Features, no stretch, after the {budget:.0f} s that {args.baseline} takes"
     return _table(title, ["arm", "steps in that time", f"of {args.baseline}"], rows)
 

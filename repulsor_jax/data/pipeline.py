@@ -82,7 +82,7 @@ def read_records(
     # One call into the reader: grain's own shuffle and batch read record by record, at half the
     # speed.
     try:
-        records = source.__getitems__(numbers.tolist())
+        records = source.__getitems__(numbers.tolist()) if len(numbers) else []
     except RuntimeError as error:  # which the reader raises where a checksum is wrong
         where = dataset.directory / _damaged_shard(dataset, source, numbers)
         raise DamagedDataError(

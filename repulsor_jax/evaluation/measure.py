@@ -132,7 +132,9 @@ def image_reference(
     kept = Shards(cache / name, 1, 1)
     # A run that evaluates as it trains may be followed by another job, for the same reference.
     with locks.locked(cache / name, enabled=is_main):
-        if sharding.agree(int(is_main and not kept.is_finished(0))):
+        with sharding.raised_on_all():
+            is_missing = is_main and not kept.is_finished(0)
+        if sharding.agree(int(is_missing)):
             folder = cache / f".{name}.incomplete"
             shards = image_features(images, batch_size, extract, mesh, folder)
             if is_main:

@@ -10,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from repulsor_jax import sharding
+from repulsor_jax.data.pipeline import DamagedDataError
 from repulsor_jax.evaluation.evaluator import Evaluator, evaluate_params
 from repulsor_jax.evaluation.yardstick import make_yardstick
 from repulsor_jax.experiment import Experiment
@@ -68,7 +69,8 @@ class Monitor:
             beat(phase, step)
             try:
                 draw(step, params, writer)
-            except (SamplingError, ValueError, OSError) as error:  # raised, it would end the run
+            except (SamplingError, DamagedDataError, ValueError, OSError) as error:
+                # Raised, it would end the run.
                 if jax.process_index() == 0:
                     tqdm.write(f"step {step}: {fault}: {error}")
 

@@ -81,7 +81,7 @@ class Shards(Restartable):
         except DAMAGED as error:
             number = getattr(error, "errno", None)
             if number not in (None, errno.ENOENT, errno.EINVAL):  # trouble with the disk
-                raise
+                raise OSError(number, f"{path}: {error}") from error
             is_whole = False
         if not is_whole:
             path.unlink(missing_ok=True)

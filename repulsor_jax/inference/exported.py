@@ -150,6 +150,8 @@ def write_card(
         f"{m.in_channels} by the autoencoder `{autoencoder}`"
     )
     settings = f" --config.sampling.cfg_scale={sampling.cfg_scale:g}"
+    if sampling.guiding_run:
+        settings = f" --config.sampling.guiding_run=RUN{settings}"
     if convention == "reversed" and m.learn_sigma:  # its channels are not in the file
         settings = f" --config.model.learn_sigma=False{settings}"
     vae = ""

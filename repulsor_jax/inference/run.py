@@ -405,9 +405,7 @@ def protocol(
         found["source"] = config.source.name
     if c.velocity_scale != 1.0:
         found |= {"velocity_scale": c.velocity_scale, "latent_mean": list(experiment.latent_mean)}
-    with sharding.raised_on_all():
-        task = open_task(experiment)
-    if task:
+    if task := open_task(experiment):
         found["conditioning"] = task.description
     if c.classes:
         found["chosen_classes"] = present_classes(experiment)

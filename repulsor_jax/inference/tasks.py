@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError, stored_condition_channels
 from repulsor_jax.data import conditioning
 from repulsor_jax.data.latents import normalize, open_latent_dataset
@@ -65,11 +66,12 @@ def open_task(experiment: Experiment) -> Task | None:
     if not has_task(config):
         return None
     c = config.conditioning
-    try:
-        stored = c.images in ("train", "test")
-        task = _dataset(experiment) if stored else _archive(experiment, pathlib.Path(c.images))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config.conditioning.images={c.images!r}: {error}") from error
+    with sharding.raised_on_all():  # each process reads for itself
+        try:
+            stored = c.images in ("train", "test")
+            task = _dataset(experiment) if stored else _archive(experiment, pathlib.Path(c.images))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config.conditioning.images={c.images!r}: {error}") from error
     if config.sampling.classes and "labels" in task.read(np.arange(1)):
         raise ConfigError(
             f"config.sampling.classes={config.sampling.classes}: a sample has the class of the "

@@ -165,5 +165,6 @@ def test_a_damaged_record_is_one_clear_error(tmp_path):
     with pytest.raises(DamagedDataError, match=message):
         next(iterator)
     images = latent_images(damaged, get_autoencoder("identity"))  # as a reference
+    assert [len(part) for part in images.read([range(0), range(3)])] == [0, 3]
     with pytest.raises(DamagedDataError, match=message):
         list(images.read([range(COUNT)]))

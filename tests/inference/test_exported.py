@@ -62,6 +62,24 @@ def folder(run):
     return run / "export" / "step_7"
 
 
+def test_a_guide_is_named_and_its_folder_is_not(tmp_path):
+    guide = tmp_path / "weak"
+    tiny.save_run(guide, values(), {7: tiny.random_params(config_lib.parse(values()))})
+    guided = values(sampling__guiding_run=str(guide), sampling__cfg_scale=2.0)
+    c = config_lib.parse(guided)
+    tiny.save_run(tmp_path, guided, {1: tiny.random_params(c, 1)})
+    folder = export(c, tmp_path)
+    card = (folder / "README.md").read_text()
+    assert "by weak, step 7" in card
+    assert "guiding_run=RUN --config.sampling.cfg_scale=2" in card
+    assert "guidance_scale" not in card  # the pipeline knows no such guide
+    saved = json.loads((folder / exported.TRAINING_CONFIG).read_text())["sampling"]
+    assert (saved["guiding_run"], saved["cfg_scale"]) == ("", 1.0)
+    drawn = (folder / "samples.png").read_bytes()
+    export(config_lib.parse(values(sampling__cfg_scale=2.0)), tmp_path)
+    assert (folder / "samples.png").read_bytes() != drawn  # by the model without a class
+
+
 @pytest.fixture(scope="module")
 def ours(run):
     """The first images of the run itself, before they are rounded, and the noise of each."""

@@ -631,6 +631,8 @@ def test_slurm_job_is_requeued_if_it_can_go_on(job, shell, code, requeued):
     assert (REQUEUE in job.launch.steps()) == requeued
     assert ("is not run again" in out) == (code == 1)
     assert AWKWARD in job.worker.words()
+    [srun] = [call for call in job.launch.calls() if call[0] == "srun"]
+    assert "--cpus-per-task=8" in srun
 
 
 def test_slurm_job_without_progress_comes_to_an_end(job):
