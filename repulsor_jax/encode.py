@@ -137,11 +137,10 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
         return sources
 
     # The first process decompresses an archive, or prepares a data set of TFDS, for all.
-    is_main, sources = jax.process_index() == 0, {}
+    waits = jax.process_index() > 0 and (name == "archive" or name.startswith("tfds:"))
     with sharding.raised_on_all():
-        if is_main:
-            sources = open_all()
-    return sources if is_main else open_all()
+        sources = {} if waits else open_all()
+    return open_all() if waits else sources
 
 
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:

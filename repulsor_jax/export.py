@@ -52,7 +52,8 @@ def export(
         raise ConfigError(f"--push_to={push_to!r}: expected a repository, as owner/name")
     opened = pretrained.open_model(config, workdir, step)
     experiment, records = opened.experiment, opened.records
-    host_params, digest = sharding.to_host(opened.params), run.params_sha256(opened.params)
+    host_params = sharding.to_host(opened.params)
+    digest = run.params_sha256(host_params)
     guidance = configured_guidance(config.sampling)
     guide = run.load_guide(experiment) if guidance else None
     folder = workdir / "export" / f"step_{opened.step}"
@@ -111,7 +112,7 @@ def _origin(opened: pretrained.Opened, guidance: object, guide: Guide | None) ->
     c = experiment.config.sampling
     drawn = f"Samples shown: {c.solver}, {c.num_steps} steps, seed {c.seed}"
     drawn += f", {guidance or 'without guidance'}"
-    if guidance and guide:
+    if guide:
         drawn += " by {run}, step {step}".format_map(exported.without_folders(guide.description))
     return [*lines, drawn]
 

@@ -275,10 +275,14 @@ def to_global(batch: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Global arrays -> whole NumPy arrays, on every process; waits for what makes them."""
+    """Global arrays -> whole NumPy arrays, on every process; waits for what makes them.
+
+    NumPy arrays are whole, and stay as they are.
+    """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+    return jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else gather(x), tree)
 
 
 def agree(value: Any) -> Any:

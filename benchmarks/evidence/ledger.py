@@ -70,11 +70,11 @@ def unpack(ledger: pathlib.Path, root: pathlib.Path) -> None:
         if list(folder.glob("measure_*.json")):
             continue  # two machines' numbers of a run are not mixed
         folder.mkdir(parents=True, exist_ok=True)
-        seconds = {"step": 1, "seconds_per_step": line["seconds_per_step"]}
-        files = {f"measure_{step}.json": numbers for step, numbers in line["measures"].items()}
-        for name, numbers in {**files, JSONL_NAME: seconds}.items():
-            if not (folder / name).exists():
-                atomic.write_text(folder / name, json.dumps(numbers) + "\n")
+        if not (folder / JSONL_NAME).exists():
+            seconds = {"step": 1, "seconds_per_step": line["seconds_per_step"]}
+            atomic.write_text(folder / JSONL_NAME, json.dumps(seconds) + "\n")
+        for step, numbers in line["measures"].items():
+            atomic.write_text(folder / f"measure_{step}.json", json.dumps(numbers) + "\n")
     for name, key in (("floor.json", "floor"), (SECONDS_NAME, "seconds_per_step")):
         if key in about and not (root / name).is_file():
             atomic.write_text(root / name, json.dumps(about[key]) + "\n")

@@ -78,15 +78,8 @@ def _held(
     """Raises OSError before it yields, where there is no lock to be had."""
     file = folder / _FOLDER / work
     note = file.with_name(f"{work}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        stack.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_locked = True
-        except BlockingIOError:
-            is_locked = False
+        is_locked = _try_lock(file, stack)[1]
         holder = _read(note)
         if not is_locked or (_is_elsewhere(holder, me) and _beats(note, watch)):
             who = "process {process} on {machine}, since {since}".format_map(holder)
@@ -99,6 +92,21 @@ def _held(
         stack.callback(beats.join)
         stack.callback(ends.set)
         yield
+
+
+def _try_lock(file: pathlib.Path, stack: contextlib.ExitStack) -> tuple[int, bool]:
+    """Opens the file of a lock until the stack ends: its descriptor, and whether we have the lock.
+
+    Raises OSError where there is no lock to be had.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return descriptor, False
+    return descriptor, True
 
 
 def _forget(note: pathlib.Path) -> None:
@@ -162,12 +170,8 @@ def locked(path: PathLike, *, enabled: bool = True) -> Iterator[None]:
     file = path.parent / _FOLDER / path.name
     with contextlib.ExitStack() as stack:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            descriptor, is_locked = _try_lock(file, stack)
+            if not is_locked:
                 print(f"waiting for another job that makes {path}", flush=True)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:

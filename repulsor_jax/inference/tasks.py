@@ -72,11 +72,11 @@ def open_task(experiment: Experiment) -> Task | None:
             task = _dataset(experiment) if stored else _archive(experiment, pathlib.Path(c.images))
         except (OSError, ValueError) as error:
             raise ConfigError(f"config.conditioning.images={c.images!r}: {error}") from error
-    if config.sampling.classes and "labels" in task.read(np.arange(1)):
-        raise ConfigError(
-            f"config.sampling.classes={config.sampling.classes}: a sample has the class of the "
-            f"image that it is for (config.conditioning.images={c.images!r}); set it to ()"
-        )
+        if config.sampling.classes and "labels" in task.read(np.arange(1)):
+            raise ConfigError(
+                f"config.sampling.classes={config.sampling.classes}: a sample has the class of the "
+                f"image that it is for (config.conditioning.images={c.images!r}); set it to ()"
+            )
     about = {"kind": c.kind, "images": c.images, **task.description}
     if c.kind != "semantic":
         about |= {"filling": c.filling, "measured": "composites"}
