@@ -135,6 +135,7 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert row in text
     assert (args.root / "report.md").read_text() == text
     assert (args.root / "curves_images.png").is_file()
+    assert (args.root / "ratios.png").is_file()
     args = bench.parse_arguments([f"--workdir={tmp_path}", *words, "--baseline=positives_0"])
     assert args.arms == ("positives_0", "positives_256")
     args.arms = (*args.arms, "plain")

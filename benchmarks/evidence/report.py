@@ -1,14 +1,16 @@
-"""Tables and curves of what was measured, partial where runs are missing."""
+"""Tables and pictures of what was measured, partial where runs are missing."""
 
 import argparse
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from benchmarks.evidence.statistics import mean_and_spread, paired_ratio
 from repulsor_jax.files import atomic
@@ -81,7 +83,7 @@ def best_rates(root: pathlib.Path, arms: Sequence[str], rates: Sequence[float]) 
 
 
 def write(args: argparse.Namespace) -> str:
-    """Returns the tables as Markdown; writes them to `report.md`, and curves beside it.
+    """Returns the tables as Markdown; writes them to `report.md`, and pictures beside it.
 
     Args:
       args: `root` of a bench, `arms`, `baseline`, `rates`, `seeds`, `steps`, `batch_size`.
@@ -97,7 +99,8 @@ def write(args: argparse.Namespace) -> str:
     if runs.get(args.baseline):
         sections = (_arms, _seeds, _stretched, _times, _against_no_bank, _seconds)
         parts += [section(args, runs, rates) for section in sections]
-        _draw(args, runs)
+        _draw_curves(args, runs)
+        _draw_ratios(args, runs)
     if missing:
         parts.insert(
             0, f"PARTIAL: {missing} of {len(args.arms) * len(args.seeds)} runs are missing."
@@ -309,7 +312,7 @@ def _at(measures: Numbers, step: float, name: str) -> float:
     return math.exp(float(np.interp(step, list(measures), logs)))
 
 
-def _draw(args: argparse.Namespace, runs: Runs) -> None:
+def _draw_curves(args: argparse.Namespace, runs: Runs) -> None:
     """Means over seeds, no stretch, against images seen and against seconds."""
 
     def curve(by_seed: Mapping[int, Run], name: str, scale: float) -> Curve:
@@ -333,3 +336,34 @@ def _draw(args: argparse.Namespace, runs: Runs) -> None:
             for quantity, name in quantities.items()
         }
         save_curves(args.root / f"curves_{file}.png", panels, label)
+
+
+def _draw_ratios(args: argparse.Namespace, runs: Runs) -> None:
+    """Each arm's ratio to the baseline with its interval, an arm a row and a measure a panel."""
+    panels: dict[str, Callable[[Mapping[int, Run]], dict[int, float]]] = {
+        "features, best stretch": lambda arm: _at_best(args, arm, "features"),
+        "features, no stretch": lambda arm: _values(arm, args.steps, "features@1"),
+        "pixels, best stretch": lambda arm: _at_best(args, arm, "pixels"),
+        "held-out flow loss": lambda arm: _values(arm, args.steps, "flow_loss"),
+    }
+    base = runs[args.baseline]
+    others = {a: by_seed for a, by_seed in runs.items() if by_seed.keys() & base.keys()}
+    del others[args.baseline]
+    if not others:
+        return
+    figure = Figure(figsize=(10, 1.3 + 0.28 * len(others)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        for row, by_seed in enumerate(others.values()):
+            found = paired_ratio(values(by_seed), values(base))
+            axis.plot([found.low, found.high], [row, row], color="C0", linewidth=1.5)
+            axis.plot(found.ratio, row, "o", color="C0", markersize=4)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(title, fontsize="medium")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(others)), list(others), fontsize="small")
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"ratio to {args.baseline}, with its 95 % interval", fontsize="medium")
+    with atomic.replacing(args.root / "ratios.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

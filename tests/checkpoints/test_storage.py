@@ -209,6 +209,9 @@ def test_processes_agree_where_one_of_them_cannot_write(tmp_path, failing):
     for text in said:
         assert "steps before the next attempt: [10]" in text
         assert "saved True" in text
+    made = ["no shards: [Errno 27] File too large", "no shards: another process failed"]
+    for text, line in zip(said, ["shards made: 1"] * 2 if failing else made, strict=True):
+        assert line in text
     assert re.search(r"process \d: step 12 is not saved \(.*File too large", said[failing])
 
 
