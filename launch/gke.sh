@@ -42,8 +42,20 @@ create_cluster() {
   fi
 }
 
+# A workload of this name stays in the list when it has ended. xpk offers to overwrite it.
+refuse_a_second() {
+  if ((DRY_RUN)); then return; fi
+  attend xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME" >"$SCRATCH/workloads" ||
+    die "the workloads cannot be read, see above; nothing was submitted"
+  if awk -v name="$NAME" '$1 == name { found = 1 } END { exit !found }' "$SCRATCH/workloads"; then
+    die "the workload $NAME is there, running or ended: launch/gke.sh down $AGAIN deletes it (its checkpoints stay);" \
+      "or give another NAME"
+  fi
+}
+
 submit() {
   local command count
+  refuse_a_second
   program
   PROGRAM+=(--distributed=on)
   # The first worker counts the start. exec lets SIGTERM reach the program.
@@ -55,7 +67,7 @@ submit() {
   run xpk workload create "${PLACE[@]}" "--workload=$NAME" "--tpu-type=$TPU_TYPE" "--num-slices=$NUM_SLICES" \
     "--base-docker-image=$BASE_IMAGE" "--script-dir=$SCRATCH/code" "--max-restarts=$MAX_RESTARTS" \
     "--restart-on-exit-codes=$RUN_AGAIN" "--termination-grace-period-seconds=$GRACE_SECONDS" \
-    "--command=$command" || die "the workload was not accepted, see above; nothing runs"
+    "--command=$command" || die "the workload was not accepted, see above"
 }
 
 # Every command of xpk points kubectl at the cluster.

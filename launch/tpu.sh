@@ -142,7 +142,8 @@ install() {
   local node storage=()
   if [[ -n $BUCKET ]]; then storage=(gcsfuse "$BUCKET" "$MOUNT_POINT"); fi
   if [[ -n $NFS ]]; then storage=(nfs "$NFS" "$MOUNT_POINT"); fi
-  pack_code || return
+  # Once: what is started again has the code that was started first.
+  [[ -f $SCRATCH/code.tar.gz ]] || pack_code || return
   for node in "${NODES[@]}"; do
     retry run "${VM[@]}" scp "$SCRATCH/code.tar.gz" "$node:repulsor_jax.tar.gz" "${PLACE[@]}" --worker=all || return
   done
@@ -213,7 +214,7 @@ watch() {
 }
 
 run_to_the_end() {
-  local installed=0 host code
+  local host code
   while :; do
     bring_up "$AUTO_RECREATE"
     if ((CREATED)); then
@@ -222,8 +223,9 @@ run_to_the_end() {
       retry judge || die "the workers do not answer, see above"
     fi
     if [[ $VERDICT != running ]]; then
-      if { ((installed)) || install; } && start; then
-        installed=1 LOST=0
+      # Also on machines that have it: one that was restarted has lost its mount.
+      if install && start; then
+        LOST=0
       elif look && [[ $STATE != ACTIVE ]]; then # the start failed because the machines were preempted
         VERDICT=preempted
       else
@@ -243,7 +245,6 @@ run_to_the_end() {
       preempted)
         if [[ $STATE == ABSENT ]]; then die "$NAME was deleted by someone: it is not made anew"; fi
         say "preempted"
-        installed=0
         ;;
       failed*)
         read -r _ host code <<<"$VERDICT"

@@ -147,7 +147,7 @@ class Launch:
             text = " ".join(call)
             for what, words in {
                 "": "queued-resources describe|worker.sh (status|follow)|kubectl logs|^git "
-                "|squeue|jobs queue",
+                "|filter-by-job|squeue|jobs queue",
                 "create": "queued-resources create",
                 "delete by force": "queued-resources delete .*--force",
                 "delete": "queued-resources delete",
@@ -306,7 +306,7 @@ SLOW = "sh:echo; exec sleep 20"
     [
         ("tpu", tpu([NOT_FOUND, "WAITING_FOR_RESOURCES", SLOW]), "create"),
         ("tpu", tpu(["ACTIVE"], [NONE, SLOW]) | {"worker.sh follow": SLOW}, "start.*sh status"),
-        ("gke", {"git -C": GIT_ARCHIVE, "workload list": SLOW, "kubectl": SLOW}, "workload list"),
+        ("gke", {"git -C": GIT_ARCHIVE, "wait-for-job": SLOW, "kubectl": SLOW}, "wait-for-job"),
     ],
     ids=["tpu queued", "tpu runs", "gke"],
 )
@@ -396,7 +396,7 @@ ENDS = {
 RECOVERIES |= {
     name: (
         tpu([NOT_FOUND, "ACTIVE"], [RUNNING, ended, ended, RUNNING, DONE]),
-        [*ONCE, "stop", "count", "start"],
+        [*ONCE, "stop", *ONCE[1:]],
     )
     for name, ended in ENDS.items()
 }
@@ -547,7 +547,7 @@ def test_gke_from_nothing_to_the_end_of_the_workload(launch):
 def test_gke_waits_longer_than_xpk_and_picks_the_log_up_again(launch):
     slow = "sh:sleep 0.3"
     launch.answers(
-        {"git -C": GIT_ARCHIVE, "workload list": [(124, "timed out"), slow], "kubectl": ""}
+        {"git -C": GIT_ARCHIVE, "wait-for-job": [(124, "timed out"), slow], "kubectl": ""}
     )
     result = launch("gke", "all")
     assert result.returncode == 0
@@ -687,7 +687,7 @@ def test_sky_task_joins_its_nodes_and_the_first_counts_the_start(launch, worker)
     given = dict(word.removeprefix("--env=").split("=", 1) for word in called if "--env=" in word)
     task = (REPO / "launch" / "sky.yaml").read_text()
     assert set(given) == set(re.findall(r"^  ([A-Z_]+): null", task, re.MULTILINE))
-    assert "recover_on_exit_codes: [75]" in task
+    assert "recover_on_exit_codes: [75, " in task
     folder = launch.folder / "node"
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").symlink_to(launch.folder / "bin" / "program")
@@ -736,7 +736,7 @@ FAILURES = {  # message: launcher, answers, steps
     "without a new checkpoint": (
         "tpu",
         tpu([NOT_FOUND, "ACTIVE"], ["worker a exited 75 5.0"]) | {"worker.sh count": ["", LIMIT]},
-        [*ONCE, "stop", "count"],
+        [*ONCE, "stop", "copy", "install", "count"],
     ),
     "was deleted by someone": ("tpu", tpu(["ACTIVE", NOT_FOUND], [RUNNING, GONE]), []),
     "does not answer": ("tpu", tpu(["ACTIVE"], [RUNNING, GONE]), []),
@@ -744,9 +744,11 @@ FAILURES = {  # message: launcher, answers, steps
         "gke", {"git -C": GIT_ARCHIVE, "workload create": (1, "not found")}, ["xpk workload create"]
     ),
     "did not complete (xpk: code 125)": (
-        "gke", {"git -C": GIT_ARCHIVE, "workload list": (125, "failed")},
+        "gke", {"git -C": GIT_ARCHIVE, "wait-for-job": (125, "failed")},
         ["xpk workload create", "xpk workload list"],
     ),
+    "the workload n is there": ("gke", {"filter-by-job": "Jobset Name  Created\nn  Monday"}, []),
+    "the workloads cannot be read": ("gke", {"filter-by-job": (1, "no such cluster")}, []),
     "nothing is in the queue": ("slurm", {"sbatch": (1, "Job violates policy")}, ["sbatch"]),
     "is in the queue already (job 7)": ("slurm", {"squeue": "7"}, []),
     "the queue cannot be read": ("slurm", {"squeue": (1, "Unable to contact controller")}, []),
