@@ -25,7 +25,7 @@ test: $(READY_DEV)  ## The whole suite, on an 8-device CPU mesh.
 test-fast: $(READY_DEV)  ## The suite without its slow tests.
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-drill: $(READY_DEV)  ## Kill training at random moments, over and over: an hour or more.
+drill: $(READY_DEV)  ## Kill training at random moments, over and over: most of an hour.
 	$(BIN)/python -m benchmarks.drill
 
 check: $(READY_DEV)  ## Format, lint, types, direction of imports, shell scripts.

@@ -15,8 +15,8 @@ from typing import Any
 
 import ml_collections
 
-from configs import default, objectives
 from repulsor_jax import config as config_lib
+from repulsor_jax.configs import default, objectives
 from repulsor_jax.models.dit import DIT_SIZES
 
 BANKS = (0, 256, 1_024, 4_096, 16_384)  # K, rows

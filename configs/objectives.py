@@ -39,7 +39,6 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     # Dispersive Loss (arXiv 2506.09027). Its JAX form: B/2 32.35 unguided, XL/2 5.09 guided; its
     # PyTorch form: the last block, B/2 32.64, XL/2 4.74.
     "dispersive": ("dispersive", {}),
-    "dispersive_jax": ("dispersive", {}),
     "dispersive_pytorch": ("dispersive", {"weight": 0.25, "temperature": 1.0, "block": "last"}),
     # LayerSync (arXiv 2510.12581): weight 0.2 from the first step on.
     "layersync": ("layersync", {}),

@@ -38,7 +38,6 @@ from repulsor_jax.files.untrusted import printable
 from repulsor_jax.inference.exported import TRAINING_CONFIG
 from repulsor_jax.inference.generator import SamplingError, check_trajectory
 from repulsor_jax.plan import Options, plan
-from repulsor_jax.planning.gpus import prepare_environment
 from repulsor_jax.planning.topology import describe_machine
 from repulsor_jax.runtime import distributed, preemption, wandb_tracker
 from repulsor_jax.runtime.guard import DivergedError
@@ -329,7 +328,6 @@ def _refresh_page(workdir: pathlib.Path) -> None:
 
 def _plan(config: Config, workdir: pathlib.Path) -> None:
     if _TOPOLOGY.value != "local":
-        prepare_environment()
         jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator from anyone
         # JAX can write programs for devices elsewhere to its cache, but not read them back.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -446,9 +444,10 @@ def _config_path(text: str) -> str:
     files = pathlib.Path(configs.__file__).parent.glob("*.py")
     shipped = {file.stem: file for file in files if "def get_config(" in file.read_text("utf-8")}
     if not path.is_file() and name not in shipped:
+        names = ", ".join(sorted(shipped.keys() - {"of_run"}))  # that one is for the program
         sys.exit(
             f"error: --config={text}: found no file {path.absolute()}; expected the path of a "
-            f"configuration, or the name of one that is shipped: {', '.join(sorted(shipped))}"
+            f"configuration, or the name of one that is shipped: {names}"
         )
     return f"{path if path.is_file() else shipped[name]}{colon}{variant}"
 

@@ -13,9 +13,10 @@
 Arms are those of configs/evidence.py, with other values where an arm says so:
 `positives_1024+repulsor.temperature=0.2`; a larger model is compared with one of its own size by
 `--baseline=plain+model.hidden_size=128`. What is there already is not done again: a command that
-was stopped, or is given more arms, seeds or steps, goes on. Everything lies under --workdir. One
-run takes one core, or --platform=cuda with --workers=1 the GPU. The table of equal seconds needs
-times of one machine that does nothing else: --time_steps=1000. docs/evidence.md has results.
+was stopped, or is given more arms, seeds or steps, goes on; but where a weight or a rate falls over
+the run, another number of steps is another run, and needs another --workdir. Everything lies under
+it. One run takes one core, or --platform=cuda with --workers=1 the GPU. The table of equal seconds
+needs times of one machine that does nothing else: --time_steps=1000. docs/evidence.md has results.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(args, jobs, yardstick)
         if args.time_steps:
             time_arms(args)
-            _write_ledger(args)
+        _write_ledger(args)
     else:
         _read_ledger(args)
     print(report.write(args))
@@ -198,7 +199,10 @@ def prepare(args: argparse.Namespace) -> "Yardstick":
     from benchmarks.evidence.measure import Yardstick
 
     bench, root = BENCHES[args.bench], args.root
-    found = pictures.load_pictures(root / "pictures.npz", args.source, bench.size)
+    try:
+        found = pictures.load_pictures(root / "pictures.npz", args.source, bench.size)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: --source={args.source}: {error}")
     steps = args.classifier_steps or bench.classifier_steps
     loaded = {}
     for name, seed, part in (("metric", 0, 1.0), ("control", 1, 0.5)):
@@ -311,16 +315,14 @@ def measure(args: argparse.Namespace, jobs: Sequence[Job], yardstick: "Yardstick
     todo = [job for job in jobs if not _is_measured(args, job)]
     for number, job in enumerate(todo, 1):
         config = config_lib.parse(configs.get_config(f"{args.bench},{job.arm}"))
-        measure_run(config, _folder(args, job), yardstick, args.stretches)
+        measure_run(config, _folder(args, job), yardstick, args.stretches, job.steps)
         print(f"measured {number}/{len(todo)}", end="\r", flush=True)
         _write_ledger(args)
 
 
 def _is_measured(args: argparse.Namespace, job: Job) -> bool:
     """Whether a run has all its numbers, here or from a ledger."""
-    path = _folder(args, job) / f"measure_{job.steps}.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    return all(f"features@{scale:g}" in known for scale in (1.0, *args.stretches))
+    return report.is_whole(args, report.read_run(_folder(args, job)), job.steps)
 
 
 def _folder(args: argparse.Namespace, job: Job) -> pathlib.Path:

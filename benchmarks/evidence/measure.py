@@ -80,7 +80,11 @@ class _Held(NamedTuple):
 
 
 def measure_run(
-    config: Config, workdir: pathlib.Path, yardstick: Yardstick, scales: Sequence[float]
+    config: Config,
+    workdir: pathlib.Path,
+    yardstick: Yardstick,
+    scales: Sequence[float],
+    last: int,
 ) -> dict[int, dict[str, Any]]:
     """Measures all checkpoints of a run; keeps the numbers in `<workdir>/measure_<step>.json`.
 
@@ -88,18 +92,17 @@ def measure_run(
       config: of the run, its protocol of sampling included.
       workdir: of the run.
       yardstick: of the bench.
-      scales: of the velocity, beside 1, at the newest checkpoint alone.
+      scales: of the velocity, beside 1, at the step `last` alone.
 
     Returns:
       step -> numbers by name; "features@1.05" is the distance with a velocity scaled by 1.05.
     """
     found = {}
     with run.open_checkpoints(config, workdir) as checkpointer:
-        steps = checkpointer.steps()
-        for step in steps:
+        for step in checkpointer.steps():
             path = workdir / f"measure_{step}.json"
             known = json.loads(path.read_text()) if path.is_file() else {}
-            wanted = [1.0, *(scales if step == steps[-1] else ())]
+            wanted = [1.0, *(scales if step == last else ())]
             todo = [s for s in wanted if f"features@{s:g}" not in known]
             if todo:
                 parts = (config.model, config.flow, config.source, config.sampling)

@@ -46,6 +46,12 @@ def read_run(workdir: pathlib.Path) -> Run:
     return Run(dict(sorted(measures.items())), fast)
 
 
+def is_whole(args: argparse.Namespace, run: Run, steps: int) -> bool:
+    """Whether a run has all numbers of its last step, those of every stretch included."""
+    last = run.measures.get(steps, {})
+    return all(f"features@{scale:g}" in last for scale in (1.0, *args.stretches))
+
+
 def run_folder(root: pathlib.Path, arm: str, rate: float, seed: int) -> pathlib.Path:
     """Where a run lies."""
     return root / "runs" / arm / f"lr_{rate:g}" / f"seed_{seed}"
@@ -92,7 +98,7 @@ def write(args: argparse.Namespace) -> str:
     runs: dict[str, dict[int, Run]] = {}
     for arm, rate in rates.items():
         by_seed = {s: read_run(run_folder(args.root, arm, rate, s)) for s in args.seeds}
-        runs[arm] = {seed: run for seed, run in by_seed.items() if args.steps in run.measures}
+        runs[arm] = {s: run for s, run in by_seed.items() if is_whole(args, run, args.steps)}
     missing = sum(len(args.seeds) - len(runs.get(arm, ())) for arm in args.arms)
     parts = [_floor(args), _search(args, rates)]
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
@@ -127,8 +133,8 @@ def _floor(args: argparse.Namespace) -> str:
     f = json.loads(path.read_text())
     return (
         f"Distances of {f['samples']:,} samples to all held-out pictures; as many real pictures "
-        f"get {f['features']:.2f} (features) and {f['pixels']:.2f} (pixels). The classifier's "
-        f"accuracy on held-out pictures is {f['accuracy']:.3f}."
+        f"that the classifier has seen get {f['features']:.2f} (features) and {f['pixels']:.2f} "
+        f"(pixels). The classifier's accuracy on held-out pictures is {f['accuracy']:.3f}."
     )
 
 
@@ -172,6 +178,11 @@ def _at_best(
     return min(found, key=lambda values: float(np.mean(list(values.values()))))
 
 
+def _best_probe(args: argparse.Namespace, by_seed: Mapping[int, Run]) -> dict[int, float]:
+    """seed -> accuracy of the linear probe of the best block."""
+    return {s: max(run.measures[args.steps]["probe_by_block"]) for s, run in by_seed.items()}
+
+
 def _compared(own: Mapping[int, float], base: Mapping[int, float], digits: int = 2) -> str:
     """The paired ratio as text; "-" where no seed is in both."""
     if not own.keys() & base.keys():
@@ -185,7 +196,7 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Every arm beside the baseline at equal steps."""
     head = ["arm", "rate", "seeds"]
     head += [f"{what}{of}" for what in MEASURES.values() for of in ("", f", of {args.baseline}")]
-    head += ["best probe", "rank", "near copies", "ms/step"]
+    head += ["best probe", f"best probe, of {args.baseline}", "rank", "near copies", "ms/step"]
     seconds = _step_seconds(args, runs)
     rows = []
     for arm, by_seed in runs.items():
@@ -195,7 +206,8 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
             row.append(mean_and_spread(list(own.values())))
             row.append(_compared(own, base, 3 if name == "flow_loss" else 2))
         last = [run.measures[args.steps] for run in by_seed.values()]
-        row.append(f"{np.mean([max(m['probe_by_block']) for m in last]):.3f}")
+        own, base = (_best_probe(args, each) for each in (by_seed, runs[args.baseline]))
+        row += [f"{np.mean(list(own.values())):.3f}", _compared(own, base)]
         # Of the block that most terms act on.
         ranks = [m["rank_by_block"][len(m["rank_by_block"]) // 4] for m in last]
         row.append(f"{np.mean(ranks):.1f}")

@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+from repulsor_jax.planning.gpus import NO_TRIALS
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -75,7 +77,7 @@ def ask(request: dict[str, Any], *, emits: bool = False) -> Answer:
     """
     with tempfile.TemporaryDirectory(prefix="repulsor-plan-") as folder:
         dump = "" if emits else f"--xla_dump_to={folder}"
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
+        flags = f"{NO_TRIALS} {os.environ.get('XLA_FLAGS', '')} {dump}"
         reply = pathlib.Path(folder, "reply")
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import serve; serve()", str(reply)],

@@ -6,11 +6,12 @@ The figures are those that a card states of itself; the list of the compiler's o
 
 import dataclasses
 import importlib.util
-import os
 
 # The share of a card's memory that JAX takes at its start, and no program exceeds, unless told
 # otherwise by XLA_PYTHON_CLIENT_MEM_FRACTION.
 MEMORY_SHARE = 0.75
+# A flag of XLA: kernels are not tried out on a card, which fails where there is none.
+NO_TRIALS = "--xla_gpu_autotune_level=0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +54,6 @@ GPUS = {
 def is_installed() -> bool:
     """Whether the compiler of NVIDIA's GPUs is installed; no driver and no card is needed."""
     return importlib.util.find_spec("jax_cuda12_plugin") is not None
-
-
-def prepare_environment() -> None:
-    """Tells XLA not to try kernels out on a card; to be called before JAX's first use of a device.
-
-    Without a card trying them out fails.
-    """
-    flag = "--xla_gpu_autotune_level"
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=0".strip()
 
 
 def target_config(gpu: Gpu) -> str:
