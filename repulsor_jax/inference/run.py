@@ -320,7 +320,7 @@ def with_base_params(experiment: Experiment, params: Any) -> Any:
 
     Args:
       experiment: of the residual network; `config.residual` names the base run.
-      params: of its model; those of the residual network stay.
+      params: of its model, global arrays; those of the residual network stay.
 
     Raises:
       ConfigError: no such checkpoint; the base run has another model, path or latents.
@@ -349,10 +349,11 @@ def with_base_params(experiment: Experiment, params: Any) -> Any:
                     f"{key}: {what} is {found!r}, expected {expected!r} "
                     "as in the model with the residual network"
                 )
-        base: Any = experiment.model.clone(residual_depth=0)
-        parts = base, build_source(config.source, config.model)
-        found_params = restore_params(experiment, checkpointer, step, parts)
-    return found_params | {"residual": params["residual"]}
+        # As they lie in the state: a compiled step takes no others.
+        base = {name: part for name, part in params.items() if name != "residual"}
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        found, _ = checkpointer.restore_ema(jax.tree.map(shape, base), step)
+    return found | {"residual": params["residual"]}
 
 
 def protocol(

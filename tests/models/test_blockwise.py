@@ -495,7 +495,8 @@ def test_a_second_stage_trains_the_residual_network_alone_and_resumes(tmp_path, 
     }
     base = run(tmp_path / "base", total_steps=4, **options)
     second = options | {"model.residual_depth": 1, "residual.base_run": str(tmp_path / "base")}
-    reference = run(tmp_path / "second", total_steps=8, **second)
+    run_all = functools.partial(run, whole_mesh=True, total_steps=8, **second)  # splits the average
+    reference = run_all(tmp_path / "second")
     assert reference.params["model"].keys() == {"residual"}
     kept = {name: reference.ema_params[name] for name in base.ema_params}
     jax.tree.map(np.testing.assert_array_equal, kept, base.ema_params)
@@ -503,9 +504,9 @@ def test_a_second_stage_trains_the_residual_network_alone_and_resumes(tmp_path, 
     assert np.mean(found[-2:]) < np.mean(found[:2])
 
     with pytest.raises(Preempted):
-        run(tmp_path / "stopped", total_steps=8, change=acting(_5=told_to_stop), **second)
+        run_all(tmp_path / "stopped", change=acting(_5=told_to_stop))
     monkeypatch.setattr("repulsor_jax.train.with_base_params", None)  # not read again
-    resumed = run(tmp_path / "stopped", total_steps=8, **second)
+    resumed = run_all(tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, tiny.raw(resumed), tiny.raw(reference))
     config = config_lib.parse(tiny.digits_dict(**second))
     sample(config, tmp_path / "second")
