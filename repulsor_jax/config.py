@@ -81,6 +81,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average, which with 1 would never move
 
 
 @checked
@@ -170,8 +171,7 @@ def stored_features(c: "Config") -> np.ndarray | None:
     Raises:
       FileNotFoundError, ValueError: the file is not one of features for this network.
     """
-    is_read = "feature_alignment" in registry.parse_terms(c.terms) and c.feature_alignment.weight
-    if not is_read:
+    if "feature_alignment" not in registry.active_terms(c):
         return None
     num_tokens = (c.model.latent_size // c.model.patch_size) ** 2
     return open_features(c.data.features, num_tokens, c.feature_alignment.dim)
@@ -264,13 +264,13 @@ class OptimizerConfig:
     learning_rate: Positive
     warmup_steps: Natural
     schedule: Literal["constant", "cosine"]
-    b1: Fraction
-    b2: Fraction
+    b1: Decay
+    b2: Decay
     eps: Positive
     weight_decay: NonNegative
     clip_norm: NonNegative
     accumulation_steps: Count
-    ema_decay: Fraction
+    ema_decay: Decay
 
 
 @checked
@@ -533,7 +533,7 @@ def _contradictions(c: Config) -> Iterator[tuple[bool, str]]:
         f"{c.model.residual_depth}: a residual network is trained for a run, name both or neither",
     )
     yield (
-        is_second and (c.terms != "none" or c.log.diagnostics_every_steps > 0),
+        is_second and (registry.active_terms(c) != () or c.log.diagnostics_every_steps > 0),
         f"terms={c.terms!r}, config.log.diagnostics_every_steps={c.log.diagnostics_every_steps}: "
         "a residual network is trained alone (config.model.residual_depth); set them to 'none' and "
         "0",
@@ -660,7 +660,7 @@ def _contradicting_source(c: Config) -> Iterator[tuple[bool, str]]:
         "to 'width', or config.source.alignment_weight=0",
     )
     yield (
-        c.contrastive_flow.weight > 0 and "contrastive_flow" in registry.parse_terms(c.terms),
+        "contrastive_flow" in registry.active_terms(c),
         f"terms={c.terms!r}: contrastive_flow draws the targets of other rows before the loss, and "
         f"config.source.name={s.name!r} makes them in it: leave one of the two out",
     )
@@ -754,7 +754,7 @@ def _contradicting_segments(c: Config) -> Iterator[tuple[bool, str]]:
 
 def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
     """`_contradictions` within and between the sections of the terms."""
-    names = registry.parse_terms(c.terms)
+    names = registry.active_terms(c)
     for name in names:
         section: Any = getattr(c, name)
         blocks = {"block": getattr(section, "block", -1)}
@@ -784,7 +784,14 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
         f"contrastive_flow compares velocities, but config.flow.prediction={c.flow.prediction!r}; "
         "set it to 'velocity'",
     )
-    reads_features = "feature_alignment" in names and c.feature_alignment.weight > 0
+    flow, dropped = c.contrastive_flow, c.model.label_dropout
+    yield (
+        "contrastive_flow" in names and flow.labelled_only and flow.weight >= 1 - dropped,
+        f"contrastive_flow.weight={flow.weight} must be below {1 - dropped:g}: with "
+        f"labelled_only=True and config.model.label_dropout={dropped}, rows that have a label "
+        "weigh more in it than in the flow loss, and the loss has no minimum",
+    )
+    reads_features = "feature_alignment" in names
     yield (
         reads_features and not c.data.features,
         "data.features='' names no file, of which config.terms="
@@ -802,13 +809,13 @@ def _contradicting_terms(c: Config) -> Iterator[tuple[bool, str]]:
     others |= {} if has_bank else {"repulsor": micro_batch}
     for name in names:
         yield (
-            getattr(c, name).weight > 0 and others.get(name, 2) < 2,
+            others.get(name, 2) < 2,
             f"terms={c.terms!r}: {name} compares the samples of a batch, and "
             f"config.batch_size={c.batch_size} with config.optimizer.accumulation_steps="
             f"{c.optimizer.accumulation_steps} leaves {others.get(name)} at a time, with which its "
             "loss says nothing: 2 or more are needed",
         )
-    if "repulsor" in names and c.repulsor.weight > 0:
+    if "repulsor" in names:
         yield from _contradicting_repulsor(c)
 
 

@@ -154,6 +154,7 @@ def _make_objective(config: Config) -> Objective:
         terms=registry.build(config),
         condition=_condition_of(config),
         groups=_token_groups(config),
+        last_time=t1,
     )
 
 
@@ -297,7 +298,7 @@ def check_dataset(config: Config, dataset: LatentDataset) -> None:
             f"{dataset.directory} has {len(dataset.class_names)} classes, but "
             f"config.model.num_classes={m.num_classes}"
         )
-    terms = registry.parse_terms(config.terms)
+    terms = registry.active_terms(config)
     leaves_none = config.repulsor.same_class_weight == 0 and config.repulsor.negatives == "all"
     if "repulsor" in terms and leaves_none and len(dataset.class_names) == 1:
         raise ConfigError(
@@ -317,9 +318,8 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
             f"{room:,} classes: is {dataset.directory} the data set that is meant?"
         )
     r = config.repulsor
-    has_bank = "repulsor" in registry.parse_terms(config.terms) and r.weight > 0
-    images = r.bank_rows // rows_per_image(r)
-    if has_bank and r.negatives == "all" and images > dataset.num_images:
+    terms, images = registry.active_terms(config), r.bank_rows // rows_per_image(r)
+    if "repulsor" in terms and r.negatives == "all" and images > dataset.num_images:
         lines.append(
             f"warning: config.repulsor.bank_rows={r.bank_rows:,} hold rows of {images:,} images, "
             f"and the data set has {dataset.num_images:,}: each image is in the bank about "
@@ -331,7 +331,7 @@ def describe_data(config: Config, dataset: LatentDataset) -> list[str]:
             f"and {dataset.directory} has one: a shift of them all gains little (docs/systems.md)"
         )
     _, block = registry.layersync_blocks(config)
-    if "layersync" in registry.parse_terms(config.terms) and block + 1 > 0.8 * config.model.depth:
+    if "layersync" in terms and block + 1 > 0.8 * config.model.depth:
         lines.append(
             f"warning: config.layersync.teacher_block={block} is in the last fifth of the "
             f"{config.model.depth} blocks: these turn towards the output, and make poor references"

@@ -320,7 +320,7 @@ def draw_inputs(
         gap_key, view_noise_key = jax.random.split(jax.random.fold_in(rng, number))
         u = jax.random.uniform(gap_key, t.shape)
         own = jax.random.normal(view_noise_key, data.shape) if view.new_noise else noise
-        moved = teacher_time(t, u, view.time_gap)
+        moved = teacher_time(t, u, view.time_gap, objective.last_time)
         moved = teacher_group_times(moved, t, spec.teacher_times) if spec else moved
         crops = None
         if view.min_crop < 1:

@@ -107,7 +107,11 @@ def draw_trajectory(config: Config, workdir: pathlib.Path, path: pathlib.Path) -
       path: what `sample` returned.
     """
     # The step of the samples: by now a run that trains may have saved another.
-    step = json.loads(path.with_suffix(".json").read_text())["step"]
+    step = 0
+    with sharding.raised_on_all():  # the others wait here: the first process writes the samples
+        if jax.process_index() == 0:
+            step = json.loads(path.with_suffix(".json").read_text())["step"]
+    step = int(sharding.agree(step))
     _, experiment, params, _ = pretrained.open_model(config, workdir, step or None)
     frames, times = trajectory(experiment, params, run.load_guide(experiment))
     if jax.process_index() == 0:

@@ -49,6 +49,7 @@ class Objective(NamedTuple):
     # (key, data, stored condition or None, latent format) -> the model's condition [B, H, W, K]
     condition: Callable[..., Array] | None = None
     groups: TokenGroups | None = None  # of tokens with times of their own; None: one time for all
+    last_time: float = 1.0  # of `sample_times`
 
     @property
     def taps(self) -> tuple[int, ...]:

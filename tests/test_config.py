@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+from contextlib import nullcontext
 
 import ml_collections
 import pytest
@@ -47,6 +48,8 @@ CONFIGS = pathlib.Path(default.__file__).parent
         ),
         ("evaluation.cfg_intervals", ((0, 1, 2),), r"evaluation.cfg_intervals.0"),
         ("model.label_dropout", 1.0, "model.label_dropout=1 trains the null class alone"),
+        ("optimizer.b2", 1.0, "optimizer.b2: expected less than 1"),
+        ("optimizer.ema_decay", 1.0, "optimizer.ema_decay: expected less than 1"),
         ("data.dir", "None", "data.dir: found the word 'None'.*left empty for none"),
         ("data.dir", "none", "data.dir: found the word 'none'"),
         ("data.test_split", "None", "data.test_split: found the word 'None'"),
@@ -85,6 +88,25 @@ def test_terms_that_compare_samples_need_two(values, name, left):
     with pytest.raises(config_lib.ConfigError, match=message):
         tiny.config(**values)
     tiny.config(**values | {f"{name}__weight": 0.0})
+
+
+def test_a_term_of_weight_0_contradicts_nothing():
+    for weight, ends in ((0.1, pytest.raises(config_lib.ConfigError)), (0.0, nullcontext())):
+        with ends:
+            tiny.config(
+                terms="contrastive_flow",
+                contrastive_flow__weight=weight,
+                flow__prediction="noise",
+            )
+        with ends:
+            tiny.config(terms="dispersive", dispersive__block=9, dispersive__weight=weight)
+
+
+def test_rows_with_a_label_keep_a_minimum():
+    values = {"terms": "contrastive_flow", "contrastive_flow__labelled_only": True}
+    tiny.config(**values, contrastive_flow__weight=0.45, model__label_dropout=0.5)
+    with pytest.raises(config_lib.ConfigError, match=r"weight=0.5 must be below 0\.5"):
+        tiny.config(**values, contrastive_flow__weight=0.5, model__label_dropout=0.5)
 
 
 def test_a_bank_gives_one_sample_others_to_be_compared_with():

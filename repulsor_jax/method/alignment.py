@@ -92,15 +92,16 @@ def sra_loss(
     raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
 
 
-def teacher_time(t: Array, u: Array, gap: float = 0.2) -> Array:
+def teacher_time(t: Array, u: Array, gap: float = 0.2, last: float = 1.0) -> Array:
     """The teacher's time in SRA: min(1, t + gap u), nearer to the data than the student's time t.
 
     Args:
       t: [B] times of the student in [0, 1], 0 noise and 1 data (SRA counts the other way).
       u: [B] uniform in [0, 1).
       gap: the largest difference of the times; 0.2 in SRA.
+      last: the last time that the network is trained at, in place of 1.
     """
-    return jnp.minimum(1.0, t + gap * u)
+    return jnp.minimum(last, t + gap * u)
 
 
 def decayed_weight(

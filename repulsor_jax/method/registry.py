@@ -37,17 +37,18 @@ def parse_terms(text: str) -> tuple[str, ...]:
     return names
 
 
+def active_terms(config: Any) -> tuple[str, ...]:
+    """Names of the terms of a configuration, in their order; one with weight 0 is no term."""
+    return tuple(name for name in parse_terms(config.terms) if getattr(config, name).weight > 0)
+
+
 def build(config: Any) -> tuple[Term, ...]:
-    """Returns the terms of a configuration, in the order of its `terms`; weight 0 is no term.
+    """Returns the terms of a configuration, in the order of `active_terms`.
 
     Args:
       config: with `terms`, a section for each of them, `model`, `batch_size` and `total_steps`.
     """
-    names = parse_terms(config.terms)
-    terms = tuple(TERMS[name](config) for name in names if getattr(config, name).weight > 0)
-    if sum(term.create_bank is not None for term in terms) > 1:
-        raise ValueError("at most one term can have a bank")
-    return terms
+    return tuple(TERMS[name](config) for name in active_terms(config))
 
 
 def _build_dispersive(config: Any) -> Term:

@@ -42,9 +42,10 @@ def build(config: Any) -> Term:
     The positive is the same image seen by the EMA teacher at another noise level, or, with
     bank_keys="latent", the projection of the clean latent by an encoder's EMA. The negatives among
     the batch and the rows that go into the bank are of one kind: z ("online", those of the batch
-    with gradient), the teacher's projections ("teacher"), or those of the latents ("latent"). One
-    network must make all that a sample is compared with: two that differ can be told apart, and
-    the positive is then found without a look at the image.
+    with gradient), the teacher's projections ("teacher"), or those of the latents ("latent"). With
+    the last two one network makes all that a sample is compared with. With "online" the positive is
+    the teacher's and the negatives are not: two networks that differ can be told apart, and the
+    positive be found without a look at the image.
 
     The latents' encoder learns by InfoNCE the other way round: its projection of image i is to
     find z_i, stopped, among those of the batch. This adds its gradient to the loss, not its value.

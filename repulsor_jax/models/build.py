@@ -73,6 +73,7 @@ def _has_cudnn_attention(config: Any, device: jax.Device | None) -> bool:
     """Whether cuDNN's fused attention runs this model: NVIDIA from Ampere on, half precision."""
     capability = getattr(device, "compute_capability", None)  # as "9.0"; ROCm says "gfx90a"
     head_size = config.hidden_size // config.num_heads
+    num_tokens = (config.latent_size // config.patch_size) ** 2
     return (
         isinstance(capability, str)
         and capability[0].isdigit()
@@ -80,6 +81,8 @@ def _has_cudnn_attention(config: Any, device: jax.Device | None) -> bool:
         and jnp.dtype(config.dtype).itemsize == 2
         and head_size % 8 == 0
         and head_size <= 128
+        # JAX passes the mask as a bias, which cuDNN takes for an even number of tokens alone.
+        and not (config.attention_separation and num_tokens % 2)
     )
 
 

@@ -136,6 +136,7 @@ def test_a_zero_token_counts_as_orthogonal_and_has_no_gradient(dtype):
 def test_teacher_time_is_nearer_to_the_data_and_ends_there():
     t, u = np.array([0.0, 0.5, 0.9]), np.array([0.5, 0.0, 0.75])
     np.testing.assert_allclose(alignment.teacher_time(t, u, 0.2), [0.1, 0.5, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(alignment.teacher_time(t, u, 0.2, 0.95)[2], 0.95, rtol=1e-6)
 
 
 def test_the_weight_loses_nine_tenths_in_every_length_of_the_decay():

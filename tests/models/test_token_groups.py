@@ -116,6 +116,14 @@ def inputs_of(**overrides):
     return jax.jit(lambda: draw_inputs(jax.random.key(1), batch, objective, tiny.FORMAT))()
 
 
+def test_the_teachers_times_end_where_those_of_training_do():
+    values = {"flow.path": "ddpm_linear", "flow.prediction": "noise", "model.time_steps": 1_000}
+    values |= {"flow.time_groups": 1, "flow.group_fractions": (), "terms": "sra"}
+    values |= {"model.attention_separation": False, "flow.teacher_times": "sra"}
+    (shown,) = inputs_of(**values, **{"sra.time_gap": 1.0}).views.values()
+    np.testing.assert_allclose(np.max(shown.t), 0.999, rtol=1e-6)
+
+
 def test_a_step_draws_groups_their_times_and_the_teachers():
     inputs = inputs_of(**{"flow.whole_fraction": 0.5})
     groups = np.asarray(inputs.extras["groups"])
