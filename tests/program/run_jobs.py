@@ -44,6 +44,7 @@ def main(argv):
     for job in json.loads(argv[1]):
         flags.FLAGS.mode = job["mode"]
         flags.FLAGS.workdir = job["workdir"]
+        flags.FLAGS.trajectory = job.get("trajectory", False)
         flags.FLAGS.config.update_from_flattened_dict(job["config"])
         sharding.create_mesh = shuffled(create_mesh) if job.get("shuffled") else create_mesh
         program.main(argv[:1])

@@ -99,15 +99,15 @@ def test_four_processes_train_sample_and_evaluate_as_one_does(tmp_path):
     mesh = {"mesh.fsdp": 2, "mesh.tensor": 2}
     config = COMMON | measured | mesh | {"total_steps": 4, "data.dir": str(data_dir)}
     job = {"workdir": str(relay), "config": config, "shuffled": True}
-    said = run_processes(
-        tmp_path / "said", 4, [{"mode": mode} | job for mode in ("train", "sample", "evaluate")]
-    )
+    jobs = [{"mode": "train"}, {"mode": "sample", "trajectory": True}, {"mode": "evaluate"}]
+    said = run_processes(tmp_path / "said", 4, [each | job for each in jobs])
     assert "step 2 of 4" in said[0]
     held = [next(line for line in text.splitlines() if "holds" in line) for text in said]
     assert any(line.count("range(") > 1 for line in held)  # they are not neighbours
     saved = ocp.PyTreeCheckpointer().metadata(relay / "checkpoints" / "4" / "state")
     kernel = saved.item_metadata.tree["params"]["model"]["block_0"]["qkv"]["kernel"]
     assert set(sharding.DATA_AXES) <= set(jax.tree.leaves(kernel.sharding.partition_spec))
+    assert len(list((relay / "samples").glob("*_trajectory.png"))) == 1
     copy_checkpoint(4, relay, alone)
     train_here(relay, data_dir, 4)
     expected, found = read(one, "loss"), read(relay, "loss")
