@@ -28,7 +28,7 @@ from repulsor_jax.data.latents import (
     open_latent_dataset,
     spread_problem,
 )
-from repulsor_jax.data.sources import ImageSource, open_source, with_maps
+from repulsor_jax.data.sources import ImageSource, leaves_files, open_source, with_maps
 from repulsor_jax.data.writer import open_writer
 from repulsor_jax.experiment import data_directory, load_autoencoder, stored_condition
 from repulsor_jax.files import locks, pictures
@@ -136,11 +136,7 @@ def _open_sources(config: Config, splits: Mapping[str, str], cache: pathlib.Path
             sources = {k: with_maps(source, maps, splits[k]) for k, source in sources.items()}
         return sources
 
-    # The first process decompresses an archive, or prepares a data set of TFDS, for all.
-    waits = jax.process_index() > 0 and (name == "archive" or name.startswith("tfds:"))
-    with sharding.raised_on_all():
-        sources = {} if waits else open_all()
-    return open_all() if waits else sources
+    return sharding.first_process_first(open_all, enabled=leaves_files(name))
 
 
 def _check_is_the_configured(config: Config, directory: pathlib.Path, folder: str) -> None:

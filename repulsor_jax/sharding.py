@@ -8,14 +8,16 @@ state of training is split over `data` too (`split_params.py`).
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 # `data` is two axes: few dimensions of a network divide by 256, but one may divide by 16, and
 # another by the rest.
@@ -319,6 +321,21 @@ def raised_on_all() -> Iterator[None]:
         fault = error
     if any_process(fault is not None):
         raise fault or OSError("another process failed; its own message says why")
+
+
+def first_process_first(make: Callable[[], T], *, enabled: bool = True) -> T:
+    """What `make` returns, on every process: the others begin when the first is done.
+
+    For what leaves files behind that the others then find, as a decompressed copy. Not `enabled`,
+    all begin together. An error of one process is raised on all.
+    """
+    waits = enabled and jax.process_index() > 0
+    made: Any = None
+    for is_my_turn in (not waits, waits) if enabled else (True,):
+        with raised_on_all():
+            if is_my_turn:
+                made = make()
+    return made
 
 
 def any_process(flag: bool) -> bool:

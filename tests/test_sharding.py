@@ -148,6 +148,19 @@ def test_slices_of_real_chips(monkeypatch):
         sharding.create_mesh(1, -1, 1, devices=described)
 
 
+def test_the_first_process_is_the_first(monkeypatch):
+    order = []
+    monkeypatch.setattr(sharding, "any_process", lambda flag: order.append("all") or flag)
+    for rank, expected in ((0, ["made", "all", "all"]), (1, ["all", "made", "all"])):
+        monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+        make = lambda: order.append("made") or 7
+        assert sharding.first_process_first(make) == 7
+        assert order == expected
+        order.clear()
+    assert sharding.first_process_first(lambda: 3, enabled=False) == 3
+    assert order == ["all"]
+
+
 def test_an_error_in_one_process_is_raised_on_all(monkeypatch):
     with pytest.raises(ValueError, match="mine"), sharding.raised_on_all():
         raise ValueError("mine")

@@ -357,6 +357,9 @@ def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None
                         f"{most:,}: if you trust it, decompress it yourself"
                     )
                 copy.write(chunk)
+            # Two processes that decompress at once have one copy, of one time of change.
+            copy.flush()
+            os.utime(temporary, ns=(status.st_mtime_ns, status.st_mtime_ns))
     except (EOFError, lzma.LZMAError, zlib.error, MemoryError) as error:
         raise _damaged(path, f"{method.__name__} says: {error}") from error
     return str(target)

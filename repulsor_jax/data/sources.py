@@ -73,6 +73,11 @@ def open_source(
     raise ValueError(f"image source: found {name!r}, expected one of {expected}")
 
 
+def leaves_files(name: str) -> bool:
+    """Whether `open_source` may decompress an archive, or prepare a data set of TFDS."""
+    return name == "archive" or name.startswith("tfds:")
+
+
 @dataclasses.dataclass(frozen=True)
 class MappedImages:
     """The images of a folder, each with its label map; an `ImageSource`."""

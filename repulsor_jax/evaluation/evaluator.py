@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
-from repulsor_jax.data.sources import open_source
+from repulsor_jax.data.sources import leaves_files, open_source
 from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import ImageSet, native_shape, npz_images, source_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
@@ -97,19 +97,21 @@ def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.
     """
-    cache = workdir / "evaluations" / ".samples"
-    images = _open_samples(config, workdir, cache)
-    mesh = checked_mesh(config, trains=False)
-    yardstick = open_yardstick(config, workdir, mesh, None, (*images.shape,))
-    protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
+    cache, is_main = workdir / "evaluations" / ".samples", jax.process_index() == 0
+    with locks.locked(cache, enabled=is_main):  # which is removed below
+        images = _open_samples(config, workdir, cache)
+        mesh = checked_mesh(config, trains=False)
+        yardstick = open_yardstick(config, workdir, mesh, None, (*images.shape,))
+        protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}
 
-    def features(folder: pathlib.Path, title: str) -> Shards:
-        return image_features(images, config.evaluation.batch_size, yardstick.extract, mesh, folder)
+        def features(folder: pathlib.Path, title: str) -> Shards:
+            batch_size = config.evaluation.batch_size
+            return image_features(images, batch_size, yardstick.extract, mesh, folder)
 
-    stem = pathlib.Path(images.name).stem
-    record, _ = _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)
-    if jax.process_index() == 0:
-        shutil.rmtree(cache, ignore_errors=True)
+        stem = pathlib.Path(images.name).stem
+        record, _ = _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)
+        if is_main:
+            shutil.rmtree(cache, ignore_errors=True)
     return record
 
 
@@ -126,7 +128,10 @@ def _open_samples(config: Config, workdir: pathlib.Path, cache: pathlib.Path) ->
         if path.suffix in SUFFIXES:
             return npz_images(path)
         kind = "folder" if path.is_dir() else "archive"
-        source = open_source(kind, ".", path=str(path), cache_dir=cache)
+        source = sharding.first_process_first(
+            lambda: open_source(kind, ".", path=str(path), cache_dir=cache),
+            enabled=leaves_files(kind),
+        )
         note = contents_note(workdir, str(path))
         return source_images(source, path.name, native_shape(source), note, crop=False)
     except (ValueError, OSError) as error:
@@ -156,13 +161,14 @@ def _measured(
             return known or {}, name
         started = time.perf_counter()
         shards = features(yardstick.folder / f".{name}.incomplete", title)
-        if not is_main:
-            return {}, name
-        assert yardstick.reference is not None
-        values, warnings = metrics(shards, yardstick.reference, yardstick.space)
-        seconds = time.perf_counter() - started
-        record = {"metrics": values, "warnings": warnings, **identity, "seconds": round(seconds, 3)}
-        report.write(yardstick.folder, name, record)
+        with sharding.raised_on_all():
+            if not is_main:
+                return {}, name
+            assert yardstick.reference is not None
+            values, warnings = metrics(shards, yardstick.reference, yardstick.space)
+            record = {"metrics": values, "warnings": warnings, **identity}
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            report.write(yardstick.folder, name, record)
         shards.remove()
     shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
     tqdm.write(f"{title}, {protocol['num_samples']:,} samples: {shown}")

@@ -137,9 +137,10 @@ def image_reference(
         if sharding.agree(int(is_missing)):
             folder = cache / f".{name}.incomplete"
             shards = image_features(images, batch_size, extract, mesh, folder)
-            if is_main:
-                kept.write(0, [_reference_arrays(shards, keep)])
-                shards.remove()
+            with sharding.raised_on_all():
+                if is_main:
+                    kept.write(0, [_reference_arrays(shards, keep)])
+                    shards.remove()
     if not is_main:
         return None
     found = {key: next(kept.read(key))[0] for key in kept.names()}

@@ -8,15 +8,17 @@ import shutil
 import jax
 from jax.sharding import Mesh
 
+from repulsor_jax import sharding
 from repulsor_jax.autoencoders import Autoencoder
 from repulsor_jax.config import Config, ConfigError
 from repulsor_jax.data.latents import open_latent_dataset
-from repulsor_jax.data.sources import open_source
+from repulsor_jax.data.sources import leaves_files, open_source
 from repulsor_jax.evaluation import features
 from repulsor_jax.evaluation import reference as reference_lib
 from repulsor_jax.evaluation.image_sets import ImageSet, latent_images, npz_images, source_images
 from repulsor_jax.evaluation.measure import Extract, Reference, image_reference, make_extractor
 from repulsor_jax.experiment import Experiment, check_weights, data_directory, load_autoencoder
+from repulsor_jax.files import locks
 from repulsor_jax.files.checksums import file_sha256
 from repulsor_jax.files.shards import job_name
 
@@ -63,30 +65,32 @@ def open_yardstick(
     """
     folder, is_main = workdir / "evaluations", jax.process_index() == 0
     path = pathlib.Path(config.evaluation.reference)
-    statistics = images = None
-    if path.suffix in reference_lib.SUFFIXES:
-        if config.evaluation.features == "inception" and path.suffix == ".npz":
-            statistics = reference_lib.read_statistics(path)
-        if statistics is None or reference_lib.holds_images(path):
-            images = npz_images(path, size=(image_shape[0], image_shape[1]))
-    else:
-        images = _open_images(config, workdir, autoencoder, image_shape)
-    if images is not None:
-        _check_shape(config, images, image_shape)
-    space = _open_space(config, autoencoder, image_shape)
-    extract = make_extractor(space, mesh)
-    found = None
-    if images is not None:
-        found = image_reference(
-            images,
-            keep=config.evaluation.reference_features,
-            batch_size=config.evaluation.batch_size,
-            space=space,
-            extract=extract,
-            mesh=mesh,
-            cache=folder / "references",
-        )
-        if is_main:
+    statistics = images = found = None
+    is_npz = path.suffix in reference_lib.SUFFIXES
+    # No other job opens its archive while this one reads, and then removes, a decompressed copy.
+    with locks.locked(folder / _ARCHIVE, enabled=is_main and path.is_file() and not is_npz):
+        if not is_npz:
+            images = _open_images(config, workdir, autoencoder, image_shape)
+        else:
+            if config.evaluation.features == "inception" and path.suffix == ".npz":
+                statistics = reference_lib.read_statistics(path)
+            if statistics is None or reference_lib.holds_images(path):
+                images = npz_images(path, size=(image_shape[0], image_shape[1]))
+        if images is not None:
+            _check_shape(config, images, image_shape)
+        space = _open_space(config, autoencoder, image_shape)
+        extract = make_extractor(space, mesh)
+        if images is not None:
+            found = image_reference(
+                images,
+                keep=config.evaluation.reference_features,
+                batch_size=config.evaluation.batch_size,
+                space=space,
+                extract=extract,
+                mesh=mesh,
+                cache=folder / "references",
+            )
+        if is_main and not is_npz:
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set, of which the images are a part.
@@ -174,7 +178,10 @@ def _open_images(
     # Inception takes grey images as RGB.
     shape = (height, width, 3 if c.features == "inception" else image_shape[2])
     try:
-        source = open_source(kind, c.reference_split, path=path, cache_dir=cache)
+        source = sharding.first_process_first(
+            lambda: open_source(kind, c.reference_split, path=path, cache_dir=cache),
+            enabled=leaves_files(kind),
+        )
         return source_images(source, name, shape, note, crop=True)
     except (ValueError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
