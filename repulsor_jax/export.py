@@ -119,7 +119,7 @@ def _origin(opened: pretrained.Opened, guidance: object, guide: Guide | None) ->
 
 def _copy_evaluations(source: pathlib.Path, target: pathlib.Path, digest: str) -> str:
     """Copies the records of these weights with their protocols; returns their table."""
-    records = map(exported.without_folders, report.read_all(source))
+    records = map(exported.without_folders, report.read_all(source)[0])
     found = [record for record in records if record["protocol"].get("weights_sha256") == digest]
     for record in found:
         (target / "evaluations").mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def latent_scale(name: str, *, weights: str = "") -> tuple[float, float]:
       ValueError, FileNotFoundError: see `get_autoencoder`.
     """
     if name == "kl":
-        autoencoder = get_autoencoder(name, weights=weights)
+        autoencoder = get_autoencoder(name, weights=weights, abstract=True)
         return autoencoder.scale, autoencoder.shift
     if name not in (*AUTOENCODERS, "none"):
         raise ValueError(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from repulsor_jax.data import listing
 from repulsor_jax.data.preprocess import MAX_FILE_BYTES
 from repulsor_jax.files import atomic
-from repulsor_jax.files.untrusted import parse_json, read_json, refuse_pointer
+from repulsor_jax.files.untrusted import most_expanded, parse_json, read_json, refuse_pointer
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 
@@ -36,7 +36,6 @@ _BAD_ZIP = (
 )
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_TAR_HEADER = 2**20  # bytes of a long name, or of a header of the PAX kind
-_ALWAYS_EXPANDED = 2**30  # bytes to which any compressed tar may grow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class ImageFolder(listing.Listing):
         """Returns the file's bytes; OSError if it cannot be read."""
         path = os.path.join(self.root, self.names[index])
         with open(path, "rb", buffering=0) as file:
-            _check_size(os.fstat(file.fileno()).st_size, path)
+            check_size(os.fstat(file.fileno()).st_size, path)
             return listing.Item(file.read(), int(self.labels[index]), path)
 
     def files(self) -> list[str]:
@@ -98,7 +97,7 @@ class ImageArchive(listing.Listing):
         """Returns the member's bytes; OSError if they cannot be read or are damaged."""
         name = self.title + self.names[index]
         place, size = int(self.places[index]), int(self.sizes[index])
-        _check_size(size, name)
+        check_size(size, name)
         if os.stat(self.path).st_mtime_ns != self.changed:
             raise OSError(errno.EIO, f"{self.path} changed since it was opened", name)
         data = _read_member(self.path, self.changed, self.is_zip, place, size, name)
@@ -129,7 +128,8 @@ def _read_member(path: str, changed: int, is_zip: bool, place: int, size: int, n
     return data
 
 
-def _check_size(size: int, name: str) -> None:
+def check_size(size: int, name: str) -> None:
+    """Raises OSError for a file of an image that is too large to be one."""
     if size > MAX_FILE_BYTES:
         problem = f"refused, as it has {size:,} bytes, more than {MAX_FILE_BYTES:,}"
         raise OSError(errno.EFBIG, problem, name)
@@ -191,7 +191,7 @@ def open_image_archive(
     about, items = below.get(listing.LABELS), None
     if images and about and about.kind == "file":
         member = f"{title}:{listing.LABELS}"
-        _check_size(about.size, member)
+        check_size(about.size, member)
         content = _read_member(data_path, changed, is_zip, about.place, about.size, member)
         items = listing.labelled(f"{title}:", images, parse_json(content, member))
     items = items or listing.arrange(title, listing.Files(images, list(tops), others), "image")
@@ -339,8 +339,7 @@ def _decompress(path: str, method: Any, cache_dir: str | os.PathLike[str] | None
     target = pathlib.Path(cache_dir, f"{stem}.tar")
     if target.exists():
         return str(target)
-    # A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
-    most = max(_ALWAYS_EXPANDED, 200 * status.st_size)
+    most = most_expanded(status.st_size)
     bar = {"desc": f"decompress {name}", "total": status.st_size, "delay": 2}
     try:
         with (

@@ -12,7 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from repulsor_jax.data.archives import ImageFolder, open_image_archive, open_image_folder
+from repulsor_jax.data.archives import (
+    ImageFolder,
+    check_size,
+    open_image_archive,
+    open_image_folder,
+)
 from repulsor_jax.data.listing import Item, Listing, Names, find_folder, source_signature
 from repulsor_jax.files.untrusted import read_json
 
@@ -100,7 +105,9 @@ class MappedImages:
 
     def __getitem__(self, index: int) -> Item:
         """Returns an item; raises OSError with a filename where it or its map cannot be read."""
-        with open(self._path(index), "rb") as file:
+        path = self._path(index)
+        check_size(os.path.getsize(path), path)
+        with open(path, "rb") as file:
             return self.source[index]._replace(label_map=file.read())
 
     def _path(self, index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import loky
 import numpy as np
 from jax.sharding import Mesh
 
@@ -78,7 +79,7 @@ def source_images(
         return image[..., :1]
 
     def read(parts: Sequence[range]) -> Iterator[np.ndarray]:
-        workers = os.cpu_count() or 1
+        workers = loky.cpu_count()  # the cores of this process
         found = read_in_order(source, parts, size, num_workers=workers, ahead=2 * workers)
         for part, (images, _) in zip(parts, found, strict=True):
             each = [checked(image, index) for image, index in zip(images, part, strict=True)]

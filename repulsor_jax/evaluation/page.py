@@ -184,7 +184,7 @@ def write_page(workdir: pathlib.Path, *, running: bool) -> pathlib.Path:
     record = _read_record(workdir)
     rows = [row for row in read_jsonl(workdir / JSONL_NAME) if _is_count(row.get("step"))]
     curves = _curves(rows)
-    evaluations, unread = _evaluations(workdir / "evaluations")
+    evaluations, unread = report.read_all(workdir / "evaluations")
     refused = list(read_jsonl(workdir / EVENTS))
     state = _state(record, curves, running)
     name = workdir.absolute().name
@@ -244,20 +244,6 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
                 steps.append(row["step"])
                 values.append(value)
     return {name: (np.array(x), np.array(y, float)) for name, (x, y) in found.items()}
-
-
-def _evaluations(folder: pathlib.Path) -> tuple[list[report.Record], list[str]]:
-    """The records that can be shown, by step, and the names of files that cannot."""
-    found: list[tuple[tuple, report.Record]] = []
-    unread = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = report.load(path) | {"file": path.name}
-            report.rows([record])
-            found = sorted([*found, (report.order(record), record)], key=lambda pair: pair[0])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            unread.append(path.name)
-    return [record for _, record in found], unread
 
 
 class _State(NamedTuple):

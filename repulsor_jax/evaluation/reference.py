@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from repulsor_jax.evaluation.frechet import GaussianStatistics
-from repulsor_jax.files.untrusted import refuse_pointer
+from repulsor_jax.files.untrusted import array_header, refuse_pointer
 
 PathLike = str | os.PathLike[str]
 
@@ -48,7 +48,7 @@ class ImageArray:
         count, *image_shape = self.shape
         image_bytes = int(np.prod(image_shape))
         with _image_stream(self.path) as stream:
-            _header(_IMAGES, stream)
+            array_header(stream, _IMAGES)
             at = 0
             for part in parts:
                 to_skip = (part.start - at) * image_bytes if part else 0
@@ -75,7 +75,7 @@ def open_images(path: PathLike, *, size: tuple[int, int] | None = None) -> Image
     """
     path = pathlib.Path(path)
     with _image_stream(path) as stream:
-        shape, fortran, dtype = _header(_IMAGES, stream)
+        shape, fortran, dtype = array_header(stream, _IMAGES)
         is_images = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3) and shape[0] > 0
         if not is_images or fortran:
             found = f"{dtype} {shape}{', Fortran order' if fortran else ''}"
@@ -206,18 +206,8 @@ def _array(
     if name not in _names(archive):
         raise ValueError(f"found {', '.join(_names(archive))}, but no {name}, expected {expected}")
     with archive.open(f"{name}.npy") as stream:
-        found, _, dtype = _header(name, stream)
+        found, _, dtype = array_header(stream, name)
     if found != shape or dtype.kind not in kinds:
         raise ValueError(f"{name}: found {dtype} {list(found)}, expected {expected}")
     with archive.open(f"{name}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
-
-
-def _header(name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of an .npy stream, which then stands at the data."""
-    try:
-        if np.lib.format.read_magic(stream) == (1, 0):
-            return np.lib.format.read_array_header_1_0(stream)
-        return np.lib.format.read_array_header_2_0(stream)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

@@ -24,22 +24,33 @@ def write(folder: pathlib.Path, name: str, record: Record) -> None:
 def read(folder: pathlib.Path, name: str) -> Record | None:
     """Reads `<folder>/<name>.json`; None if there is no such file."""
     path = folder / f"{name}.json"
-    return load(path) if path.is_file() else None
+    return _load(path) if path.is_file() else None
 
 
-def read_all(folder: pathlib.Path) -> list[Record]:
-    """All records of a folder, by step, then by guidance; with the name of its file in each."""
-    records = [load(path) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
-    return sorted(records, key=order)
+def read_all(folder: pathlib.Path) -> tuple[list[Record], list[str]]:
+    """All records of a folder, by step, then by guidance, with the name of its file in each.
+
+    Also the names of the files that hold no record.
+    """
+    found, others = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = _load(path) | {"file": path.name}
+            rows([record])
+            found.append((_order(record), record))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            others.append(path.name)
+    return [record for _, record in sorted(found, key=lambda pair: pair[0])], others
 
 
-def order(record: Record) -> tuple:
+def _order(record: Record) -> list[float]:
     """By step, then by guidance."""
     p = record["protocol"]
-    return p.get("step", -1), p.get("cfg_scale", 1.0), p.get("cfg_interval", [0, 1])
+    numbers = p.get("step", -1), p.get("cfg_scale", 1.0), *p.get("cfg_interval", (0, 1))
+    return [float(number) for number in numbers]
 
 
-def load(path: pathlib.Path) -> Record:
+def _load(path: pathlib.Path) -> Record:
     """Reads a record; raises ValueError where the file holds none."""
     record = read_json(path)
     if not isinstance(record, dict) or not {"metrics", "protocol"} <= record.keys():
@@ -117,7 +128,10 @@ _PROTOCOL = {
 
 def write_table(folder: pathlib.Path) -> str:
     """Writes `<folder>/results.md`, the table of all records there, and returns it."""
-    text = table(read_all(folder))
+    records, others = read_all(folder)
+    text = table(records)
+    if others:
+        text += f"\n\nNo records of evaluations, and left out: {', '.join(others)}"
     atomic.write_text(folder / "results.md", text + "\n")
     return text
 
@@ -130,7 +144,7 @@ def plot(folder: pathlib.Path, records: Sequence[Record]) -> pathlib.Path | None
     from this one only in the step. Returns None for a single point.
     """
     if len(records) == 1:
-        records = [r for r in read_all(folder) if _but_step(r) == _but_step(records[0])]
+        records = [r for r in read_all(folder)[0] if _but_step(r) == _but_step(records[0])]
         path, label = folder / "by_step.png", "training step"
         points = [("", r["protocol"]["step"], r) for r in records]
     else:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -48,7 +49,9 @@ def contents_sha256(
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(read_json(note)[stamp])
     with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = pool.map(file_sha256, paths)
+        # A million files as futures at once would take gigabytes.
+        parts = (pool.map(file_sha256, paths[k : k + 4096]) for k in range(0, len(paths), 4096))
+        digests = itertools.chain.from_iterable(parts)
         bar = tqdm(digests, title, len(paths), unit="file", delay=1)
         digest = hashlib.sha256("".join(bar).encode()).hexdigest()
     if not is_settled:

@@ -6,8 +6,9 @@ import os
 import pathlib
 import re
 import typing
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
+import numpy as np
 import pydantic
 from pydantic import TypeAdapter, ValidationError
 
@@ -53,6 +54,27 @@ def refuse_pointer(start: bytes, name: object) -> None:
             f"{name}: is a Git LFS pointer, a few lines that stand for the file: fetch the file "
             "itself, by `git lfs pull` in that repository, or from its page"
         )
+
+
+def array_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an .npy stream, which then stands at the data.
+
+    Raises ValueError where it has no such header; names the array.
+    """
+    try:
+        if np.lib.format.read_magic(stream) == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream)
+        return np.lib.format.read_array_header_2_0(stream)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def most_expanded(size: int) -> int:
+    """Bytes to which a compressed file of so many may grow: 1 GiB, or 200-fold.
+
+    A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
+    """
+    return max(2**30, 200 * size)
 
 
 def has_secret(text: str) -> bool:

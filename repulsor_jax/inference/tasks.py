@@ -6,7 +6,8 @@ Sample i is of item i mod n, whatever batch or device computes it.
 import colorsys
 import dataclasses
 import pathlib
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from repulsor_jax.experiment import Experiment, check_weights, data_directory, i
 from repulsor_jax.files.checksums import file_sha256, values_sha256
 from repulsor_jax.files.pictures import to_uint8
 from repulsor_jax.files.shards import DAMAGED
+from repulsor_jax.files.untrusted import array_header, most_expanded
 
 Array = jax.Array
 Given = dict[str, Any]  # [B, ...] by name: "latents" or "images" and "masks", "maps", "labels", ...
@@ -141,29 +143,9 @@ def _archive(experiment: Experiment, path: pathlib.Path) -> Task:
     shapes = {"maps": (size, size)} if is_semantic else {"images": image, "masks": (size, size)}
     if not path.is_file():
         raise FileNotFoundError(f"found no such file, expected an .npz with {' and '.join(shapes)}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            wanted = [name for name in (*shapes, "labels") if name in file.files]
-            arrays = {name: file[name] for name in wanted}
-    except (*DAMAGED, TypeError, ValueError, MemoryError) as error:  # TypeError for an .npy
-        raise ValueError(f"damaged or no .npz ({error})") from error
-    for name, shape in shapes.items():
-        if name not in arrays:
-            raise ValueError(f"found no {name}, expected {' and '.join(shapes)}")
-        found = arrays[name]
-        fits = found.dtype == np.uint8 or (name != "images" and found.dtype.kind in "bu")
-        if found.shape[1:] != shape or not fits or not len(found):
-            kind = f"{found.dtype} {list(found.shape)}"
-            raise ValueError(f"{name}: found {kind}, expected uint8 {['n', *shape]}")
-        if len(found) != len(arrays[next(iter(shapes))]):
-            raise ValueError(f"{name}: found {len(found)}, but as many as images are expected")
-    count = len(arrays[next(iter(shapes))])
+    arrays = _read_arrays(path, shapes)
     if "labels" in arrays:
         labels = arrays["labels"]
-        if labels.shape != (count,) or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"labels: found {labels.dtype} {list(labels.shape)}, expected integers [{count}]"
-            )
         if labels.min() < 0 or labels.max() > m.num_classes:
             raise ValueError(
                 f"labels: found {labels.min()} to {labels.max()}, expected 0 to "
@@ -179,7 +161,47 @@ def _archive(experiment: Experiment, path: pathlib.Path) -> Task:
     if not is_semantic:
         arrays["masks"] = arrays["masks"] != 0
     read = lambda numbers: {name: array[numbers] for name, array in arrays.items()}
-    return Task(count, read, {"digest": file_sha256(path)[:16]})
+    return Task(len(arrays[next(iter(shapes))]), read, {"digest": file_sha256(path)[:16]})
+
+
+def _read_arrays(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The arrays [n, *shape] and labels [n], if there are any; no array that is not as expected."""
+    try:
+        headers = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in {*shapes, "labels"} & {n.removesuffix(".npy") for n in archive.namelist()}:
+                with archive.open(f"{name}.npy") as stream:
+                    shape, _, dtype = array_header(stream, name)
+                headers[name] = jax.ShapeDtypeStruct(shape, dtype)
+        _check_headers(headers, shapes, most_expanded(path.stat().st_size))
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in headers}
+    except (*DAMAGED, KeyError, MemoryError) as error:
+        raise ValueError(f"damaged or no .npz ({error})") from error
+
+
+def _check_headers(
+    headers: Mapping[str, jax.ShapeDtypeStruct], shapes: Mapping[str, tuple[int, ...]], most: int
+) -> None:
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if name not in headers:
+            raise ValueError(f"found no {name}, expected {' and '.join(shapes)}")
+        found = headers[name]
+        fits = found.dtype == np.uint8 or (name != "images" and found.dtype.kind in "bu")
+        if found.shape[1:] != shape or not fits or not len(found):
+            kind = f"{found.dtype} {list(found.shape)}"
+            raise ValueError(f"{name}: found {kind}, expected uint8 {['n', *shape]}")
+        if len(found) != len(headers[first]):
+            raise ValueError(f"{name}: found {len(found)}, but as many as images are expected")
+        if (size := found.size * found.dtype.itemsize) > most:
+            raise ValueError(f"{name}: refused, as it becomes {size:,} bytes, more than {most:,}")
+    count = len(headers[first])
+    labels = headers.get("labels", jax.ShapeDtypeStruct((count,), np.int32))
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels: found {labels.dtype} {list(labels.shape)}, expected integers [{count}]"
+        )
 
 
 def make_prepare(

@@ -7,10 +7,11 @@ from repulsor_jax.files import pictures
 
 
 def record(fid, step=10, scale=1.0, interval=None, **protocol):
-    protocol |= {"step": step, "weights_sha256": str(step), "cfg_scale": scale}
+    protocol |= {"step": step, "weights_sha256": str(step), "cfg_scale": scale, "num_samples": 9}
     if interval:
-        protocol["cfg_interval"] = list(interval)
-    return {"protocol": protocol, "metrics": {"fid": fid}, "features": {}, "reference": {}}
+        protocol |= {"cfg_interval": list(interval), "cfg_channels": 0, "guide": "null class"}
+    by = {"name": "x", "digest": "0"}
+    return {"protocol": protocol, "metrics": {"fid": fid}, "features": by, "reference": by}
 
 
 @pytest.fixture
@@ -57,8 +58,13 @@ def test_a_sweep_of_intervals_is_drawn_over_the_start_a_line_for_each_end(tmp_pa
     assert drawn == [("sweep_step_10.png", lines, "guidance from t =")]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_file_that_is_no_record_is_named(tmp_path, text):
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"metrics": {"fid": 1}, "protocol": {}}'])
+def test_a_file_that_is_no_record_is_named_and_left_out(tmp_path, text):
+    report.write(tmp_path, "b", record(5.0))
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json: found no "):
-        report.read_all(tmp_path)
+    if text == "{":
+        with pytest.raises(ValueError, match=r"a\.json: found no JSON"):
+            report.read(tmp_path, "a")
+    assert report.write_table(tmp_path).endswith("left out: a.json")
+    records, others = report.read_all(tmp_path)
+    assert ([each["file"] for each in records], others) == (["b.json"], ["a.json"])

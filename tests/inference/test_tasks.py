@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -192,9 +193,19 @@ def encrypted(path):
     path.write_bytes(content)
 
 
+def huge(path):
+    """Headers of 17 and 1 GB, and nothing after them: the arrays are not read."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in (("images", (2**30, 4, 4, 1)), ("masks", (2**30, 4, 4))):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
+        (huge, "images: refused, as it becomes 17,179,869,184 bytes, more than 1,073,741,824"),
         (wide, r"images: found uint16 \[2, 4, 4, 1\], expected uint8"),
         (one_array, "damaged or no .npz"),
         (encrypted, "damaged or no .npz .*encrypted"),
