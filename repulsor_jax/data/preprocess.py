@@ -138,8 +138,11 @@ def prepare_map(data: bytes, size: int, name: str) -> np.ndarray:
         )
     if not size:
         return np.array(image).astype(np.uint8)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    width, height = image.size
+    while min(width, height) >= 2 * size:  # as `_center_crop` rounds
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
     image = image.resize((width, height), Image.Resampling.NEAREST)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size))).astype(np.uint8)

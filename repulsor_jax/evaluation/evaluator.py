@@ -17,7 +17,7 @@ from repulsor_jax.evaluation import report
 from repulsor_jax.evaluation.image_sets import ImageSet, native_shape, npz_images, source_images
 from repulsor_jax.evaluation.measure import image_features, metrics, sample_features
 from repulsor_jax.evaluation.reference import SUFFIXES
-from repulsor_jax.evaluation.yardstick import Yardstick, contents_note, open_yardstick
+from repulsor_jax.evaluation.yardstick import Yardstick, check_count, contents_note, open_yardstick
 from repulsor_jax.experiment import Experiment, checked_mesh
 from repulsor_jax.files import locks
 from repulsor_jax.files.shards import Shards, job_name
@@ -100,6 +100,7 @@ def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
     cache, is_main = workdir / "evaluations" / ".samples", jax.process_index() == 0
     with locks.locked(cache, enabled=is_main):  # which is removed below
         images = _open_samples(config, workdir, cache)
+        check_count(images, f"config.evaluation.samples={config.evaluation.samples!r}")
         mesh = checked_mesh(config, trains=False)
         yardstick = open_yardstick(config, workdir, mesh, None, (*images.shape,))
         protocol = {"samples": images.name, "images": images.digest, "num_samples": images.count}

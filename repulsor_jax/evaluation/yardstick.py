@@ -77,6 +77,7 @@ def open_yardstick(
             if statistics is None or reference_lib.holds_images(path):
                 images = npz_images(path, size=(image_shape[0], image_shape[1]))
         if images is not None:
+            check_count(images, f"config.evaluation.reference={config.evaluation.reference!r}")
             _check_shape(config, images, image_shape)
         space = _open_space(config, autoencoder, image_shape)
         extract = make_extractor(space, mesh)
@@ -104,6 +105,12 @@ def open_yardstick(
 def contents_note(workdir: pathlib.Path, *names: str) -> pathlib.Path:
     """Where the digest of image files is kept, so that they are read for it once."""
     return workdir / "evaluations" / "references" / f".contents-{job_name(names)}.json"
+
+
+def check_count(images: ImageSet, key: str) -> None:
+    """Raises ConfigError for one image alone."""
+    if images.count < 2:
+        raise ConfigError(f"{key}: found 1 image: a distance needs the covariance of 2 or more")
 
 
 def _check_shape(config: Config, images: ImageSet, image_shape: tuple[int, ...]) -> None:

@@ -122,3 +122,13 @@ def test_a_label_map_is_cropped_as_its_image_is_and_gets_no_new_class():
     Image.fromarray(label_map).save(buffer, format="PNG")
     found = preprocess.prepare_map(buffer.getvalue(), 10, "map")
     np.testing.assert_array_equal(found, np.where(np.arange(10) < 5, 0, 7) + np.zeros((10, 1)))
+
+
+def test_a_label_map_halves_to_the_whole_pixels_of_its_image():
+    """1023 x 512 becomes 511 x 256, of which 127 on the left are cut."""
+    columns = (np.arange(1023) // 4).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(np.broadcast_to(columns, (512, 1023))).save(buffer, format="PNG")
+    found = preprocess.prepare_map(buffer.getvalue(), 256, "map")
+    places = (np.arange(127, 383) + 0.5) * 1023 / 511
+    np.testing.assert_array_equal(found, np.broadcast_to(columns[places.astype(int)], (256, 256)))

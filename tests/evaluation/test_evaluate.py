@@ -252,6 +252,7 @@ def test_grey_samples_and_a_grey_folder(tmp_path):
 def test_samples_that_are_none(tmp_path):
     write_images(tmp_path / "samples", PICTURES[:5])
     Image.new("RGB", (5, 4)).save(tmp_path / "samples" / "003.png")
+    write_images(tmp_path / "alone", PICTURES[:1])
     np.save(tmp_path / "real.npy", PICTURES)
     np.save(tmp_path / "floats.npy", PICTURES / 255)
     (tmp_path / "pointer.npz").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -260,6 +261,7 @@ def test_samples_that_are_none(tmp_path):
         "floats.npy": r"floats\.npy: found arr_0 float64 .*expected uint8",
         "pointer.npz": r"samples='.*pointer\.npz': .*is a Git LFS pointer",
         "nowhere": r"config\.evaluation\.samples='.*nowhere': found no such file or folder",
+        "alone": r"config\.evaluation\.samples='.*alone': found 1 image: a distance needs",
     }.items():
         with pytest.raises(ValueError, match=message):
             distance(tmp_path, tmp_path / name, tmp_path / "real.npy")
