@@ -103,6 +103,7 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> Result:
     """Trains and evaluates one arm on one seed, or reads what is there."""
     root = args.workdir.absolute()
     folder = re.sub(r"\W+", "_", arm) + f"_{args.steps}"
+    folder += f"_{args.samples}_samples" if args.samples else ""
     workdir = root / args.table / folder / f"seed_{seed}"
     flags = [
         *ARMS[args.table][arm],
