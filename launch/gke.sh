@@ -45,8 +45,10 @@ create_cluster() {
 # A workload of this name stays in the list when it has ended. xpk offers to overwrite it.
 refuse_a_second() {
   if ((DRY_RUN)); then return; fi
-  attend xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME" >"$SCRATCH/workloads" ||
+  if ! attend xpk workload list "${PLACE[@]}" "--filter-by-job=$NAME" >"$SCRATCH/workloads"; then
+    cat "$SCRATCH/workloads" >&2 # where xpk writes its errors
     die "the workloads cannot be read, see above; nothing was submitted"
+  fi
   if awk -v name="$NAME" '$1 == name { found = 1 } END { exit !found }' "$SCRATCH/workloads"; then
     die "the workload $NAME is there, running or ended: launch/gke.sh down $AGAIN deletes it (its checkpoints stay);" \
       "or give another NAME"

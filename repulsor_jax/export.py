@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 import jax
+from tqdm import tqdm
 
 from repulsor_jax import sharding
 from repulsor_jax.config import Config, ConfigError
@@ -119,7 +120,10 @@ def _origin(opened: pretrained.Opened, guidance: object, guide: Guide | None) ->
 
 def _copy_evaluations(source: pathlib.Path, target: pathlib.Path, digest: str) -> str:
     """Copies the records of these weights with their protocols; returns their table."""
-    records = map(exported.without_folders, report.read_all(source)[0])
+    readable, others = report.read_all(source)
+    if others:
+        tqdm.write(f"warning: {source}: no record can be read in {', '.join(others)}")
+    records = map(exported.without_folders, readable)
     found = [record for record in records if record["protocol"].get("weights_sha256") == digest]
     for record in found:
         (target / "evaluations").mkdir(exist_ok=True)

@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
         places.check_address("config.residual.base_run", directories[2])
         if any(map(places.is_bucket, directories)):
             places.bound_waiting()
-        if _MODE.value not in _READ_ONLY:
+        if _MODE.value not in _WRITE_NO_FOLDER:
             workdir.mkdir(parents=True, exist_ok=True)
         if _MODE.value != "train":
             _MODES[_MODE.value](config, workdir)
@@ -424,7 +424,7 @@ _MODES: dict[str, Callable[[Config, pathlib.Path], None]] = {
     "verify": _verify,
     "page": _page,
 }
-_READ_ONLY = ("verify", "page")  # modes for which no folder is made
+_WRITE_NO_FOLDER = ("verify", "page")
 
 
 def _with_config_paths(argv: list[str]) -> list[str]:

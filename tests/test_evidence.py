@@ -140,8 +140,14 @@ def test_the_tables_of_what_is_there(tmp_path):
     assert args.arms == ("positives_0", "positives_256")
     args.arms = (*args.arms, "plain")
     assert "| plain | 0.001 | 2 | 7 ± 1.4 | 2.00 [2.00, 2.00] |" in (text := report.write(args))
-    assert text.count("of positives_0") == 5
+    assert text.count("of positives_0") == 6
     assert "of plain" not in text
+
+    path = report.run_folder(args.root, "plain", 1e-3, 0) / "measure_10.json"
+    numbers = json.loads(path.read_text())
+    del numbers[f"features@{args.stretches[-1]:g}"]  # it was measured at fewer stretches
+    path.write_text(json.dumps(numbers))
+    assert "| plain | 0.001 | 1 | 6 | 2.00 |" in report.write(args)
 
 
 def test_a_bank_is_compared_with_none_where_all_else_is_equal(tmp_path):

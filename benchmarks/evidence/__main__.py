@@ -14,9 +14,9 @@ Arms are those of configs/evidence.py, with other values where an arm says so:
 `positives_1024+repulsor.temperature=0.2`; a larger model is compared with one of its own size by
 `--baseline=plain+model.hidden_size=128`. What is there already is not done again: a command that
 was stopped, or is given more arms, seeds or steps, goes on; but where a weight or a rate falls over
-the run, another number of steps is another run, and needs another --workdir. Everything lies under
-it. One run takes one core, or --platform=cuda with --workers=1 the GPU. The table of equal seconds
-needs times of one machine that does nothing else: --time_steps=1000. docs/evidence.md has results.
+the run, another number of steps is another run: it needs another --workdir. One run takes one core,
+or --platform=cuda with --workers=1 the GPU. The table of equal seconds needs times of one machine
+that does nothing else: --time_steps=1000. docs/evidence.md has results.
 """
 
 import argparse

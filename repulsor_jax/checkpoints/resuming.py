@@ -130,6 +130,7 @@ def check(
     saved.setdefault("conditioning.kind", "none")  # of versions before it
     in_use = {*parse_terms(present["terms"]), *saved.get("terms", "").split("+")}
     unused = {*TERMS} - in_use
+    unused |= {t for t in TERMS if saved.get(f"{t}.weight") == present.get(f"{t}.weight") == 0}
     if saved["source.name"] == present["source.name"] == "gaussian":
         unused.add("source")
     for key in sorted(saved.keys() | present.keys()):

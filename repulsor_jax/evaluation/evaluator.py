@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from repulsor_jax import sharding
@@ -97,8 +98,11 @@ def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
     Raises:
       ConfigError, ValueError, OSError: one message that names the key or file.
     """
-    cache, is_main = workdir / "evaluations" / ".samples", jax.process_index() == 0
-    with locks.locked(cache, enabled=is_main):  # which is removed below
+    # Processes connect at their first barrier, with a timeout of seconds.
+    multihost_utils.sync_global_devices("connected")
+    path, cache = pathlib.Path(config.evaluation.samples), workdir / "evaluations" / ".samples"
+    owns_cache = jax.process_index() == 0 and path.is_file() and path.suffix not in SUFFIXES
+    with locks.locked(cache, enabled=owns_cache):
         images = _open_samples(config, workdir, cache)
         check_count(images, f"config.evaluation.samples={config.evaluation.samples!r}")
         mesh = checked_mesh(config, trains=False)
@@ -111,7 +115,7 @@ def evaluate_images(config: Config, workdir: pathlib.Path) -> report.Record:
 
         stem = pathlib.Path(images.name).stem
         record, _ = _measured(yardstick, protocol, stem, f"evaluate {images.name}", features)
-        if is_main:
+        if owns_cache:
             shutil.rmtree(cache, ignore_errors=True)
     return record
 

@@ -30,7 +30,7 @@ def read(folder: pathlib.Path, name: str) -> Record | None:
 def read_all(folder: pathlib.Path) -> tuple[list[Record], list[str]]:
     """All records of a folder, by step, then by guidance, with the name of its file in each.
 
-    Also the names of the files that hold no record.
+    Also the names of the files in which no record can be read.
     """
     found, others = [], []
     for path in sorted(folder.glob("*.json")):
@@ -131,7 +131,7 @@ def write_table(folder: pathlib.Path) -> str:
     records, others = read_all(folder)
     text = table(records)
     if others:
-        text += f"\n\nNo records of evaluations, and left out: {', '.join(others)}"
+        text += f"\n\nLeft out, as no record can be read there: {', '.join(others)}"
     atomic.write_text(folder / "results.md", text + "\n")
     return text
 

@@ -67,8 +67,9 @@ def open_yardstick(
     path = pathlib.Path(config.evaluation.reference)
     statistics = images = found = None
     is_npz = path.suffix in reference_lib.SUFFIXES
+    is_archive = path.is_file() and not is_npz
     # No other job opens its archive while this one reads, and then removes, a decompressed copy.
-    with locks.locked(folder / _ARCHIVE, enabled=is_main and path.is_file() and not is_npz):
+    with locks.locked(folder / _ARCHIVE, enabled=is_main and is_archive):
         if not is_npz:
             images = _open_images(config, workdir, autoencoder, image_shape)
         else:
@@ -91,7 +92,7 @@ def open_yardstick(
                 mesh=mesh,
                 cache=folder / "references",
             )
-        if is_main and not is_npz:
+        if is_main and is_archive:
             shutil.rmtree(folder / _ARCHIVE, ignore_errors=True)
     if statistics is not None and is_main:
         # Published statistics are of the whole data set, of which the images are a part.

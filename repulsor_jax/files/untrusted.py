@@ -23,6 +23,7 @@ _IN_QUERY = re.compile(
 _TOKEN = re.compile(
     r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA\w{16})"
 )
+ALWAYS_EXPANDED = 2**30  # bytes to which any compressed file may grow
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -74,7 +75,7 @@ def most_expanded(size: int) -> int:
 
     A compressed tar of images grows by 10 % or so; of raw pixels in flat colours, tenfold.
     """
-    return max(2**30, 200 * size)
+    return max(ALWAYS_EXPANDED, 200 * size)
 
 
 def has_secret(text: str) -> bool:

@@ -173,11 +173,14 @@ def _read_arrays(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> d
                 with archive.open(f"{name}.npy") as stream:
                     shape, _, dtype = array_header(stream, name)
                 headers[name] = jax.ShapeDtypeStruct(shape, dtype)
-        _check_headers(headers, shapes, most_expanded(path.stat().st_size))
+    except (*DAMAGED, ValueError) as error:
+        raise ValueError(f"damaged or no .npz ({error})") from error
+    _check_headers(headers, shapes, most_expanded(path.stat().st_size))
+    try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in headers}
-    except (*DAMAGED, KeyError, MemoryError) as error:
-        raise ValueError(f"damaged or no .npz ({error})") from error
+    except (*DAMAGED, ValueError, MemoryError) as error:
+        raise ValueError(f"damaged ({error})") from error
 
 
 def _check_headers(
@@ -195,7 +198,10 @@ def _check_headers(
         if len(found) != len(headers[first]):
             raise ValueError(f"{name}: found {len(found)}, but as many as images are expected")
         if (size := found.size * found.dtype.itemsize) > most:
-            raise ValueError(f"{name}: refused, as it becomes {size:,} bytes, more than {most:,}")
+            raise ValueError(
+                f"{name}: refused, as it becomes {size:,} bytes, more than {most:,}: if you trust "
+                "it, save it without compression (np.savez)"
+            )
     count = len(headers[first])
     labels = headers.get("labels", jax.ShapeDtypeStruct((count,), np.int32))
     if labels.shape != (count,) or labels.dtype.kind not in "iu":

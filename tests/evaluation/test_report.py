@@ -65,6 +65,6 @@ def test_a_file_that_is_no_record_is_named_and_left_out(tmp_path, text):
     if text == "{":
         with pytest.raises(ValueError, match=r"a\.json: found no JSON"):
             report.read(tmp_path, "a")
-    assert report.write_table(tmp_path).endswith("left out: a.json")
+    assert report.write_table(tmp_path).endswith("no record can be read there: a.json")
     records, others = report.read_all(tmp_path)
     assert ([each["file"] for each in records], others) == (["b.json"], ["a.json"])
