@@ -195,8 +195,8 @@ def _compared(own: Mapping[int, float], base: Mapping[int, float], digits: int =
 def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
     """Every arm beside the baseline at equal steps."""
     head = ["arm", "rate", "seeds"]
-    head += [f"{what}{of}" for what in MEASURES.values() for of in ("", f", of {args.baseline}")]
-    head += ["best probe", f"best probe, of {args.baseline}", "rank", "near copies", "ms/step"]
+    head += [each for what in (*MEASURES.values(), "best probe") for each in (what, "ratio")]
+    head += ["rank", "near copies", "ms/step"]
     seconds = _step_seconds(args, runs)
     rows = []
     for arm, by_seed in runs.items():
@@ -215,7 +215,8 @@ def _arms(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         row.append("-" if math.isnan(seconds[arm]) else f"{1e3 * seconds[arm]:.1f}")
         rows.append(row)
     title = f"After {args.steps:,} steps ({args.steps * args.batch_size:,} images), "
-    title += "each arm at the stretch of the velocity that is the best for it"
+    title += "each arm at the stretch of the velocity that is the best for it; "
+    title += f"ratios to {args.baseline}, by seed"
     return _table(title, head, rows)
 
 
@@ -242,8 +243,9 @@ def _stretched(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
         found = [_values(by_seed, args.steps, f"features@{scale:g}") for scale in scales]
         means = [f"{np.mean(list(values.values())):.2f}" for values in found]
         rows.append([arm, *means, _compared(found[0], base)])
-    head = ["arm", *(f"x {scale:g}" for scale in scales), f"x 1, of {args.baseline}'s"]
-    return _table("Features by the stretch of the velocity", head, rows)
+    head = ["arm", *(f"x {scale:g}" for scale in scales), "x 1, ratio"]
+    title = f"Features by the stretch of the velocity, and the ratio to {args.baseline}"
+    return _table(title, head, rows)
 
 
 def _times(args: argparse.Namespace, runs: Runs, rates: Rates) -> str:
