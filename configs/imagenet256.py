@@ -8,8 +8,8 @@ Latents of the SD-VAE (32x32x4, factor 0.18215), AdamW 1e-4, batch 256, EMA 0.99
 docs/data.md makes the latents.
 
 The default, repulsion from the bank alone, is the nearest to the abstract; nothing has shown that
-it helps. On pictures of 8x8 and 16x16 contrast with positives (`repulsor_positives`) did, in one
-of three measures, where the velocity is stretched, and with a bank as without: docs/evidence.md.
+it helps. On pictures of 8x8 and 16x16 contrast with positives (`repulsor_positives`) did where the
+sampled velocity is stretched, and in a linear probe; a bank added nothing: docs/evidence.md.
 
 Not run here. Published for XL/2 at 400,000 steps: SiT 17.2 to 18.5 unguided, 6.02 guided (cfg 1.5,
 ODE); Dispersive Loss 15.95 and 4.74 to 5.09 guided; Repulsor's abstract FID 2.40, with a protocol
