@@ -24,7 +24,15 @@ from repulsor_jax.experiment import Experiment, describe_data, latents_record, m
 from repulsor_jax.files.atomic import Appender
 from repulsor_jax.inference import pretrained
 from repulsor_jax.inference.run import open_checkpoints, with_base_params
-from repulsor_jax.runtime.guard import ADVICE, EVENTS, DivergedError, Guard, Verdict, bad_batches
+from repulsor_jax.runtime.guard import (
+    ADVICE,
+    EVENTS,
+    DivergedError,
+    Guard,
+    Verdict,
+    bad_batches,
+    batch_after_going_back,
+)
 from repulsor_jax.runtime.metrics import MetricWriter, StepRecorder
 from repulsor_jax.runtime.preemption import Preempted, Preemption
 from repulsor_jax.runtime.profiling import Profiler
@@ -92,7 +100,8 @@ def train(
         Page(workdir, enabled=is_main and config.log.page) as page,
     ):
         records_of = functools.partial(batch_records, dataset, config.batch_size, config.seed)
-        guard = Guard(config.divergence, events, records_of, not_finite)
+        newest = checkpointer.latest_step
+        guard = Guard(config.divergence, events, records_of, not_finite, newest)
 
         def newest_state() -> tuple[TrainState, Mapping[str, Any] | None]:
             """The state of the newest checkpoint and its position in the data, or a fresh state."""
@@ -138,13 +147,15 @@ def train(
         watchdog.beat("restore", 0)
         state, position = newest_state()
         left_out: frozenset[int] = frozenset()
+        first_step = int(jax.device_get(state.step))
         if position is not None:
+            given_up = batch_after_going_back(workdir / EVENTS, first_step, records_of)
+            position = {**position, "next_index": max(position["next_index"], given_up)}
             feed.set_state(position)
             left_out = bad_batches(workdir / EVENTS, records_of)
             left_out = frozenset(b for b in left_out if b >= position["next_index"])
         if left_out:
             say(f"leaves out {len(left_out)} batches that were refused, see {workdir / EVENTS}")
-        first_step = int(jax.device_get(state.step))
         done = ": nothing to do" if first_step >= total_steps else ""
         say(f"step {first_step} of {total_steps}, in {workdir}{done}")
         page.start(describe(experiment, dataset, state.params["model"], config_record), first_step)
@@ -194,7 +205,7 @@ def train(
                 step -= len(refused)
 
                 with recorder.pause():
-                    verdict = guard.look(step, state, refused, saves)
+                    verdict = guard.look(step, state, refused, saves, number + 1)
                 if verdict is Verdict.STOP:
                     raise diverged(step, state)
                 if verdict is Verdict.BACK:

@@ -53,12 +53,15 @@ class Guard:
     events: Appender  # of `<workdir>/events.jsonl`
     records_of: Callable[[int], np.ndarray]  # number of a batch -> of its records in the data set
     not_finite: Callable[[Any], str]  # state -> names of its arrays that are not finite, or ""
+    newest_step: Callable[[], int | None]  # of the checkpoints
     problem: str = ""  # what happened last, in words
     spoiled: str = ""  # what `not_finite` gave at the last look
     _in_a_row: int = 0
     _last_step: int = -1
 
-    def look(self, step: int, state: Any, refused: Sequence[Refusal], saves: bool) -> Verdict:
+    def look(
+        self, step: int, state: Any, refused: Sequence[Refusal], saves: bool, next_batch: int
+    ) -> Verdict:
         """Decides how to go on after a step; every process takes part and gets the same verdict.
 
         Args:
@@ -67,10 +70,13 @@ class Guard:
             state as it was, good or not.
           refused: in their order.
           saves: whether the state is to be saved.
+          next_batch: number of the first batch that was not tried yet.
         """
         self.spoiled = self.not_finite(state) if refused or saves else ""
         if not refused and not self.spoiled:
             return Verdict.GO
+        goes_back = bool(self.spoiled) or self.config.policy == "rollback"
+        back = self._way_back(next_batch) if goes_back and self.config.policy != "stop" else {}
         for refusal in refused:
             self._count(refusal.step)
             about = {
@@ -80,6 +86,7 @@ class Guard:
                 **{name: repr(value) for name, value in refusal.values.items()},  # JSON has no nan
                 "records": self.records_of(refusal.batch).tolist(),
                 "state_is_good": not self.spoiled,
+                **back,
             }
             self._write_down(f"{refusal} was refused", about)
         problems = [f"{refusal} was refused" for refusal in refused[-1:]]
@@ -87,7 +94,8 @@ class Guard:
             if not refused:
                 self._count(step)
             problem = f"the state of step {step} is not finite: {self.spoiled}"
-            self._write_down(problem, {"event": "not finite", "step": step, "arrays": self.spoiled})
+            about = {"event": "not finite", "step": step, "arrays": self.spoiled, **back}
+            self._write_down(problem, about)
             problems.append(problem)
         self.problem = "; ".join(problems)
         if self.config.policy == "stop":
@@ -98,8 +106,15 @@ class Guard:
                 f"config.divergence.max_events={self.config.max_events}"
             )
             return Verdict.STOP
-        back = self.spoiled or self.config.policy == "rollback"
-        return Verdict.BACK if back else Verdict.AGAIN
+        return Verdict.BACK if goes_back else Verdict.AGAIN
+
+    def _way_back(self, next_batch: int) -> dict[str, Any]:
+        """Where a run goes on that goes back now; see `batch_after_going_back`."""
+        return {
+            "goes_back_to": self.newest_step() or 0,
+            "next_batch": next_batch,
+            "next_records": self.records_of(next_batch).tolist(),
+        }
 
     def _count(self, step: int) -> None:
         """Counts events without progress: a later step than any before starts the count anew."""
@@ -121,6 +136,44 @@ class _Refused:
     batch: Annotated[int, Field(ge=0)]
     records: tuple[int, ...]
     state_is_good: bool
+
+
+@checked
+class _Back:
+    """What a line of events.jsonl says of a run that went back to a checkpoint."""
+
+    goes_back_to: Annotated[int, Field(ge=0)]
+    next_batch: Annotated[int, Field(ge=0)]
+    next_records: tuple[int, ...]
+
+
+def batch_after_going_back(
+    path: pathlib.Path, step: int, records_of: Callable[[int], np.ndarray]
+) -> int:
+    """Number of the batch to go on with at a checkpoint that a run went back to; 0 for any other.
+
+    The checkpoint holds a position before the batches that were given up then.
+
+    Args:
+      path, records_of: as of `bad_batches`.
+      step: of the checkpoint.
+
+    Returns:
+      The number, the same on every process.
+    """
+    found = 0
+    for event in read_jsonl(path) if jax.process_index() == 0 else ():
+        if event.get("goes_back_to") != step:
+            continue
+        known = {key: event.get(key) for key in ("goes_back_to", "next_batch", "next_records")}
+        try:
+            line = parse(_Back, known, f"{path}: a line")
+        except ValueError as error:
+            tqdm.write(f"warning: {error}; the batches that were given up come again")
+            continue
+        if records_of(line.next_batch).tolist() == list(line.next_records):
+            found = line.next_batch
+    return int(sharding.agree(found))
 
 
 def bad_batches(path: pathlib.Path, records_of: Callable[[int], np.ndarray]) -> frozenset[int]:

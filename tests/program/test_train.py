@@ -243,6 +243,19 @@ def test_a_run_goes_on_past_gradients_that_are_not_finite(tmp_path, run, without
     assert event["grad_norm"] == "nan"
 
 
+def test_a_run_that_is_killed_after_it_went_back_goes_on_where_it_was(tmp_path, run, without):
+    """The checkpoint has the position before the batches that were given up."""
+
+    def killed():
+        raise KeyboardInterrupt
+
+    policy = {"divergence__policy": "rollback"}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fault=nan_in_gradients, at=(7,), change=acting(_11=killed), **policy)
+    assert saved_steps(tmp_path) == [5]
+    assert_same_run(tmp_path, run(tmp_path, **policy), without(6, 7, 8))
+
+
 BANK, NU, EMA = "bank/features", "opt_state/1/0/nu/model/final/bias", "ema_params/final/bias"
 
 

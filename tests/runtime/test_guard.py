@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repulsor_jax.files.atomic import Appender
-from repulsor_jax.runtime.guard import bad_batches
+from repulsor_jax.runtime.guard import bad_batches, batch_after_going_back
 
 GOOD = {"event": "refused", "batch": 3, "records": [7, 8], "state_is_good": True}
 
@@ -41,6 +41,20 @@ def test_lines_that_are_no_events_are_left_out(tmp_path, line, capsys):
     assert ("a line.records: expected" in capsys.readouterr().out) == (
         line == GOOD | {"records": None}
     )
+
+
+def test_the_newest_way_back_to_a_checkpoint_counts(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert batch_after_going_back(path, 5, records_of) == 0
+    back = GOOD | {"goes_back_to": 5, "next_batch": 5, "next_records": [11, 12]}
+    later = back | {"next_batch": 8, "next_records": [17, 18]}
+    other_seed = back | {"next_batch": 9}
+    write(path, GOOD, back, later, other_seed, later | {"goes_back_to": 10}, back | {"records": 0})
+    assert batch_after_going_back(path, 5, records_of) == 5
+    write(path, back, later, other_seed, later | {"goes_back_to": 10, "next_batch": "x"})
+    assert batch_after_going_back(path, 5, records_of) == 8
+    assert batch_after_going_back(path, 10, records_of) == 0
+    assert batch_after_going_back(path, 6, records_of) == 0
 
 
 def test_a_line_after_a_torn_one_is_read(tmp_path):
