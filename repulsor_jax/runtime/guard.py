@@ -75,10 +75,14 @@ class Guard:
         self.spoiled = self.not_finite(state) if refused or saves else ""
         if not refused and not self.spoiled:
             return Verdict.GO
-        goes_back = bool(self.spoiled) or self.config.policy == "rollback"
-        back = self._way_back(next_batch) if goes_back and self.config.policy != "stop" else {}
         for refusal in refused:
             self._count(refusal.step)
+        if self.spoiled and not refused:
+            self._count(step)
+        goes_back = bool(self.spoiled) or self.config.policy == "rollback"
+        stops = self.config.policy == "stop" or self._in_a_row > self.config.max_events
+        back = self._way_back(next_batch) if goes_back and not stops else {}
+        for refusal in refused:
             about = {
                 "event": "refused",
                 "step": refusal.step,
@@ -91,20 +95,17 @@ class Guard:
             self._write_down(f"{refusal} was refused", about)
         problems = [f"{refusal} was refused" for refusal in refused[-1:]]
         if self.spoiled:
-            if not refused:
-                self._count(step)
             problem = f"the state of step {step} is not finite: {self.spoiled}"
             about = {"event": "not finite", "step": step, "arrays": self.spoiled, **back}
             self._write_down(problem, about)
             problems.append(problem)
         self.problem = "; ".join(problems)
-        if self.config.policy == "stop":
-            return Verdict.STOP
-        if self._in_a_row > self.config.max_events:
+        if stops and self.config.policy != "stop":
             self.problem += (
                 f", as {self._in_a_row - 1} times before it: "
                 f"config.divergence.max_events={self.config.max_events}"
             )
+        if stops:
             return Verdict.STOP
         return Verdict.BACK if goes_back else Verdict.AGAIN
 
@@ -129,11 +130,14 @@ class Guard:
         tqdm.write(f"warning: {message}; policy {self.config.policy!r}")
 
 
+_BatchNumber = Annotated[int, Field(ge=0, lt=2**40)]  # times a batch size it fits into 64 bits
+
+
 @checked
 class _Refused:
     """What a line of events.jsonl says of a refused step."""
 
-    batch: Annotated[int, Field(ge=0)]
+    batch: _BatchNumber
     records: tuple[int, ...]
     state_is_good: bool
 
@@ -143,7 +147,7 @@ class _Back:
     """What a line of events.jsonl says of a run that went back to a checkpoint."""
 
     goes_back_to: Annotated[int, Field(ge=0)]
-    next_batch: Annotated[int, Field(ge=0)]
+    next_batch: _BatchNumber
     next_records: tuple[int, ...]
 
 
