@@ -329,9 +329,9 @@ def first_process_first(make: Callable[[], T], *, enabled: bool = True) -> T:
     For what leaves files behind that the others then find, as a decompressed copy. Not `enabled`,
     all begin together. An error of one process is raised on all.
     """
-    waits = enabled and jax.process_index() > 0
+    is_first = jax.process_index() == 0
     made: Any = None
-    for is_my_turn in (not waits, waits) if enabled else (True,):
+    for is_my_turn in (is_first, not is_first) if enabled else (True,):
         with raised_on_all():
             if is_my_turn:
                 made = make()

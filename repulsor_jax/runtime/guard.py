@@ -10,8 +10,8 @@ import enum
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from repulsor_jax.config import DivergenceConfig
 from repulsor_jax.files.atomic import Appender
 from repulsor_jax.files.untrusted import checked, parse
 from repulsor_jax.runtime.metrics import Refusal, read_jsonl
+
+T = TypeVar("T")
 
 EVENTS = "events.jsonl"
 ADVICE = (
@@ -100,12 +102,12 @@ class Guard:
             self._write_down(problem, about)
             problems.append(problem)
         self.problem = "; ".join(problems)
-        if stops and self.config.policy != "stop":
-            self.problem += (
-                f", as {self._in_a_row - 1} times before it: "
-                f"config.divergence.max_events={self.config.max_events}"
-            )
         if stops:
+            if self.config.policy != "stop":
+                self.problem += (
+                    f", as {self._in_a_row - 1} times before it: "
+                    f"config.divergence.max_events={self.config.max_events}"
+                )
             return Verdict.STOP
         return Verdict.BACK if goes_back else Verdict.AGAIN
 
@@ -151,6 +153,23 @@ class _Back:
     next_records: tuple[int, ...]
 
 
+def _lines(
+    path: pathlib.Path, schema: type[T], asked: Callable[[Any], bool], otherwise: str
+) -> Iterator[T]:
+    """The lines of events.jsonl that are `asked` for, on the first process; none on the others.
+
+    A line that is not as in the schema is a warning, which says what follows `otherwise`.
+    """
+    for event in read_jsonl(path) if jax.process_index() == 0 else ():
+        if not asked(event):
+            continue
+        known = {name: event.get(name) for name in schema.__annotations__}
+        try:
+            yield parse(schema, known, f"{path}: a line")
+        except ValueError as error:
+            tqdm.write(f"warning: {error}; {otherwise}")
+
+
 def batch_after_going_back(
     path: pathlib.Path, step: int, records_of: Callable[[int], np.ndarray]
 ) -> int:
@@ -165,16 +184,8 @@ def batch_after_going_back(
     Returns:
       The number, the same on every process.
     """
-    found = 0
-    for event in read_jsonl(path) if jax.process_index() == 0 else ():
-        if event.get("goes_back_to") != step:
-            continue
-        known = {key: event.get(key) for key in ("goes_back_to", "next_batch", "next_records")}
-        try:
-            line = parse(_Back, known, f"{path}: a line")
-        except ValueError as error:
-            tqdm.write(f"warning: {error}; the batches that were given up come again")
-            continue
+    found, asked = 0, lambda event: event.get("goes_back_to") == step
+    for line in _lines(path, _Back, asked, "the batches that were given up come again"):
         if records_of(line.next_batch).tolist() == list(line.next_records):
             found = line.next_batch
     return int(sharding.agree(found))
@@ -191,16 +202,8 @@ def bad_batches(path: pathlib.Path, records_of: Callable[[int], np.ndarray]) -> 
     Returns:
       The numbers, the same on every process.
     """
-    found = set()
-    for event in read_jsonl(path) if jax.process_index() == 0 else ():
-        if event.get("event") != "refused":
-            continue
-        known = {key: event.get(key) for key in ("batch", "records", "state_is_good")}
-        try:
-            line = parse(_Refused, known, f"{path}: a line")
-        except ValueError as error:
-            tqdm.write(f"warning: {error}; its batch is not left out")
-            continue
+    found, asked = set(), lambda event: event.get("event") == "refused"
+    for line in _lines(path, _Refused, asked, "its batch is not left out"):
         if line.state_is_good and records_of(line.batch).tolist() == list(line.records):
             found.add(line.batch)
     return frozenset(sharding.agree_numbers(sorted(found)))
